@@ -1,0 +1,282 @@
+"""The gradient of every parameter under token ditching, against Algorithm 1 computed densely in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from numerics.dense_reference import dense_loss
+from tiny_models import EAGER_ONLY, KINDS, VOCAB, tiny_model
+
+import tokenseek
+from tokenseek.errors import UserError
+from tokenseek.modeling import find_decoder
+
+SELECTED = torch.tensor([[1, 4, 5, 11], [0, 7, -1, -1]])
+# These compute norms, rotary embeddings, routing or softmax in float32 inside, whatever the model's dtype.
+FLOAT32_INSIDE = {"gemma2": 1e-6, "gemma3": 1e-6, "qwen3_moe": 1e-5, "gpt_oss": 1e-5}
+
+
+def make_batch(lengths=(13, 9), seed=0, left=False):
+    """input_ids, attention_mask, labels [B, T]; a prompt of three tokens, padding on the right or left."""
+    generator, tokens = torch.Generator().manual_seed(seed), max(lengths)
+    ids = torch.randint(3, VOCAB, (len(lengths), tokens), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row, length in zip(mask, lengths, strict=True):
+        row[tokens - length :] = 1
+    if not left:
+        mask = mask.flip(1)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    return dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(model, batch, selected, tolerance=1e-12, **loss_kwargs):
+    """Loss and all gradients of the patched model equal the dense reference's; returns the reference gradients."""
+    reference = copy.deepcopy(model)
+    if hasattr(find_decoder(reference).causal_lm, "_token_ditching"):
+        tokenseek.disable_token_ditching(reference)
+    reference.gradient_checkpointing_disable()  # it would take the reference's cache away
+    expected_loss = dense_loss(reference, **batch, selected_positions=selected, **loss_kwargs)
+    expected = gradients(reference, expected_loss)
+    loss = model(**batch, selected_positions=selected, **loss_kwargs).loss
+    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
+    actual = gradients(model, loss)
+    scale = max(g.norm() for g in expected.values() if g is not None)
+    for name, gradient in expected.items():
+        if gradient is None or gradient.norm() < 1e-12 * scale:  # cancels to rounding (a key's bias, for one)
+            assert actual[name] is None or actual[name].norm() <= 1e-12 * scale, name
+        else:
+            error = (actual[name] - gradient).norm() / gradient.norm()
+            assert error < tolerance, f"{name}: relative error {error:.1e}"
+    return expected
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
+@pytest.mark.parametrize(
+    "kind,attn", [(k, a) for k in KINDS for a in ("sdpa", "eager") if a == "eager" or k not in EAGER_ONLY]
+)
+def test_every_architecture(kind, attn, recompute):
+    model = tokenseek.enable_token_ditching(tiny_model(kind, attn=attn, dtype=torch.float64), recompute=recompute)
+    expected = assert_same(model, make_batch(), SELECTED, FLOAT32_INSIDE.get(kind, 1e-12))
+    assert sum(g.norm() > 0 for g in expected.values() if g is not None) > 10
+
+
+@pytest.mark.parametrize("lengths,left", [((13,), False), ((5, 13, 1), False), ((13, 9), True), ((7, 7), False)])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_batch_shapes(kind, lengths, left):
+    batch = make_batch(lengths, left=left)
+    model = tokenseek.enable_token_ditching(tiny_model(kind, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    keep = (torch.rand(batch["input_ids"].shape, generator=generator) < 0.4) & batch["attention_mask"].bool()
+    keep[:, -1] |= batch["attention_mask"][:, -1].bool()
+    selected = torch.full((len(lengths), int(keep.sum(1).max())), -1)
+    for row, kept in zip(selected, keep, strict=True):
+        row[: kept.sum()] = kept.nonzero().squeeze(1)
+    assert_same(model, batch, selected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_all_tokens_selected_is_ordinary_training(kind):
+    batch = make_batch((13,))
+    model = tokenseek.enable_token_ditching(tiny_model(kind, dtype=torch.float64))
+    logits, labels = model(input_ids=batch["input_ids"]).logits, batch["labels"]
+    ordinary = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+    # Transformers' own loss is the same, but in float32.
+    torch.testing.assert_close(model(**batch).loss.double(), ordinary, rtol=1e-6, atol=0)
+    expected = {name: g.clone() for name, g in gradients(model, ordinary).items()}
+    ditched = model(**batch, selected_positions=torch.arange(13)[None]).loss
+    torch.testing.assert_close(ditched, ordinary, rtol=1e-12, atol=0)
+    for name, gradient in gradients(model, ditched).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-14)
+
+
+def test_all_tokens_of_a_padded_batch():
+    batch = make_batch((13, 9))
+    selected = torch.arange(13).repeat(2, 1)
+    selected[1, 9:] = -1
+    assert_same(tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64)), batch, selected)
+
+
+@pytest.mark.parametrize("selected", [torch.full((2, 3), -1), torch.empty(2, 0, dtype=torch.long), torch.tensor([[0], [1]])])
+def test_nothing_selected_or_supervised_gives_zero_loss_and_a_live_graph(selected):
+    model = tokenseek.enable_token_ditching(tiny_model("llama"))
+    loss = model(**make_batch(), selected_positions=selected).loss
+    assert loss.item() == 0.0
+    for name, gradient in gradients(model, loss).items():
+        assert gradient is not None and not gradient.any(), name
+
+
+def test_one_example_without_selection_beside_one_with():
+    model = tokenseek.enable_token_ditching(tiny_model("qwen2", dtype=torch.float64))
+    assert_same(model, make_batch(), torch.tensor([[2, 6], [-1, -1]]))
+
+
+@pytest.mark.parametrize("items", [7, torch.tensor(7)])
+def test_num_items_in_batch_divides_the_sum(items):
+    model = tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64))
+    assert_same(model, make_batch(), SELECTED, num_items_in_batch=items)
+
+
+def test_loss_in_chunks(monkeypatch):
+    monkeypatch.setattr("tokenseek.ditching.loss.CHUNK_BYTES", 4 * VOCAB * 2)
+    model = tokenseek.enable_token_ditching(tiny_model("granite", dtype=torch.float64))
+    assert_same(model, make_batch(), SELECTED)
+
+
+def test_packed_examples_attend_to_themselves_only():
+    ids = make_batch((12,))["input_ids"]
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    labels = ids.clone()
+    labels[:, [0, 5]] = -100
+    model = tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64))
+    selected = torch.tensor([[1, 3, 6, 10]])
+    packed = dict(input_ids=ids, labels=labels, position_ids=positions)
+    assert_same(model, packed, selected)
+    changed = ids.clone()
+    changed[0, 2] = 3  # in the first example, not selected
+    second = torch.tensor([[6, 10]])
+    losses = [model(**packed | {"input_ids": i}, selected_positions=second).loss for i in (ids, changed)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+        peft.LoHaConfig(r=4, target_modules=["up_proj", "down_proj"], init_weights=False, task_type="CAUSAL_LM"),
+        peft.LoraConfig(
+            r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], init_lora_weights=False
+        ),
+    ],
+    ids=["lora", "loha", "lora-and-whole-modules"],
+)
+@pytest.mark.parametrize("patch_first", [False, True])
+def test_peft(config, patch_first):
+    model = tiny_model("llama", dtype=torch.float64)
+    if patch_first:
+        tokenseek.enable_token_ditching(model)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    if not patch_first:
+        assert tokenseek.enable_token_ditching(model) is model
+    expected = assert_same(model, make_batch(), SELECTED)
+    assert all("lora_" in name or "hada_" in name or "modules_to_save" in name for name in expected)
+
+
+def test_transformers_gradient_checkpointing_recomputes_the_selected_pass():
+    model = tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64)).train()
+    model.gradient_checkpointing_enable()
+    calls = []
+    find_decoder(model).layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    assert_same(model, make_batch(), SELECTED)
+    assert len(calls) == 3  # unselected rows once, selected rows twice
+    assert all(layer.gradient_checkpointing for layer in find_decoder(model).layers)
+
+
+def test_each_row_is_computed_once_and_the_last_layer_stops_at_its_keys():
+    model = tokenseek.enable_token_ditching(tiny_model("llama"))
+    rows = [[] for _ in range(4)]
+    for seen, layer in zip(rows, find_decoder(model).layers, strict=True):
+        layer.mlp.register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0].shape[1]))
+    model(**make_batch((13,)), selected_positions=torch.tensor([[2, 5, 6]]))
+    assert [sorted(seen) for seen in rows] == [[3, 10]] * 3 + [[3]]
+
+
+def test_stored_activations_grow_with_the_selected_rows_only():
+    def stored(model, batch, **kwargs):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(**batch, **kwargs).loss
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+    ids = torch.randint(3, VOCAB, (1, 120))
+    batch = dict(input_ids=ids, labels=ids)
+    model = tokenseek.enable_token_ditching(tiny_model("llama", num_key_value_heads=1))
+    selected = torch.arange(0, 120, 10)[None]
+    full, ours = stored(model, batch), stored(model, batch, selected_positions=selected)
+    recomputed = stored(
+        tokenseek.enable_token_ditching(model, recompute=True), batch, selected_positions=selected
+    )
+    assert ours < 0.35 * full and recomputed < 0.6 * ours
+
+
+def test_bfloat16_autocast_keeps_the_gradient_of_every_weight():
+    """Autocast's weight cache, filled without gradient by the unselected pass, must not starve the selected pass."""
+    model = tokenseek.enable_token_ditching(tiny_model("llama"))
+    batch = make_batch()
+    expected = gradients(model, model(**batch, selected_positions=SELECTED).loss)
+    expected = {name: g.clone() for name, g in expected.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch, selected_positions=SELECTED).loss
+    for name, gradient in gradients(model, loss).items():
+        assert gradient is not None, name
+        cosine = torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.95, f"{name}: cosine {cosine:.3f}"
+
+
+def test_logits_of_selected_rows_without_labels():
+    model = tokenseek.enable_token_ditching(tiny_model("gemma2", attn="eager"))
+    batch = make_batch((13,))
+    del batch["labels"]
+    selected = torch.tensor([[2, 5, 12]])
+    logits = model(**batch, selected_positions=selected).logits
+    torch.testing.assert_close(logits, model(**batch).logits[:, selected[0]], rtol=1e-4, atol=1e-5)
+
+
+def test_without_selected_positions_and_after_disabling_the_model_is_what_it_was():
+    plain, batch = tiny_model("llama"), make_batch()
+    model = copy.deepcopy(plain)
+    before = {id(m): set(m.__dict__) for m in model.modules()}
+    tokenseek.enable_token_ditching(model)
+    assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    assert torch.equal(model(**batch, num_items_in_batch=5).loss, plain(**batch, num_items_in_batch=5).loss)
+    generated = dict(max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(batch["input_ids"], **generated), plain.generate(batch["input_ids"], **generated))
+    tokenseek.disable_token_ditching(model)
+    assert {id(m): set(m.__dict__) for m in model.modules()} == before
+    with pytest.raises(UserError, match="not enabled"):
+        tokenseek.disable_token_ditching(model)
+
+
+def test_a_copy_of_a_patched_model_is_its_own():
+    model = tokenseek.enable_token_ditching(tiny_model("llama"))
+    other = copy.deepcopy(model)
+    other.model.layers[0].mlp.up_proj.weight.data.zero_()
+    batch = make_batch()
+    losses = [m(**batch, selected_positions=SELECTED).loss for m in (model, other)]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    "positions,message",
+    [
+        (torch.tensor([[1, 13], [0, 1]]), "outside the 13 tokens"),
+        (torch.tensor([[5, 4], [0, 1]]), "not ascending"),
+        (torch.tensor([[4, 4], [0, 1]]), "not ascending"),
+        (torch.tensor([[-1, 4], [0, 1]]), "not ascending"),
+        (torch.tensor([[-2, 4], [0, 1]]), "not ascending"),
+        (torch.tensor([[1, 2], [0, 9]]), "point at padding"),
+        (torch.tensor([[1, 2]]), "do not fit"),
+        (torch.tensor([1, 2]), r"expected \[B, S\] int64"),
+        (torch.tensor([[1.0], [2.0]]), r"expected \[B, S\] int64"),
+    ],
+)
+def test_wrong_positions_are_named(positions, message):
+    model = tokenseek.enable_token_ditching(tiny_model("llama"))
+    with pytest.raises(UserError, match=message):
+        model(**make_batch(), selected_positions=positions)
+    assert model(**make_batch()).loss.isfinite()  # and the model is none the worse for it

@@ -1,0 +1,72 @@
+"""Models and settings that token ditching cannot serve are refused when it is switched on, with the reason."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny_models import tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+import tokenseek
+from tokenseek.errors import UserError
+
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+
+
+def config(model_type, **values):
+    return AutoConfig.for_model(model_type, **{**SMALL, **values})
+
+
+@pytest.mark.parametrize(
+    "build,message",
+    [
+        (lambda: AutoModel.from_config(config("llama", num_key_value_heads=2)), "no causal language-modelling head"),
+        (lambda: AutoModelForMaskedLM.from_config(config("bert")), "no causal language-modelling head|looks ahead"),
+        (lambda: AutoModelForCausalLM.from_config(config("bert")), "looks ahead|not a text-only"),
+        (
+            lambda: AutoModelForSeq2SeqLM.from_config(
+                AutoConfig.for_model("t5", d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8, vocab_size=50)
+            ),
+            "encoder-decoder",
+        ),
+        (lambda: AutoModelForCausalLM.from_config(config("mamba", state_size=4)), "state-space"),
+        (lambda: torch.nn.Linear(2, 2), "not a Transformers model"),
+    ],
+    ids=["no-head", "masked-lm", "bert", "seq2seq", "mamba", "not-transformers"],
+)
+def test_models_that_are_no_decoders(build, message):
+    with pytest.raises(UserError, match=message):
+        tokenseek.enable_token_ditching(build())
+
+
+def test_attention_backends_without_masks():
+    model = tiny_model("llama")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UserError, match="attn_implementation='sdpa'"):
+        tokenseek.enable_token_ditching(model)
+
+
+def test_prompt_tuning():
+    tuning = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UserError, match="virtual tokens"):
+        tokenseek.enable_token_ditching(peft.get_peft_model(tiny_model("llama"), tuning))
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_outputs_that_selected_rows_cannot_give(name):
+    model = tokenseek.enable_token_ditching(tiny_model("llama"))
+    with pytest.raises(UserError, match=name):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), selected_positions=torch.tensor([[1]]), **{name: True})
+
+
+def test_layers_that_do_not_show_their_keys_and_values(monkeypatch):
+    attention = transformers.models.llama.modeling_llama.LlamaAttention
+    forward = attention.forward
+    monkeypatch.setattr(
+        attention, "forward", lambda self, *a, past_key_values=None, **k: forward(self, *a, past_key_values=None, **k)
+    )
+    model = tokenseek.enable_token_ditching(tiny_model("llama"))
+    with pytest.raises(UserError, match="does not pass its keys and values"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), selected_positions=torch.tensor([[1]]))

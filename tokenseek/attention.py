@@ -1,0 +1,55 @@
+"""Taking the place of a model's attention function, for the length of a block.
+
+Transformers' attention layers look their attention function up by name at every call (``AttentionInterface``), so one
+place serves every model that does, whatever its architecture.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tokenseek.errors import UserError
+
+# Backends that take a mask of any shape, which selected tokens need: a flash kernel only knows "causal".
+MASKED_BACKENDS = ("sdpa", "eager")
+
+
+def require_masked_backend(model: PreTrainedModel) -> None:
+    """Raise UserError unless the model's attention runs on a backend that takes an arbitrary mask."""
+    backend = model.config.get_text_config()._attn_implementation
+    if backend not in MASKED_BACKENDS:
+        raise UserError(
+            f"attn_implementation={backend!r} cannot attend from selected tokens alone. Load the model with "
+            "attn_implementation='sdpa' (its memory-efficient kernels are used), or 'eager'."
+        )
+
+
+@contextmanager
+def attention_replaced(model: PreTrainedModel, replace: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside the block, attention runs ``replace(original)`` instead of the `original` function of the model's backend.
+
+    The replacement has the signature of Transformers' attention functions:
+    ``(module, query_BNTH, key_BNTH, value_BNTH, attention_mask, **kwargs) -> (output_BTNH, weights_BNTT | None)``.
+    """
+    backend = model.config.get_text_config()._attn_implementation
+    before = ALL_ATTENTION_FUNCTIONS.get(backend)
+
+    def function(module: nn.Module, *args, **kwargs):
+        # Eager attention is no entry of the interface but a function of each modelling file.
+        original = before or sys.modules[type(module).__module__].eager_attention_forward
+        return replace(original)(module, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[backend] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del ALL_ATTENTION_FUNCTIONS[backend]
+        else:
+            ALL_ATTENTION_FUNCTIONS[backend] = before

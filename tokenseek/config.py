@@ -1,0 +1,469 @@
+"""The configuration of a run: presets composed from small files, overrides, and one strict schema.
+
+Nothing heavy is imported here (no torch, no transformers), so every mistake in a configuration is reported, all of them
+at once and each with its dotted path, before a model is loaded.
+"""
+
+import types
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tokenseek.errors import UserError
+from tokenseek.resources import find_resource, folder_of
+from tokenseek.selection import SelectionRule
+from tokenseek.spelling import did_you_mean
+from tokenseek.strict_yaml import parse_yaml
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+CellValue = str | int | float | bool | None
+
+
+class _Section(BaseModel):
+    # Strict: "3" is not a number and 1 is not a flag. YAML has types of its own; a guess would hide a mistake.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(_Section):
+    """Which model, and in which numbers it is held."""
+
+    name_or_path: str
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    double_quantization: bool = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check_double_quantization(self):
+        if self.double_quantization and self.quantization not in ("nf4", "fp4"):
+            raise ValueError("double_quantization needs quantization: nf4 or fp4")
+        return self
+
+
+class Columns(_Section):
+    """The data's own name of each column that the kind of source reads.
+
+    `input` left out reads the column `input` where the data has one (Alpaca's layout).
+    """
+
+    instruction: str = "instruction"
+    input: str | None = None
+    response: str = "response"
+    messages: str = "messages"
+    text: str = "text"
+
+
+_COLUMNS_OF_KIND = {"instruction": {"instruction", "input", "response"}, "chat": {"messages"}, "text": {"text"}}
+
+
+class SourceConfig(_Section):
+    """One data set: a local file or folder (`path`) or a data set of the hub (`name`).
+
+    `drop` and `keep` filter rows by the values of a column. A source adds all its rows; or `rows` of them; or, among the
+    sources that have a `weight`, the largest share that keeps the proportion of the weights without repeating a row.
+    Drawn rows are chosen with `seed` and stay in the data's order.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    config_name: str | None = None
+    split: str = "train"
+    kind: Literal["instruction", "chat", "text"] = "instruction"
+    columns: Columns = Columns()
+    drop: dict[str, list[CellValue]] = {}
+    keep: dict[str, list[CellValue]] = {}
+    weight: Annotated[float, Field(gt=0)] | None = None
+    rows: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.path is None) == (self.name is None):
+            raise ValueError(
+                f"give either path (a local file or folder) or name (a data set of the hub), got path={self.path!r} and "
+                f"name={self.name!r}; set the other one to null"
+            )
+        if self.weight is not None and self.rows is not None:
+            raise ValueError("give either weight or rows, not both")
+        if self.config_name is not None and self.name is None:
+            raise ValueError("config_name belongs to a data set of the hub; a local path has none")
+        if surplus := self.columns.model_fields_set - _COLUMNS_OF_KIND[self.kind]:
+            raise ValueError(
+                f"columns {sorted(surplus)} are not read by kind {self.kind}; it reads "
+                f"{sorted(_COLUMNS_OF_KIND[self.kind])}"
+            )
+        return self
+
+
+class DataConfig(_Section):
+    """Sources, and how a row becomes tokens and labels.
+
+    `labels: response` puts the loss on responses (assistant turns) only, `sequence` on every token. `limit` keeps the
+    first examples after mixing and shuffling.
+    """
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    template: Literal["alpaca", "plain"] = "alpaca"
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    labels: Literal["response", "sequence"] = "response"
+    append_eos: bool = True
+    limit: PositiveInt | None = None
+    shuffle: bool = False
+    seed: NonNegativeInt = 0
+    num_proc: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_mixing(self):
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(w or s.rows is not None for w, s in zip(weighted, self.sources, strict=True)):
+            raise ValueError("one source has a weight, so every source needs a weight or rows")
+        return self
+
+
+class ScoringConfig(_Section):
+    """Seeking: context and gradient score of every token (Eq. 3 and 4), stored apart in the index.
+
+    `gradient_layer` counts from the end: 1 is layer N-1, the last one (Table S14 compares N-1, N-2 and N-3).
+    `cpu_threads` fixes torch's threads while scoring on a CPU: float sums depend on how they are split over threads, and
+    the bytes of an index must not depend on the machine's cores or the number of processes.
+    """
+
+    gradient_layer: Literal[1, 2, 3] = 1
+    reduction: Literal["abs", "signed", "l2"] = "abs"
+    loss_scope: Literal["response", "sequence"] = "response"
+    tokens_per_batch: PositiveInt = 8192
+    tokens_per_shard: PositiveInt = 262144
+    index: str | None = None
+    cpu_threads: PositiveInt = 1
+
+
+class SelectionConfig(_Section):
+    """The tokens that keep their gradient: the fields and defaults of `SelectionRule`, which checks the values."""
+
+    rule: str = SelectionRule.rule
+    ratio: float = SelectionRule.ratio
+    alpha: float = SelectionRule.alpha
+    beta: float = SelectionRule.beta
+    log_offset: float = SelectionRule.log_offset
+    explore: float = SelectionRule.explore
+    bands: list[list[float]] | None = None
+    seed: NonNegativeInt = SelectionRule.seed
+    scope: str = SelectionRule.scope
+
+    @model_validator(mode="after")
+    def _check(self):
+        self.to_rule()
+        return self
+
+    def to_rule(self) -> SelectionRule:
+        bands = None if self.bands is None else tuple(tuple(band) for band in self.bands)
+        return SelectionRule(**self.model_dump(exclude={"bands"}), bands=bands)
+
+
+# Settings of TrainingArguments that another section or file owns: no setting has two owners.
+_OWNED_ELSEWHERE = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "bf16": "training.mixed_precision",
+    "fp16": "training.mixed_precision",
+    "resume_from_checkpoint": "training.resume",
+    "deepspeed": "the accelerate config",
+    "fsdp": "the accelerate config",
+    "fsdp_config": "the accelerate config",
+    "parallelism_config": "the accelerate config",
+    "remove_unused_columns": "TokenSeekTrainer",
+    "label_names": "TokenSeekTrainer",
+}
+
+
+class TrainingConfig(_Section):
+    """Training, in the names of `transformers.TrainingArguments`; `extra` forwards any other of its fields.
+
+    `ditching: false` is ordinary fine-tuning on all tokens. `recompute` recomputes the selected pass in the backward
+    pass. `resume` is `auto` (from the newest checkpoint in output_dir, if any), `never`, or the path of a checkpoint.
+    """
+
+    ditching: bool = True
+    recompute: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    per_device_train_batch_size: PositiveInt = 1
+    per_device_eval_batch_size: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: NonNegativeFloat = 4e-4
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "reduce_lr_on_plateau",
+        "warmup_stable_decay",
+    ] = "cosine"
+    warmup_steps: NonNegativeFloat = 0
+    weight_decay: NonNegativeFloat = 0.01
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    max_grad_norm: NonNegativeFloat = 1.0
+    optim: str = "adamw_torch"
+    logging_steps: Annotated[float, Field(gt=0)] = 10
+    save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
+    save_steps: Annotated[float, Field(gt=0)] = 500
+    save_total_limit: PositiveInt | None = 2
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    eval_steps: Annotated[float, Field(gt=0)] | None = None
+    dataloader_num_workers: NonNegativeInt = 0
+    report_to: list[str] = ["tensorboard"]
+    resume: str = "auto"
+    extra: dict[str, Any] = {}
+
+    @field_validator("extra")
+    @classmethod
+    def _check_extra(cls, extra):
+        own = set(cls.model_fields) - {"extra"}
+        for name in extra:
+            if name in own or name in _OWNED_ELSEWHERE:
+                raise ValueError(f"{name} is set as {_OWNED_ELSEWHERE.get(name, f'training.{name}')}, not in extra")
+        if extra:
+            from transformers import TrainingArguments  # late: only a preset that uses `extra` pays for the import
+
+            accepted = {field.name for field in dataclass_fields(TrainingArguments) if field.init}
+            for name in extra:
+                if name not in accepted:
+                    raise ValueError(
+                        f"{name} is not a field of transformers.TrainingArguments{did_you_mean(name, accepted)}"
+                    )
+        return extra
+
+
+class PeftSettings(_Section):
+    """A PEFT adapter. `method` is any PEFT type in lower case; fields left out keep PEFT's own defaults.
+
+    `target_modules` is `feed_forward`, `attention`, `all-linear`, or a list of module names. `extra` goes to the
+    method's PEFT config as it is.
+    """
+
+    method: str = "lora"
+    r: PositiveInt | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Fraction | None = None
+    target_modules: str | list[str] = "feed_forward"
+    extra: dict[str, Any] = {}
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _check_target_modules(cls, target):
+        groups = ["feed_forward", "attention", "all-linear"]
+        names = isinstance(target, list) and target and all(isinstance(name, str) for name in target)
+        if target not in groups and not names:
+            raise ValueError(
+                f"accepted are {', '.join(groups)} or a list of module names, got {target!r}{did_you_mean(target, groups)}"
+            )
+        return target
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, method):
+        if method not in ("lora", "loha", "lokr", "ia3"):  # the common ones need no import
+            from peft import PeftType
+
+            methods = [member.value.lower() for member in PeftType]
+            if method not in methods:
+                raise ValueError(
+                    f"unknown PEFT method {method!r}{did_you_mean(method, methods)}; accepted: {', '.join(methods)}"
+                )
+        return method
+
+
+class RunConfig(_Section):
+    """Everything that decides what a run learns. Where it runs (processes, ZeRO, FSDP) is the accelerate config's."""
+
+    model: ModelConfig
+    data: DataConfig
+    eval_data: DataConfig | None = None
+    scoring: ScoringConfig = ScoringConfig()
+    selection: SelectionConfig = SelectionConfig()
+    training: TrainingConfig = TrainingConfig()
+    peft: PeftSettings | None = None
+    output_dir: str
+    seed: NonNegativeInt = 42
+
+    @property
+    def index_path(self) -> Path:
+        """Where the token-position index is written and read."""
+        return Path(self.scoring.index) if self.scoring.index else Path(self.output_dir) / "index.arrow"
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.training.eval_strategy != "no" and self.eval_data is None:
+            raise ValueError(
+                f"training.eval_strategy is {self.training.eval_strategy}, but there is no eval_data section"
+            )
+        return self
+
+    def require_trainable(self) -> None:
+        """Refuses models that can be scored but not trained.
+
+        Raises:
+            UserError: quantised weights without an adapter, or float16 weights under the fp16 gradient scaler.
+        """
+        if self.peft is None and self.model.quantization:
+            raise UserError(
+                f"model.quantization: {self.model.quantization} weights cannot be trained; add a peft section "
+                "(--set peft.method=lora) or set model.quantization to null"
+            )
+        if self.peft is None and self.model.dtype == "float16" and self.training.mixed_precision == "fp16":
+            raise UserError(
+                "model.dtype: float16 weights cannot be trained under training.mixed_precision: fp16; use float32 weights"
+            )
+
+
+def load_config(preset: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """A checked configuration from a preset (name or path) and `a.b=value` overrides, which are parsed as YAML.
+
+    Example:
+        >>> load_config("gsm8k", ["data.sources.0.path=train.jsonl", "selection.ratio=0.2"])
+
+    Raises:
+        UserError: names every violation with its dotted path, the accepted values and the nearest spelling.
+    """
+    values: dict[str, Any] = {}
+    origin = "command line"
+    if preset is not None:
+        origin = str(preset)
+        values = _read_preset(find_resource("preset", preset), including=())
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = _explain(error, values)
+        raise UserError(f"{origin}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems)) from error
+
+
+def save_resolved(config: RunConfig, path: str | Path) -> None:
+    """Writes every setting of a run, defaults included, as a preset that `load_config` reads back unchanged."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _read_preset(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    """The merged mapping of a preset and of what it includes; later files win, the preset's own keys win last."""
+    if path in including:
+        raise UserError("presets include each other: " + " -> ".join(str(p) for p in (*including, path)))
+    own = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: a preset is a mapping of sections, got a {type(own).__name__}")
+    includes = own.pop("include", [])
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise UserError(f"{path}: include: a list of file names is accepted, got {includes!r}")
+    merged: dict[str, Any] = {}
+    for name in includes:
+        found = [folder / name for folder in (path.parent, folder_of("preset")) if (folder / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: include: no file {name!r} beside it or in {folder_of('preset')}")
+        merged = _merge(merged, _read_preset(found[0].resolve(), (*including, path)))
+    return _merge(merged, own)
+
+
+def _merge(base: dict[str, Any], winner: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; anything else (lists too) is replaced."""
+    merged = dict(base)
+    for key, value in winner.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets one dotted key in place; numbers step into lists, and the number after the last item appends one."""
+    key, equals, text = override.partition("=")
+    steps = key.strip().split(".")
+    if not equals or not all(steps):
+        raise UserError(f"--set {override}: write section.key=value, such as --set training.learning_rate=1e-4")
+    node: Any = values
+    for depth, step in enumerate(steps):
+        here = ".".join(steps[:depth]) or "the configuration"
+        if isinstance(node, list):
+            if not step.isdigit() or int(step) > len(node):
+                raise UserError(
+                    f"--set {override}: {here} is a list; accepted are the positions 0 to {len(node)}, got {step!r}"
+                )
+            step = int(step)
+            if step == len(node):
+                node.append(None)
+        elif not isinstance(node, dict):
+            raise UserError(f"--set {override}: {here} is the value {node!r} and has no keys")
+        if depth == len(steps) - 1:
+            node[step] = parse_yaml(text, f"--set {key}")
+            return
+        if (node[step] if isinstance(node, list) else node.get(step)) is None:
+            node[step] = [] if steps[depth + 1].isdigit() else {}
+        node = node[step]
+
+
+def _explain(error: ValidationError, values: dict[str, Any]) -> list[str]:
+    """One line per violation. The members of a union that all refuse one value share a line."""
+    problems: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        loc = item["loc"]
+        if item["type"] in ("extra_forbidden", "missing"):
+            *parents, key = loc
+            accepted = sorted(_section_at(parents).model_fields)
+            message = (
+                f"unknown key; accepted keys: {', '.join(accepted)}{did_you_mean(key, accepted)}"
+                if item["type"] == "extra_forbidden"
+                else "required, but not given"
+            )
+        else:
+            loc = _steps_in(values, loc)
+            message = str(item.get("ctx", {}).get("error") or item["msg"].replace("Input should", "should"))
+            if item["type"] != "value_error":
+                message += f", got {item['input']!r}"
+            if item["type"] == "literal_error":
+                message += did_you_mean(
+                    item["input"], [word.strip("'") for word in item["ctx"]["expected"].split() if "'" in word]
+                )
+        problems.setdefault(".".join(map(str, loc)), []).append(message)
+    return [_with_path(path, " or ".join(dict.fromkeys(messages))) for path, messages in problems.items()]
+
+
+def _with_path(path: str, message: str) -> str:
+    """`path: message`, where the message (of SelectionRule, say) does not open with its dotted path already."""
+    return message if not path or message.startswith(f"{path}.") else f"{path}: {message}"
+
+
+def _steps_in(values: Any, loc: tuple[int | str, ...]) -> list[int | str]:
+    """The part of a pydantic location that exists in the data: the rest are names of union members."""
+    steps: list[int | str] = []
+    for step in loc:
+        if not (isinstance(values, dict) and step in values or isinstance(values, list) and isinstance(step, int)):
+            break
+        values = values[step]
+        steps.append(step)
+    return steps
+
+
+def _section_at(loc: list[int | str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for step in loc:
+        if isinstance(step, str):
+            section = _section_in(section.model_fields[step].annotation)
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section class inside `Section | None` or `list[Section]`."""
+    while get_origin(annotation) in (list, Annotated, Union, types.UnionType):
+        annotation = next(arg for arg in get_args(annotation) if arg is not types.NoneType)
+    return annotation

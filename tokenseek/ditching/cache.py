@@ -1,0 +1,83 @@
+"""The seam: every attention layer of Transformers hands its keys and values to a cache and attends to what comes back.
+
+Shapes: B batch, T tokens, S selected, U unselected, N key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import Cache
+
+from tokenseek.ditching.rows import Partition
+from tokenseek.errors import UserError
+
+
+class KeysAndValuesSeen(Exception):
+    """Ends the last layer's unselected pass: beyond its keys and values, nobody needs that layer's unselected rows."""
+
+
+class _OnceCache(Cache):
+    """A cache that lives for one pass through one layer and is updated once in it."""
+
+    def __init__(self):  # the base class would build storage for every layer
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+
+    def _record(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> None:
+        if self.keys is not None:
+            raise UserError(f"layer {layer_idx} updates its key/value cache more than once; this model is not served.")
+        self.keys, self.values = keys, values
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return 0
+
+
+class SelectedCache(_OnceCache):
+    """Returns the unselected keys and values, constants, joined by the selected ones, which carry gradient.
+
+    Args:
+        unselected_keys, unselected_values: [B, N, U, H]; None where every token is selected.
+    """
+
+    def __init__(
+        self, partition: Partition, unselected_keys: torch.Tensor | None, unselected_values: torch.Tensor | None
+    ):
+        super().__init__()
+        self.partition = partition
+        self.unselected_keys, self.unselected_values = unselected_keys, unselected_values
+
+    def update(self, keys_BNSH, values_BNSH, layer_idx, *args, **kwargs):
+        self._record(
+            self.partition.assemble(self.unselected_keys, keys_BNSH),
+            self.partition.assemble(self.unselected_values, values_BNSH),
+            layer_idx,
+        )
+        return self.keys, self.values
+
+
+class UnselectedCache(_OnceCache):
+    """Runs the selected pass as soon as the unselected keys and values are known, then lets the unselected pass go on.
+
+    Selected rows attend to unselected keys and the other way round, in the same layer; running one pass inside the
+    other's update is what lets each token be computed once.
+
+    Args:
+        run_selected: takes the unselected keys and values [B, N, U, H]; returns the layer's output for the selected
+            rows and the keys and values [B, N, T, H] of all tokens.
+        stop: raise :class:`KeysAndValuesSeen` instead of going on.
+    """
+
+    def __init__(self, run_selected: Callable[[torch.Tensor, torch.Tensor], tuple], stop: bool):
+        super().__init__()
+        self.run_selected = run_selected
+        self.stop = stop
+        self.selected_output = None
+
+    def update(self, keys_BNUH, values_BNUH, layer_idx, *args, **kwargs):
+        self._record(keys_BNUH, values_BNUH, layer_idx)
+        self.selected_output, keys_BNTH, values_BNTH = self.run_selected(keys_BNUH, values_BNUH)
+        if self.stop:
+            raise KeysAndValuesSeen
+        return keys_BNTH.detach(), values_BNTH.detach()

@@ -1,0 +1,288 @@
+"""Token ditching (Algorithm 1 of the paper) for any causal LM of Transformers, switched on in place.
+
+Each decoder layer runs its untouched code twice: over the unselected rows without gradient and, in the middle of that,
+over the selected rows with gradient. A row is computed once and only selected rows store activations. Between layers,
+the selected rows travel the model's own path (so that hooks of DDP, ZeRO and FSDP2 see a usual graph) and the
+unselected rows wait aside.
+
+Shapes: B batch, T tokens, S selected, U unselected, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from tokenseek.attention import require_masked_backend
+from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
+from tokenseek.ditching.loss import IGNORED, next_token_labels, selected_loss
+from tokenseek.ditching.rows import Partition, Rows, partition
+from tokenseek.errors import UserError
+from tokenseek.modeling import Decoder, find_decoder, head_logits
+
+
+def enable_token_ditching(model: nn.Module, *, recompute: bool = False) -> nn.Module:
+    """Let `model` train on selected tokens only; patches it in place and returns it.
+
+    Afterwards ``model(input_ids=..., attention_mask=..., labels=..., selected_positions=...)`` back-propagates through
+    the selected positions alone (Eq. 6) and its ``.loss`` is the mean cross-entropy over selected supervised positions:
+    position t predicts token t + 1 and counts if it is selected and ``labels[t + 1]`` is not -100. With
+    ``num_items_in_batch`` the sum is divided by that instead, as Transformers' own losses do. ``.logits`` is None,
+    or [B, S, V] when no labels are given. Without ``selected_positions`` the model is what it was.
+
+    Args:
+        model: a causal LM, plain or PEFT-wrapped, before or after it is wrapped for data parallelism.
+        recompute: run the selected rows of each layer once more in the backward pass instead of storing their
+            activations; keys and values are then all that a layer stores. ``gradient_checkpointing_enable()`` means
+            the same.
+
+    Raises:
+        UserError: for models that token ditching cannot serve, saying why.
+
+    Example:
+        >>> model = tokenseek.enable_token_ditching(AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B"))
+        >>> model(input_ids=ids, labels=ids, selected_positions=torch.tensor([[3, 7, 9]])).loss.backward()
+    """
+    decoder = find_decoder(model)
+    require_masked_backend(decoder.causal_lm)
+    if hasattr(decoder.causal_lm, "_token_ditching"):
+        disable_token_ditching(model)
+    ditching = Ditching(decoder, recompute)
+    _replace_forward(decoder.causal_lm, ditching, _causal_lm_forward(decoder.causal_lm))
+    for layer in decoder.layers:
+        _replace_forward(layer, ditching, _layer_forward)
+    return model
+
+
+def disable_token_ditching(model: nn.Module) -> nn.Module:
+    """Undo :func:`enable_token_ditching`; the model is then exactly as it was before. Returns it."""
+    decoder = find_decoder(model)
+    if not hasattr(decoder.causal_lm, "_token_ditching"):
+        raise UserError(f"token ditching is not enabled on this {decoder.name}.")
+    for module in (decoder.causal_lm, *decoder.layers):
+        if getattr(module.__dict__.get("forward"), "__func__", None) is not module._token_ditching_forward:
+            raise UserError(
+                f"{type(module).__name__}.forward was replaced again after token ditching was enabled (mixed precision "
+                "of accelerate does that); call accelerator.unwrap_model(model, keep_fp32_wrapper=False) first."
+            )
+    for module in (decoder.causal_lm, *decoder.layers):
+        del module.forward
+        if module._forward_before_ditching is not None:
+            module.forward = module._forward_before_ditching
+        del module._token_ditching, module._token_ditching_forward, module._forward_before_ditching
+    return model
+
+
+def _replace_forward(module: nn.Module, ditching: Ditching, forward) -> None:
+    module._forward_before_ditching = module.__dict__.get("forward")
+    module._token_ditching, module._token_ditching_forward = ditching, forward
+    # A bound method, unlike a closure, follows the module when it is copied.
+    module.forward = MethodType(forward, module)
+
+
+def _original_forward(module: nn.Module):
+    return module._forward_before_ditching or MethodType(type(module).forward, module)
+
+
+class Ditching:
+    """What the patched modules of one model share; `step` is set while a forward pass with selected tokens runs."""
+
+    def __init__(self, decoder: Decoder, recompute: bool):
+        self.decoder = decoder
+        self.recompute = recompute
+        self.step: Step | None = None
+        # Old decoders give their output the shape of their input ids by a view, which only all T rows fit.
+        source = inspect.getsource(inspect.unwrap(type(decoder.body).forward))
+        self.returns_all_rows = "view(output_shape)" in source
+
+
+class Step:
+    """One forward pass: the partition of its tokens and, between layers, the unselected rows."""
+
+    def __init__(self, parts: Partition):
+        self.partition = parts
+        self.unselected_BUD: torch.Tensor | None = None
+        self.started = False
+
+
+def _causal_lm_forward(causal_lm: nn.Module):
+    signature = inspect.signature(causal_lm.forward)
+
+    def forward(
+        self, *args, selected_positions=None, labels=None, num_items_in_batch=None, shift_labels=None, **kwargs
+    ):
+        original = _original_forward(self)
+        if selected_positions is None:
+            given = {"labels": labels, "num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+            return original(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
+        ditching: Ditching = self._token_ditching
+        arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        labels = arguments.pop("labels", labels)
+        return_dict = arguments.pop("return_dict", None)
+        body_output, hidden_BSD, rows = _run_body(ditching, arguments, selected_positions)
+
+        loss = logits = None
+        if labels is None and shift_labels is None:
+            logits = head_logits(ditching.decoder, body_output, hidden_BSD.flatten(0, 1)[None])[0]
+            logits = logits.view(*hidden_BSD.shape[:2], -1)
+        else:
+            if shift_labels is None:
+                shift_labels = next_token_labels(labels)
+            labels_BS = rows.take(shift_labels.to(hidden_BSD.device), 1).masked_fill(~rows.valid_BR, IGNORED)
+            loss = selected_loss(ditching.decoder, body_output, hidden_BSD, labels_BS, num_items_in_batch)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+
+    # Trainers read the signature to learn which columns the model takes and whether it normalises its loss itself.
+    parameters = list(inspect.signature(type(causal_lm).forward).parameters.values())
+    selected = inspect.Parameter("selected_positions", inspect.Parameter.KEYWORD_ONLY, default=None)
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = inspect.Signature([*parameters[:at], selected, *parameters[at:]])
+    return forward
+
+
+def _run_body(
+    ditching: Ditching, arguments: dict, selected_positions: torch.Tensor
+) -> tuple[ModelOutput, torch.Tensor, Rows]:
+    """The body's output, its hidden states at the selected rows [B, S, D], and those rows."""
+    config = ditching.decoder.causal_lm.config
+    for name in ("past_key_values", "output_attentions", "output_hidden_states", "output_router_logits"):
+        if arguments.pop(name, None) or getattr(config, name, None):
+            raise UserError(f"{name} cannot be had together with selected_positions: leave it out, in the config too.")
+    arguments.pop("logits_to_keep", None)
+    arguments["use_cache"] = False
+
+    tokens_of = arguments.get("input_ids")
+    tokens_of = arguments["inputs_embeds"] if tokens_of is None else tokens_of
+    selected_positions = selected_positions.to(tokens_of.device)
+    parts = partition(selected_positions, arguments.get("attention_mask"), tokens_of.shape[1])
+    if parts.right_padded and arguments.get("position_ids") is None:
+        # No token looks at padding behind it: causality is all the mask that is needed.
+        arguments.pop("attention_mask", None)
+
+    ditching.step = Step(parts)
+    try:
+        output = ditching.decoder.body(**{name: value for name, value in arguments.items() if value is not None})
+    finally:
+        ditching.step = None
+    hidden, rows = output.last_hidden_state, parts.selected
+    if ditching.returns_all_rows:
+        hidden = rows.take(hidden, 1)
+    if hidden.shape[:2] != rows.index_BR.shape:
+        raise UserError(
+            f"{ditching.decoder.name} returned hidden states {list(hidden.shape)} for {list(rows.index_BR.shape)} selected "
+            "rows: it changes the token axis after its layers; this model is not served."
+        )
+    return output, hidden, rows
+
+
+def _layer_forward(self, *args, **kwargs):
+    ditching: Ditching = self._token_ditching
+    if ditching.step is None:
+        return _original_forward(self)(*args, **kwargs)
+    names = _argument_names(type(self))
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    hidden = arguments.pop(names[0])
+    arguments.pop(ditching.decoder.cache_argument, None)
+
+    step, parts = ditching.step, ditching.step.partition
+    if not step.started:
+        step.started = True
+        step.unselected_BUD = parts.unselected and parts.unselected.take(hidden.detach(), 1)
+        hidden = parts.selected.take(hidden, 1)
+    is_last = self is ditching.decoder.layers[-1]
+    output = _run_both_passes(self, ditching, hidden, arguments, is_last)
+    if is_last and ditching.returns_all_rows:
+        hidden = _hidden_states(output)
+        output = parts.assemble(None, hidden[:, None])[:, 0]
+    return output
+
+
+def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.Tensor, arguments: dict, is_last: bool):
+    """The layer's output for the selected rows; moves ``step.unselected_BUD`` through the layer too."""
+    step, parts = ditching.step, ditching.step.partition
+    with_gradient, autocast_cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    checkpointing = ditching.recompute or (getattr(layer, "gradient_checkpointing", False) and layer.training)
+
+    def run(hidden, rows, cache):
+        shrunk = {name: rows.shrink(name, value) for name, value in arguments.items()}
+        with _without_own_checkpointing(layer):
+            return _original_forward(layer)(hidden, **shrunk, **{ditching.decoder.cache_argument: cache})
+
+    def run_selected(hidden, keys, values):
+        cache = SelectedCache(parts, keys, values)
+        output = run(hidden, parts.selected, cache)
+        _require_updated(cache, layer, ditching)
+        return output, cache.keys, cache.values
+
+    def selected_pass(keys=None, values=None):
+        with torch.set_grad_enabled(with_gradient), _autocast_cache(autocast_cache):
+            if checkpointing and with_gradient:
+                return checkpoint(run_selected, selected_BSD, keys, values, use_reentrant=False)
+            return run_selected(selected_BSD, keys, values)
+
+    if parts.unselected is None:
+        return selected_pass()[0]
+    seam = UnselectedCache(selected_pass, stop=is_last)
+    # An engine that casts what enters a layer does not see the rows that wait aside.
+    unselected_BUD = step.unselected_BUD.to(selected_BSD)
+    with torch.no_grad(), _autocast_cache(False):
+        try:
+            step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, seam))
+            _require_updated(seam, layer, ditching)
+        except KeysAndValuesSeen:
+            step.unselected_BUD = None
+        except RuntimeError:
+            _require_updated(seam, layer, ditching)  # the likelier cause of attention over the wrong shapes
+            raise
+    return seam.selected_output
+
+
+def _require_updated(seam: SelectedCache | UnselectedCache, layer: nn.Module, ditching: Ditching) -> None:
+    if seam.keys is None:
+        raise UserError(
+            f"{type(layer).__name__} in {ditching.decoder.name} does not pass its keys and values through its cache; "
+            "this model is not served."
+        )
+
+
+@cache
+def _argument_names(layer_class: type) -> list[str]:
+    return list(inspect.signature(layer_class.forward).parameters)[1:]
+
+
+def _hidden_states(layer_output) -> torch.Tensor:
+    return layer_output[0] if isinstance(layer_output, tuple) else layer_output
+
+
+@contextmanager
+def _without_own_checkpointing(layer: nn.Module) -> Iterator[None]:
+    """Transformers' gradient checkpointing takes the cache away from its layers; ours recomputes the selected rows."""
+    if not getattr(layer, "gradient_checkpointing", False):
+        yield
+        return
+    layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        layer.gradient_checkpointing = True
+
+
+@contextmanager
+def _autocast_cache(enabled: bool) -> Iterator[None]:
+    """Autocast remembers the low-precision copy of a weight; one made without gradient must not serve the other pass."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -1,0 +1,144 @@
+"""Where the pieces of a Hugging Face decoder are, found without naming any architecture.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary, R rows handed to the head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tokenseek.errors import UserError
+
+# The names under which Transformers' decoder layers take the key/value cache.
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The parts of a causal language model that TokenSeek works on.
+
+    Attributes:
+        causal_lm: the model with the language-modelling head (below any PEFT wrapper).
+        body: embeddings, layers and final norm; maps token ids to hidden states [B, T, D].
+        layers: the decoder layers, in order.
+        cache_argument: the name of the key/value cache among the arguments of a layer's ``forward``.
+    """
+
+    causal_lm: PreTrainedModel
+    body: nn.Module
+    layers: nn.ModuleList
+    cache_argument: str
+
+    @property
+    def name(self) -> str:
+        return type(self.causal_lm).__name__
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """The :class:`Decoder` inside `model`, a Transformers causal LM, plain or wrapped by PEFT or a data-parallel engine.
+
+    Raises:
+        UserError: for anything that is not a causal decoder whose every layer keeps keys and values.
+    """
+    if prompt_learning := [c.peft_type for c in getattr(model, "peft_config", {}).values() if c.is_prompt_learning]:
+        raise UserError(
+            f"{prompt_learning[0]} prepends virtual tokens to every example, so token positions no longer match the "
+            "index. Use a PEFT method that keeps the sequence as it is: LoRA, LoHa, LoKr, IA3, OFT, ..."
+        )
+    causal_lm = _unwrap(model)
+    name = type(causal_lm).__name__
+    if not isinstance(causal_lm, PreTrainedModel):
+        raise UserError(f"{name} is not a Transformers model. Load one with AutoModelForCausalLM.from_pretrained(...).")
+    _require_causal_lm(causal_lm)
+    body = causal_lm.get_decoder()
+    layers = _find_layers(body, causal_lm.config.get_text_config().num_hidden_layers)
+    if layers is None:
+        raise UserError(f"{name}: no list of decoder layers found inside {type(body).__name__}; this model is not served.")
+    return Decoder(causal_lm, body, layers, _cache_argument(name, layers))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, DeepSpeedEngine
+            model = model.module
+        else:
+            return model
+
+
+def _require_causal_lm(model: PreTrainedModel) -> None:
+    name, config = type(model).__name__, model.config
+    accepted = "Accepted: decoder-only models loaded with AutoModelForCausalLM (Llama, Qwen, Mistral, Gemma, GPT-2, ...)."
+    if config.is_encoder_decoder:
+        raise UserError(f"{name} is an encoder-decoder model. {accepted}")
+    if model.get_output_embeddings() is None or not model.can_generate():
+        raise UserError(f"{name} has no causal language-modelling head. {accepted}")
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise UserError(f"{name} is not a text-only causal language model. {accepted}")
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        raise UserError(f"{name} has attention that looks ahead, so it is not a causal decoder. {accepted}")
+    without_cache = {"linear_attention", "mamba", "recurrent", "conv", "ssm"} & set(
+        getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    )
+    if without_cache or getattr(model, "_is_stateful", False):
+        raise UserError(
+            f"{name} has layers without a key/value cache (state-space, recurrent or linear attention), through which "
+            f"gradients cannot be cut token by token. {accepted}"
+        )
+
+
+def _find_layers(body: nn.Module, count: int) -> nn.ModuleList | None:
+    lists = [m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return next((m for m in lists if any(_takes(layer, CACHE_ARGUMENTS) for layer in m)), lists[0] if lists else None)
+
+
+def _takes(layer: nn.Module, names: tuple[str, ...]) -> str | None:
+    # The class's forward, since an instance's own may be a wrapper (accelerate's device hooks, for one).
+    parameters = inspect.signature(type(layer).forward).parameters
+    return next((name for name in names if name in parameters), None)
+
+
+def _cache_argument(name: str, layers: nn.ModuleList) -> str:
+    found = {_takes(layer, CACHE_ARGUMENTS) for layer in layers}
+    if len(found) != 1 or None in found:
+        raise UserError(
+            f"{name}: {type(layers[0]).__name__}.forward takes no key/value cache (looked for "
+            f"{', '.join(CACHE_ARGUMENTS)}); TokenSeek reaches keys and values through it and cannot serve this model."
+        )
+    return found.pop()
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward) -> Iterator[None]:
+    """Calls of `module` run `forward` inside the block; its hooks still fire, whatever else replaced it before."""
+    had, before = "forward" in module.__dict__, module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had:
+            module.forward = before
+        else:
+            del module.forward
+
+
+def head_logits(decoder: Decoder, body_output, hidden_1RD: torch.Tensor) -> torch.Tensor:
+    """Logits [1, R, V] of R rows of final hidden states, by the model's own head code.
+
+    The causal LM's forward runs with its body standing still, so that soft-capping, logit scaling and whatever else the
+    model does after its head is done here too, without a line of model-specific code.
+
+    Args:
+        body_output: what the body returned; its hidden states are replaced by `hidden_1RD`.
+    """
+    output = type(body_output)(**{**body_output, "last_hidden_state": hidden_1RD})
+    with forward_replaced(decoder.body, lambda *args, **kwargs: output):
+        return decoder.causal_lm.__class__.forward(decoder.causal_lm, inputs_embeds=hidden_1RD, use_cache=False).logits
