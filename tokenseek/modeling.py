@@ -60,7 +60,9 @@ def find_decoder(model: nn.Module) -> Decoder:
     body = causal_lm.get_decoder()
     layers = _find_layers(body, causal_lm.config.get_text_config().num_hidden_layers)
     if layers is None:
-        raise UserError(f"{name}: no list of decoder layers found inside {type(body).__name__}; this model is not served.")
+        raise UserError(
+            f"{name}: no list of decoder layers found inside {type(body).__name__}; this model is not served."
+        )
     return Decoder(causal_lm, body, layers, _cache_argument(name, layers))
 
 
@@ -76,7 +78,9 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 def _require_causal_lm(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
-    accepted = "Accepted: decoder-only models loaded with AutoModelForCausalLM (Llama, Qwen, Mistral, Gemma, GPT-2, ...)."
+    accepted = (
+        "Accepted: decoder-only models loaded with AutoModelForCausalLM (Llama, Qwen, Mistral, Gemma, GPT-2, ...)."
+    )
     if config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder-decoder model. {accepted}")
     if model.get_output_embeddings() is None or not model.can_generate():

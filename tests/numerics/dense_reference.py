@@ -20,7 +20,13 @@ class _DetachingCache(Cache):
 
 
 def dense_loss(
-    model: PreTrainedModel, input_ids, labels, selected_positions, attention_mask=None, num_items_in_batch=None, **kwargs
+    model: PreTrainedModel,
+    input_ids,
+    labels,
+    selected_positions,
+    attention_mask=None,
+    num_items_in_batch=None,
+    **kwargs,
 ) -> torch.Tensor:
     """Loss whose gradient is Algorithm 1's; arguments as the patched model takes them."""
     decoder = find_decoder(model)

@@ -106,7 +106,9 @@ def test_all_tokens_of_a_padded_batch():
     assert_same(tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64)), batch, selected)
 
 
-@pytest.mark.parametrize("selected", [torch.full((2, 3), -1), torch.empty(2, 0, dtype=torch.long), torch.tensor([[0], [1]])])
+@pytest.mark.parametrize(
+    "selected", [torch.full((2, 3), -1), torch.empty(2, 0, dtype=torch.long), torch.tensor([[0], [1]])]
+)
 def test_nothing_selected_or_supervised_gives_zero_loss_and_a_live_graph(selected):
     model = tokenseek.enable_token_ditching(tiny_model("llama"))
     loss = model(**make_batch(), selected_positions=selected).loss
@@ -208,9 +210,7 @@ def test_stored_activations_grow_with_the_selected_rows_only():
     model = tokenseek.enable_token_ditching(tiny_model("llama", num_key_value_heads=1))
     selected = torch.arange(0, 120, 10)[None]
     full, ours = stored(model, batch), stored(model, batch, selected_positions=selected)
-    recomputed = stored(
-        tokenseek.enable_token_ditching(model, recompute=True), batch, selected_positions=selected
-    )
+    recomputed = stored(tokenseek.enable_token_ditching(model, recompute=True), batch, selected_positions=selected)
     assert ours < 0.35 * full and recomputed < 0.6 * ours
 
 

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from tokenseek.attention import require_masked_backend
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
@@ -58,6 +57,7 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False) -> nn.Mo
         disable_token_ditching(model)
     ditching = Ditching(decoder, recompute)
     _replace_forward(decoder.causal_lm, ditching, _causal_lm_forward(decoder.causal_lm))
+    _replace_forward(decoder.body, ditching, _body_forward)
     for layer in decoder.layers:
         _replace_forward(layer, ditching, _layer_forward)
     return model
@@ -68,13 +68,14 @@ def disable_token_ditching(model: nn.Module) -> nn.Module:
     decoder = find_decoder(model)
     if not hasattr(decoder.causal_lm, "_token_ditching"):
         raise UserError(f"token ditching is not enabled on this {decoder.name}.")
-    for module in (decoder.causal_lm, *decoder.layers):
+    patched = (decoder.causal_lm, decoder.body, *decoder.layers)
+    for module in patched:
         if getattr(module.__dict__.get("forward"), "__func__", None) is not module._token_ditching_forward:
             raise UserError(
                 f"{type(module).__name__}.forward was replaced again after token ditching was enabled (mixed precision "
                 "of accelerate does that); call accelerator.unwrap_model(model, keep_fp32_wrapper=False) first."
             )
-    for module in (decoder.causal_lm, *decoder.layers):
+    for module in patched:
         del module.forward
         if module._forward_before_ditching is not None:
             module.forward = module._forward_before_ditching
@@ -115,30 +116,31 @@ class Step:
 
 
 def _causal_lm_forward(causal_lm: nn.Module):
-    signature = inspect.signature(causal_lm.forward)
+    names = list(inspect.signature(causal_lm.forward).parameters)
 
     def forward(
         self, *args, selected_positions=None, labels=None, num_items_in_batch=None, shift_labels=None, **kwargs
     ):
-        original = _original_forward(self)
         if selected_positions is None:
             given = {"labels": labels, "num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
-            return original(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
-        ditching: Ditching = self._token_ditching
-        arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
+            kwargs |= {name: value for name, value in given.items() if value is not None}
+            return _original_forward(self)(*args, **kwargs)
+        decoder: Decoder = self._token_ditching.decoder
+        arguments = dict(zip(names, args, strict=False)) | kwargs
         labels = arguments.pop("labels", labels)
         return_dict = arguments.pop("return_dict", None)
-        body_output, hidden_BSD, rows = _run_body(ditching, arguments, selected_positions)
+        arguments.pop("logits_to_keep", None)
+        parts = _partition(arguments, selected_positions)
+        body_output = decoder.body(**arguments, selected_positions=parts)
+        hidden_BSD = body_output.last_hidden_state
 
         loss = logits = None
         if labels is None and shift_labels is None:
-            logits = head_logits(ditching.decoder, body_output, hidden_BSD.flatten(0, 1)[None])[0]
+            logits = head_logits(decoder, body_output, hidden_BSD.flatten(0, 1)[None])[0]
             logits = logits.view(*hidden_BSD.shape[:2], -1)
         else:
-            if shift_labels is None:
-                shift_labels = next_token_labels(labels)
-            labels_BS = rows.take(shift_labels.to(hidden_BSD.device), 1).masked_fill(~rows.valid_BR, IGNORED)
-            loss = selected_loss(ditching.decoder, body_output, hidden_BSD, labels_BS, num_items_in_batch)
+            labels_BS = _labels_of(parts.selected, labels, shift_labels)
+            loss = selected_loss(decoder, body_output, hidden_BSD, labels_BS, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
@@ -150,39 +152,52 @@ def _causal_lm_forward(causal_lm: nn.Module):
     return forward
 
 
-def _run_body(
-    ditching: Ditching, arguments: dict, selected_positions: torch.Tensor
-) -> tuple[ModelOutput, torch.Tensor, Rows]:
-    """The body's output, its hidden states at the selected rows [B, S, D], and those rows."""
-    config = ditching.decoder.causal_lm.config
-    for name in ("past_key_values", "output_attentions", "output_hidden_states", "output_router_logits"):
-        if arguments.pop(name, None) or getattr(config, name, None):
-            raise UserError(f"{name} cannot be had together with selected_positions: leave it out, in the config too.")
-    arguments.pop("logits_to_keep", None)
-    arguments["use_cache"] = False
+def _labels_of(rows: Rows, labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:
+    """[B, S]: the token that each selected row has to predict. `shift_labels` may be [B, T] or already [B, S]."""
+    if shift_labels is None:
+        shift_labels = next_token_labels(labels)
+    if shift_labels.shape != rows.index_BR.shape:
+        shift_labels = rows.take(shift_labels, 1)
+    return shift_labels.masked_fill(~rows.valid_BR, IGNORED)
 
-    tokens_of = arguments.get("input_ids")
-    tokens_of = arguments["inputs_embeds"] if tokens_of is None else tokens_of
-    selected_positions = selected_positions.to(tokens_of.device)
-    parts = partition(selected_positions, arguments.get("attention_mask"), tokens_of.shape[1])
+
+def _partition(arguments: dict, selected_positions: torch.Tensor) -> Partition:
+    tokens = arguments.get("input_ids")
+    tokens = arguments["inputs_embeds"] if tokens is None else tokens
+    return partition(selected_positions.to(tokens.device), arguments.get("attention_mask"), tokens.shape[1])
+
+
+def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | None = None, **kwargs):
+    """The body's output with hidden states of the selected rows, [B, S, D]; everything, [B, T, D], when none are given."""
+    ditching: Ditching = self._token_ditching
+    if selected_positions is None:
+        return _original_forward(self)(*args, **kwargs)
+    arguments = dict(zip(_argument_names(type(self)), args, strict=False)) | kwargs
+    for name in ("past_key_values", "output_attentions", "output_hidden_states", "output_router_logits"):
+        if arguments.pop(name, None) or getattr(self.config, name, None):
+            raise UserError(f"{name} cannot be had together with selected_positions: leave it out, in the config too.")
+    arguments["use_cache"] = False
+    parts = selected_positions
+    if not isinstance(parts, Partition):
+        parts = _partition(arguments, selected_positions)
     if parts.right_padded and arguments.get("position_ids") is None:
         # No token looks at padding behind it: causality is all the mask that is needed.
         arguments.pop("attention_mask", None)
 
     ditching.step = Step(parts)
     try:
-        output = ditching.decoder.body(**{name: value for name, value in arguments.items() if value is not None})
+        output = _original_forward(self)(**{name: value for name, value in arguments.items() if value is not None})
     finally:
         ditching.step = None
-    hidden, rows = output.last_hidden_state, parts.selected
+    rows = parts.selected
     if ditching.returns_all_rows:
-        hidden = rows.take(hidden, 1)
-    if hidden.shape[:2] != rows.index_BR.shape:
+        output.last_hidden_state = rows.take(output.last_hidden_state, 1)
+    if (shape := output.last_hidden_state.shape[:2]) != rows.index_BR.shape:
         raise UserError(
-            f"{ditching.decoder.name} returned hidden states {list(hidden.shape)} for {list(rows.index_BR.shape)} selected "
-            "rows: it changes the token axis after its layers; this model is not served."
+            f"{ditching.decoder.name} returned hidden states of {list(shape)} rows for {list(rows.index_BR.shape)} selected "
+            "ones: it changes the token axis after its layers; this model is not served."
         )
-    return output, hidden, rows
+    return output
 
 
 def _layer_forward(self, *args, **kwargs):

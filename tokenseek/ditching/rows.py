@@ -79,7 +79,9 @@ class Rows:
         if name in MASK_ARGUMENTS:
             if x.dim() == 4 and x.shape[2] == tokens:  # [B | 1, N | 1, T, T]: queries are rows, keys stay
                 return self.take(x.transpose(0, 1), 2).transpose(0, 1)
-            raise UserError(f"{name} of shape {tuple(x.shape)} has no axis of {tokens} queries; this model is not served.")
+            raise UserError(
+                f"{name} of shape {tuple(x.shape)} has no axis of {tokens} queries; this model is not served."
+            )
         if x.dim() == 1 and x.shape[0] == tokens and batch == 1:
             return x.index_select(0, self.index_BR[0].to(x.device))
         for dim in range(1, x.dim()):
@@ -143,7 +145,9 @@ def partition(selected_positions: torch.Tensor, attention_mask: torch.Tensor | N
     if attention_mask is None:
         attention_mask = torch.ones(batch, tokens, device=device)
     if attention_mask.shape != (batch, tokens):
-        raise UserError(f"{given} do not fit attention_mask {list(attention_mask.shape)}: expected [{batch}, {tokens}].")
+        raise UserError(
+            f"{given} do not fit attention_mask {list(attention_mask.shape)}: expected [{batch}, {tokens}]."
+        )
     if selected_positions.shape[1] == 0:  # nothing selected anywhere: one dropped row keeps the graph alive
         selected_positions = selected_positions.new_full((batch, 1), -1)
 
@@ -183,4 +187,6 @@ def partition(selected_positions: torch.Tensor, attention_mask: torch.Tensor | N
         order_BT = (~is_unselected_BT).long().argsort(dim=1, stable=True)  # the unselected ones first, ascending
         within_BU = torch.arange(longest, device=device) < unselected_B[:, None]
         unselected = Rows(torch.where(within_BU, order_BT[:, :longest], -1), first_token_B1, tokens, padded)
-    return Partition(Rows(selected_positions, first_token_B1, tokens, padded), unselected, tokens, padded, bool(right_padded))
+    return Partition(
+        Rows(selected_positions, first_token_B1, tokens, padded), unselected, tokens, padded, bool(right_padded)
+    )
