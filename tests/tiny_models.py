@@ -11,65 +11,90 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 97
 
-_BASE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-_MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)
-_GEMMA = dict(head_dim=16, query_pre_attn_scalar=16, tie_word_embeddings=True)
-_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+_BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
+# The last layer is the one that seeking reads.
+_LAST_SLIDES = ["full_attention", "sliding_attention"] * 2
 
 # kind -> (model_type, config values on top of the base)
 _KINDS = {
     "llama": ("llama", {}),
-    "llama_tied": ("llama", dict(tie_word_embeddings=True)),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", dict(head_dim=8)),
-    "mistral": ("mistral", dict(sliding_window=5)),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "mistral": ("mistral", {"sliding_window": 5}),
     "gemma2": (
         "gemma2",
-        # The last layer slides, so that its window and its soft-cap meet.
-        dict(
-            _GEMMA, sliding_window=5, layer_types=_ALTERNATING[1:] + _ALTERNATING[:1], attn_logit_softcapping=0.5,
-            final_logit_softcapping=2.0,
-        ),
+        {
+            **_GEMMA,
+            "sliding_window": 5,
+            "layer_types": _LAST_SLIDES,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 2.0,
+        },
     ),
-    "gemma3": ("gemma3_text", dict(_GEMMA, sliding_window=5, layer_types=_ALTERNATING[1:] + _ALTERNATING[:1])),
+    "gemma3": ("gemma3_text", {**_GEMMA, "sliding_window": 5, "layer_types": _LAST_SLIDES}),
     "phi3": ("phi3", {}),
     "gpt2": (
         "gpt2",
-        dict(
-            vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=128, resid_pdrop=0.1, embd_pdrop=0.1,
-            attn_pdrop=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        ),
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 32,
+            "n_layer": 4,
+            "n_head": 4,
+            "n_positions": 128,
+            "resid_pdrop": 0.1,
+            "embd_pdrop": 0.1,
+            "attn_pdrop": 0.1,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
     ),
     "opt": (
         "opt",
-        dict(
-            vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=32,
-            max_position_embeddings=128, dropout=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ),
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 32,
+            "max_position_embeddings": 128,
+            "dropout": 0.1,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
     ),
-    "qwen3_moe": ("qwen3_moe", dict(_MOE, head_dim=8)),
+    "qwen3_moe": ("qwen3_moe", {**_MOE, "head_dim": 8}),
     "gpt_oss": (
         "gpt_oss",
-        dict(
-            head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=5,
-            layer_types=_ALTERNATING[1:] + _ALTERNATING[:1], rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        ),
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "layer_types": _LAST_SLIDES,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
     ),
-    "gpt_neox": ("gpt_neox", dict(rotary_pct=0.5, hidden_act="gelu")),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5, "hidden_act": "gelu"}),
     "olmo2": ("olmo2", {}),
-    "granite": ("granite", dict(logits_scaling=3.0, residual_multiplier=0.5, embedding_multiplier=2.0)),
+    "granite": ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
     "smollm3": ("smollm3", {}),
 }
 _OWN_BASE = ("gpt2", "opt")  # whose configs name everything differently

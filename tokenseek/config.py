@@ -4,6 +4,7 @@ Nothing heavy is imported here (no torch, no transformers), so every mistake in 
 at once and each with its dotted path, before a model is loaded.
 """
 
+import re
 import types
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -67,9 +68,9 @@ _COLUMNS_OF_KIND = {"instruction": {"instruction", "input", "response"}, "chat":
 class SourceConfig(_Section):
     """One data set: a local file or folder (`path`) or a data set of the hub (`name`).
 
-    `drop` and `keep` filter rows by the values of a column. A source adds all its rows; or `rows` of them; or, among the
-    sources that have a `weight`, the largest share that keeps the proportion of the weights without repeating a row.
-    Drawn rows are chosen with `seed` and stay in the data's order.
+    `drop` and `keep` filter rows by the values of a column. A source adds all its rows; or `rows` of them; or, among
+    the sources that have a `weight`, the largest share that keeps the proportion of the weights without repeating a
+    row. Drawn rows are chosen with `seed` and stay in the data's order.
     """
 
     path: str | None = None
@@ -88,18 +89,18 @@ class SourceConfig(_Section):
     def _check(self):
         if (self.path is None) == (self.name is None):
             raise ValueError(
-                f"give either path (a local file or folder) or name (a data set of the hub), got path={self.path!r} and "
-                f"name={self.name!r}; set the other one to null"
+                "give either path (a local file or folder) or name (a data set of the hub) and set the other to null, "
+                f"got path={self.path!r} and name={self.name!r}"
             )
         if self.weight is not None and self.rows is not None:
             raise ValueError("give either weight or rows, not both")
         if self.config_name is not None and self.name is None:
             raise ValueError("config_name belongs to a data set of the hub; a local path has none")
-        if surplus := self.columns.model_fields_set - _COLUMNS_OF_KIND[self.kind]:
-            raise ValueError(
-                f"columns {sorted(surplus)} are not read by kind {self.kind}; it reads "
-                f"{sorted(_COLUMNS_OF_KIND[self.kind])}"
-            )
+        read = _COLUMNS_OF_KIND[self.kind]
+        if surplus := [
+            name for name, column in self.columns if name not in read and column != getattr(Columns(), name)
+        ]:
+            raise ValueError(f"columns {surplus} are not read by kind {self.kind}; it reads {sorted(read)}")
         return self
 
 
@@ -132,15 +133,15 @@ class ScoringConfig(_Section):
     """Seeking: context and gradient score of every token (Eq. 3 and 4), stored apart in the index.
 
     `gradient_layer` counts from the end: 1 is layer N-1, the last one (Table S14 compares N-1, N-2 and N-3).
-    `cpu_threads` fixes torch's threads while scoring on a CPU: float sums depend on how they are split over threads, and
-    the bytes of an index must not depend on the machine's cores or the number of processes.
+    `cpu_threads` fixes torch's threads while scoring on a CPU: float sums depend on how they are split over threads,
+    and the bytes of an index must not depend on the machine's cores or the number of processes.
     """
 
     gradient_layer: Literal[1, 2, 3] = 1
     reduction: Literal["abs", "signed", "l2"] = "abs"
     loss_scope: Literal["response", "sequence"] = "response"
     tokens_per_batch: PositiveInt = 8192
-    tokens_per_shard: PositiveInt = 262144
+    tokens_per_shard: PositiveInt = 65536
     index: str | None = None
     cpu_threads: PositiveInt = 1
 
@@ -164,8 +165,7 @@ class SelectionConfig(_Section):
         return self
 
     def to_rule(self) -> SelectionRule:
-        bands = None if self.bands is None else tuple(tuple(band) for band in self.bands)
-        return SelectionRule(**self.model_dump(exclude={"bands"}), bands=bands)
+        return SelectionRule(**self.model_dump())
 
 
 # Settings of TrainingArguments that another section or file owns: no setting has two owners.
@@ -267,7 +267,8 @@ class PeftSettings(_Section):
         names = isinstance(target, list) and target and all(isinstance(name, str) for name in target)
         if target not in groups and not names:
             raise ValueError(
-                f"accepted are {', '.join(groups)} or a list of module names, got {target!r}{did_you_mean(target, groups)}"
+                f"accepted are {', '.join(groups)} or a list of module names, got {target!r}"
+                f"{did_you_mean(target, groups)}"
             )
         return target
 
@@ -324,7 +325,8 @@ class RunConfig(_Section):
             )
         if self.peft is None and self.model.dtype == "float16" and self.training.mixed_precision == "fp16":
             raise UserError(
-                "model.dtype: float16 weights cannot be trained under training.mixed_precision: fp16; use float32 weights"
+                "model.dtype: float16 weights cannot be trained under training.mixed_precision: fp16; set model.dtype "
+                "to float32"
             )
 
 
@@ -431,9 +433,7 @@ def _explain(error: ValidationError, values: dict[str, Any]) -> list[str]:
             if item["type"] != "value_error":
                 message += f", got {item['input']!r}"
             if item["type"] == "literal_error":
-                message += did_you_mean(
-                    item["input"], [word.strip("'") for word in item["ctx"]["expected"].split() if "'" in word]
-                )
+                message += did_you_mean(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
         problems.setdefault(".".join(map(str, loc)), []).append(message)
     return [_with_path(path, " or ".join(dict.fromkeys(messages))) for path, messages in problems.items()]
 

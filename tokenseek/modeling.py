@@ -58,6 +58,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise UserError(f"{name} is not a Transformers model. Load one with AutoModelForCausalLM.from_pretrained(...).")
     _require_causal_lm(causal_lm)
     body = causal_lm.get_decoder()
+    if body is causal_lm:  # Transformers' last resort, where base_model_prefix names no attribute (Llama-4's text model)
+        body = getattr(causal_lm, "model", causal_lm)
     layers = _find_layers(body, causal_lm.config.get_text_config().num_hidden_layers)
     if layers is None:
         raise UserError(
@@ -146,3 +148,15 @@ def head_logits(decoder: Decoder, body_output, hidden_1RD: torch.Tensor) -> torc
     output = type(body_output)(**{**body_output, "last_hidden_state": hidden_1RD})
     with forward_replaced(decoder.body, lambda *args, **kwargs: output):
         return decoder.causal_lm.__class__.forward(decoder.causal_lm, inputs_embeds=hidden_1RD, use_cache=False).logits
+
+
+def keep_4bit_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference, for good, and unpack those that it has repacked.
+
+    On CPUs with AVX512-BF16 it repacks a weight the first time it is used in evaluation mode without gradients. From
+    then on, in training mode too, the product with that weight has no backward pass: gradients are silently wrong.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # unpacks the weight in place

@@ -26,7 +26,7 @@ _FOLDER_AND_SUFFIX: dict[str, tuple[str, str]] = {
 
 
 def assets_root() -> Path:
-    """The folder that holds `launch/`, `accelerate_configs/` and `ds_configs/`: `_assets` of the wheel, or the checkout."""
+    """The folder of `launch/`, `accelerate_configs/` and `ds_configs/`: `_assets` in the wheel, or the checkout."""
     package = Path(__file__).resolve().parent
     return package / "_assets" if (package / "_assets").is_dir() else package.parent
 

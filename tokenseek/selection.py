@@ -77,6 +77,11 @@ class SelectionRule:
         if self.bands:
             object.__setattr__(self, "bands", _checked_bands(self.bands))
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the rule selects by score; "random" and "all" can do without an index."""
+        return self.rule in _SCORED_RULES
+
 
 def combine_scores(
     context: np.ndarray, gradient: np.ndarray, alpha: float = 5.0, beta: float = 5.0, log_offset: float = 1e-6

@@ -68,13 +68,16 @@ class ExampleFile:
         except FileNotFoundError:
             raise UserError(f"There is no file {path}. {fix}") from None
         except (pa.ArrowException, OSError) as error:
+            # What the system refuses has a number: no permission, no memory. The rest is Arrow on the file's contents.
+            if getattr(error, "errno", None):
+                raise
             raise self._damaged(f"it cannot be read: {error}.") from error
         try:
             self.header = IndexHeader.from_metadata(table.schema.metadata)
         except UserError as error:
             raise UserError(f"{path}: {error} {fix}") from error
         if not table.schema.equals(SCHEMA):
-            raise self._damaged(f"its columns are {table.schema.names}, not {SCHEMA.names} with their types.")
+            raise self._damaged(f"its columns are not {', '.join(SCHEMA.names)}, or not of their types.")
         self._table = table
         if any(column.null_count for column in table.columns):
             raise self._damaged("it has empty cells.")

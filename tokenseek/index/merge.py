@@ -81,17 +81,16 @@ def _check_rows(rows: np.ndarray, shard_of: np.ndarray, shards: list[ExampleFile
         example_id = first.example(int(np.flatnonzero(first.rows == rows[k])[0])).example_id
         where = f"twice in {first.path}" if first is second else f"in {first.path} and in {second.path}"
         raise UserError(
-            f"Row {rows[k]} (example {example_id!r}) is {where}. Delete the shards named and run scoring again; if they "
-            f"come back the same, delete {store.directory}."
+            f"Row {rows[k]} (example {example_id!r}) is {where}. Delete the shards named and run scoring again; if "
+            f"they come back the same, delete {store.directory}."
         )
     num_examples = len(rows) if store.header.num_examples is None else store.header.num_examples
     gaps = np.setdiff1d(np.arange(num_examples), rows, assume_unique=True)
     if gaps.size:
-        before = int(np.searchsorted(rows, gaps[0])) - 1
-        nearest = shards[shard_of[max(before, 0)]].path
+        nearest = max(int(np.searchsorted(rows, gaps[0])) - 1, 0)
         raise UserError(
-            f"{gaps.size} rows are in no shard: {_abbreviated(gaps.tolist())} (the nearest row, {rows[max(before, 0)]}, "
-            f"is in {nearest}). Delete {store.directory} and score again."
+            f"{gaps.size} rows are in no shard: {_abbreviated(gaps.tolist())} (the nearest row, {rows[nearest]}, "
+            f"is in {shards[shard_of[nearest]].path}). Delete {store.directory} and score again."
         )
     if len(rows) > num_examples:
         raise UserError(

@@ -149,6 +149,8 @@ class ScoredExample:
             if bad.size:
                 value = getattr(self, name)[bad[0]]
                 return f"{bad.size} of {self.num_tokens} {name} scores are not finite (first: {value} at {bad[0]})"
+        if self.context.min() < 0:
+            return f"a context score is {self.context.min()}; sums of attention weights (Eq. 3) are never below 0"
         return None
 
 

@@ -106,7 +106,7 @@ class ShardStore:
     def write(self, shard: int, examples: Iterable[ScoredExample]) -> None:
         """Write all examples of a shard; order does not matter. The shard is finished when this returns."""
         path = self.path(shard)
-        examples = sorted(examples, key=lambda example: example.row)
+        examples = list(examples)
         if not examples:
             raise UserError(f"Shard {shard} has no examples; plan only shards that hold at least one.")
         for example in examples:

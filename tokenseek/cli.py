@@ -1,0 +1,165 @@
+"""The ``tokenseek`` command, and what the scripts in ``launch/`` share with it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tokenseek.config import RunConfig, load_config
+from tokenseek.errors import UserError
+from tokenseek.resources import find_resource, list_resources, resolve_accelerate_config
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="tokenseek", description="Fine-tune language models on the tokens that matter.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    for name, text in (
+        ("score", "score every token of a data set and write its index"),
+        ("train", "fine-tune on selected tokens (scores first where there is no index)"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text}; starts `accelerate launch` underneath")
+        add_run_arguments(command)
+        if name == "score":
+            add_part_argument(command)
+        command.add_argument(
+            "--accelerate-config",
+            default="single",
+            metavar="NAME|PATH",
+            help=f"processes and engine (default: single); shipped: {', '.join(list_resources('accelerate config'))}",
+        )
+        command.add_argument("--num-processes", type=int, metavar="N", help="override the config's number of processes")
+        command.set_defaults(run=_launch)
+
+    command = commands.add_parser("merge", help="merge the shards of parts scored one by one (`score --part`)")
+    add_run_arguments(command)
+    command.set_defaults(run=_merge)
+
+    command = commands.add_parser("show", help="show an index, and the selected tokens of its examples")
+    add_run_arguments(command)
+    command.add_argument("--row", type=int, action="append", metavar="N", help="an example; may be given again")
+    command.add_argument("--no-color", action="store_true", help="mark with brackets instead of colours")
+    command.set_defaults(run=_show)
+
+    command = commands.add_parser("merge-adapter", help="merge a trained adapter into its base model")
+    command.add_argument("adapter", type=Path, help="folder of the adapter, such as RUN/final")
+    command.add_argument("output", type=Path, help="folder for the merged model")
+    command.add_argument("--base", help="base model, where it is not at the place that the adapter names")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the base model's")
+    command.set_defaults(run=_merge_adapter)
+
+    command = commands.add_parser("presets", help="list the shipped presets")
+    command.set_defaults(run=lambda args: print("\n".join(list_resources("preset"))))
+
+    args = parser.parse_args(argv)
+    return guarded(lambda: args.run(args))
+
+
+def run_script(name: str, run: Callable[[argparse.Namespace, RunConfig], object]) -> int:
+    """What a script in ``launch/`` does: parse its arguments, load the configuration, run."""
+    parser = argparse.ArgumentParser(
+        prog=f"accelerate launch launch/{name}.py", description=f"tokenseek {name}, inside `accelerate launch`"
+    )
+    add_run_arguments(parser)
+    if name == "score":
+        add_part_argument(parser)
+    args = parser.parse_args()
+    return guarded(lambda: run(args, load_config(args.preset, args.set)))
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", metavar="NAME|PATH", help="a shipped preset (`tokenseek presets`) or a YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="change one setting; may be given again"
+    )
+
+
+def add_part_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part", type=_part, metavar="I/N", help="score part I (from 0) of N alone, for array jobs; then `tokenseek merge`"
+    )
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Run, and turn a :class:`UserError` into its message and exit status 2, without a traceback."""
+    try:
+        result = run()
+    except UserError as error:
+        # Every process meets the same error; one tells it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"tokenseek: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return result if isinstance(result, int) else 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        part, parts = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/8") from None
+    if not 0 <= part < parts:
+        raise argparse.ArgumentTypeError(f"{text!r}: parts of {parts} are numbered 0 to {parts - 1}")
+    return part, parts
+
+
+def _launch(args: argparse.Namespace) -> int:
+    load_config(args.preset, args.set)  # tell of mistakes before any process is started
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(resolve_accelerate_config(args.accelerate_config))]
+    if args.num_processes:
+        command += ["--num_processes", str(args.num_processes)]
+    command.append(str(find_resource("launch script", args.command)))
+    if args.preset:
+        command += ["--preset", args.preset]
+    for override in args.set:
+        command += ["--set", override]
+    if getattr(args, "part", None):
+        command += ["--part", "{}/{}".format(*args.part)]
+    return subprocess.call(command)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from tokenseek.runs.score import merge
+
+    path = load_config(args.preset, args.set).index_path
+    header = merge(path)
+    print(f"{path}: {header.num_examples:,} examples, {header.num_tokens:,} tokens")
+
+
+def _show(args: argparse.Namespace) -> None:
+    from tokenseek.data import prepare_dataset
+    from tokenseek.index import TokenIndex
+    from tokenseek.reporting import describe_index, render_example
+    from tokenseek.runs.models import load_tokenizer
+    from tokenseek.runs.score import run_fingerprints
+    from tokenseek.training import TokenSeekCollator
+
+    config = load_config(args.preset, args.set)
+    index = TokenIndex.open(config.index_path)
+    print(describe_index(index))
+    tokenizer = load_tokenizer(config.model)
+    prepared = prepare_dataset(config.data, tokenizer)
+    index.require(run_fingerprints(config, prepared))
+    collator = TokenSeekCollator(index, rule=config.selection.to_rule())
+    for row in args.row or [0]:
+        if not 0 <= row < len(index):
+            raise UserError(f"--row {row}: the index has rows 0 to {len(index) - 1}.")
+        example = prepared.dataset[row]
+        selected = collator.select(example)
+        print(f"\nrow {row}, {len(example['input_ids'])} tokens, {len(selected)} selected")
+        color = sys.stdout.isatty() and not args.no_color
+        print(render_example(tokenizer, example["input_ids"], example["labels"], selected, color))
+
+
+def _merge_adapter(args: argparse.Namespace) -> None:
+    from tokenseek.runs.export import merge_adapter
+
+    merge_adapter(args.adapter, args.output, args.dtype, args.base)
+    print(f"merged model: {args.output}")

@@ -1,0 +1,49 @@
+"""An index and its selected tokens, in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tokenseek.index import TokenIndex
+
+_MARK, _DIM, _END = "\033[1;30;43m", "\033[2m", "\033[0m"
+
+
+def describe_index(index: TokenIndex) -> str:
+    """The header of an index, for people."""
+    header = index.header
+    rows = {"examples": f"{header.num_examples:,}", "tokens": f"{header.num_tokens:,}"}
+    rows |= {name: str(value) for name, value in header.fingerprints.items()}
+    rows |= {f"scoring.{name}": str(value) for name, value in header.scoring.items()}
+    width = max(map(len, rows))
+    return "\n".join([str(index.path), *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def render_example(
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    selected: np.ndarray,
+    color: bool = True,
+) -> str:
+    """The text of an example with its selected tokens marked; tokens without a loss are dimmed.
+
+    Without colour, selected tokens stand in ``[[ ]]``. Control characters of the data never reach the terminal.
+    """
+    chosen = set(selected.tolist())
+    pieces = []
+    for position, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
+        text = _printable(tokenizer.decode([token]))
+        if position in chosen:
+            text = f"{_MARK}{text}{_END}" if color else f"[[{text}]]"
+        elif label == -100 and color:
+            text = f"{_DIM}{text}{_END}"
+        pieces.append(text)
+    return "".join(pieces)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

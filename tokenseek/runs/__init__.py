@@ -1,0 +1,1 @@
+"""Whole runs: what the launch scripts and the command line call."""

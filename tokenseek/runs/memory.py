@@ -1,0 +1,23 @@
+"""Peak memory of this process, on whatever it trains."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+
+def reset_peak_memory() -> None:
+    """Begin a new peak; on a CPU the resident memory of now is where it begins."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """Bytes allocated on the GPU at the peak since the last reset; resident bytes of the process on a CPU (Linux)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])

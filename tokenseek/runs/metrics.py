@@ -1,0 +1,66 @@
+"""What a run reports: one line of JSON per log, and the held-out loss."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import Trainer, TrainerCallback
+
+from tokenseek.runs.memory import peak_memory_bytes, reset_peak_memory
+
+IGNORED = -100
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log of the Trainer to a JSONL file, with the step, the seconds of training and the peak memory.
+
+    A resumed run goes on in the same file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.started = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+        reset_peak_memory()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            seconds = round(time.perf_counter() - self.started, 3)
+            line = {"step": state.global_step, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **logs}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
+    """Mean cross-entropy over all supervised tokens of a data set, in nats per token.
+
+    Unlike a mean over batches it does not depend on the batch size, the number of processes or the padding.
+    """
+    accelerator = trainer.accelerator
+    per_round = trainer.args.eval_batch_size * accelerator.num_processes
+    # Samplers repeat examples to give every process as many; blank ones that carry no loss stand there instead.
+    blank = dataset.select([0] * (-len(dataset) % per_round)).map(
+        lambda example: {"labels": [IGNORED] * len(example["labels"])}, load_from_cache_file=False
+    )
+    blank = blank.cast(dataset.features)
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
+    model = trainer.model_wrapped
+    model.eval()
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader(concatenate_datasets([dataset, blank])):
+            count = batch["labels"][:, 1:].ne(IGNORED).sum().item()
+            if count:
+                with trainer.compute_loss_context_manager():
+                    loss = model(**batch, num_items_in_batch=1, use_cache=False).loss.item()
+            else:
+                model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)  # shards of weights are due
+                loss = 0.0
+            total += torch.tensor([loss, count], dtype=torch.float64)
+    loss, count = accelerator.reduce(total.to(accelerator.device, torch.float32), reduction="sum").tolist()
+    return loss / count

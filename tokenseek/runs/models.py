@@ -1,0 +1,166 @@
+"""Models, tokenizers and adapters, by their configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tokenseek.config import ModelConfig, PeftSettings
+from tokenseek.errors import UserError
+from tokenseek.modeling import find_decoder
+
+# Fields of a config.json that say nothing about what the model computes.
+_VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash")
+_SAMPLE_BYTES = 4096
+
+
+def model_folder(model: ModelConfig) -> Path:
+    """The local folder with the model's files, downloaded from the hub if it is not a folder already."""
+    local = Path(model.name_or_path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UserError(
+                f"model.name_or_path: {local} holds no config.json; give a folder written by save_pretrained, or a name "
+                "on the hub."
+            )
+        return local
+    if local.is_absolute() or model.name_or_path.startswith((".", "~")) or model.name_or_path.count("/") > 1:
+        raise UserError(f"model.name_or_path: there is no folder {local}; give an existing folder or a name on the hub.")
+    try:
+        return Path(
+            snapshot_download(
+                model.name_or_path,
+                revision=model.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path!r} is no folder here and cannot be had from the hub ({error}). "
+            "Give an existing folder; for a gated model accept its terms and run `hf auth login`; without network "
+            "download it first and set HF_HUB_OFFLINE=1."
+        ) from error
+
+
+def fingerprint_model(folder: Path) -> str:
+    """Digest of a model's configuration and weights that does not depend on how the weights are split into files.
+
+    Reads the head of every tensor, not all of it: a few megabytes, before any weight is loaded.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            for name, entry in json.loads(file.read(length)).items():
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    file.seek(8 + length + start)
+                    sample = zlib.crc32(file.read(min(end - start, _SAMPLE_BYTES)))
+                    tensors[name] = [entry["dtype"], entry["shape"], sample]
+    if not tensors:
+        raise UserError(
+            f"{folder} holds no *.safetensors weights. Convert them once: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)."
+        )
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    content = json.dumps([kept, tensors], sort_keys=True).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(model), trust_remote_code=model.trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # what stands at padding is masked and carries no loss
+    return tokenizer
+
+
+def load_model(model: ModelConfig) -> PreTrainedModel:
+    """The causal LM in the configured dtype, on this process's accelerator when it is quantised, else on the CPU."""
+    options = {}
+    if model.quantization:
+        device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
+        options = dict(quantization_config=_quantization(model), device_map={"": device})
+    return AutoModelForCausalLM.from_pretrained(
+        model_folder(model),
+        dtype=getattr(torch, model.dtype),
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        **options,
+    )
+
+
+def _quantization(model: ModelConfig) -> BitsAndBytesConfig:
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.quantization,
+        bnb_4bit_use_double_quant=model.double_quantization,
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+    )
+
+
+def add_adapter(model: PreTrainedModel, settings: PeftSettings) -> PeftModel:
+    """Wrap the model in a new adapter; its base weights are frozen."""
+    method = PeftType(settings.method.upper())
+    if method not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise UserError(f"peft.method: {settings.method} is not an adapter that can be added to a model's layers.")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    known = {field.name for field in fields(config_class)}
+    options = dict(settings.extra, task_type="CAUSAL_LM", target_modules=_target_modules(model, settings.target_modules))
+    # PEFT's methods name the same three things differently.
+    names = {"r": ("r",), "alpha": ("lora_alpha", "alpha"), "dropout": ("lora_dropout", "dropout", "rank_dropout")}
+    for setting, candidates in names.items():
+        value = getattr(settings, setting)
+        if value is not None:
+            name = next((candidate for candidate in candidates if candidate in known), None)
+            if name is None:
+                raise UserError(f"peft.{setting}: {settings.method} has no such setting; leave it out.")
+            options[name] = value
+    if unknown := set(options) - known:
+        raise UserError(f"peft.extra: {settings.method} takes no {sorted(unknown)}; it takes {sorted(known)}.")
+    if settings.method == "ia3" and "feedforward_modules" not in options:
+        feed_forward = set(_linear_modules(model, attention=False))
+        options["feedforward_modules"] = [n for n in options["target_modules"] if n in feed_forward]
+    return get_peft_model(model, config_class(**options))
+
+
+def _target_modules(model: PreTrainedModel, target: str | list[str]) -> str | list[str]:
+    if target not in ("feed_forward", "attention"):
+        return target
+    names = _linear_modules(model, attention=target == "attention")
+    if not names:
+        raise UserError(
+            f"peft.target_modules: {target} finds no linear layer in {type(model).__name__} (experts are often one "
+            "parameter); name the modules in a list."
+        )
+    return names
+
+
+def _linear_modules(model: PreTrainedModel, attention: bool) -> list[str]:
+    """Names, within a decoder layer, of the linear modules inside (or outside) its attention."""
+    found = set()
+    for layer in find_decoder(model).layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+                if attention == ("attn" in name or "attention" in name):
+                    found.add(name)
+    return sorted(found)

@@ -1,0 +1,172 @@
+"""`tokenseek score`: from a configuration to the token-position index of its data."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from tokenseek.config import RunConfig
+from tokenseek.data import PreparedData, prepare_dataset
+from tokenseek.errors import UserError
+from tokenseek.index import IndexHeader, ShardStore, TokenIndex, merge_shards
+from tokenseek.index.schema import differences
+from tokenseek.runs.models import fingerprint_model, load_model, load_tokenizer, model_folder
+from tokenseek.seeking import (
+    ScoringPlan,
+    SeekingProgress,
+    TokenScorer,
+    assigned_shards,
+    plan_batches,
+    seek,
+    wait_for_shards,
+)
+
+
+def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[int, int] | None = None) -> Path:
+    """Score the data of a run and merge the scores into its index; every process of a launch calls this.
+
+    Shards that an earlier launch finished are kept. Nothing is done when the index exists already and fits.
+
+    Args:
+        prepared: the data, if it is prepared already.
+        part: (i, n) scores the i-th of n parts without merging, for jobs that know nothing of each other; run
+            :func:`merge` when all are done.
+
+    Returns:
+        The path of the index.
+
+    Raises:
+        UserError: before the model is loaded, where an index or shards of other data or settings are in the way.
+    """
+    state = PartialState()
+    if prepared is None:
+        tokenizer = load_tokenizer(config.model)
+        with state.main_process_first():
+            prepared = prepare_dataset(config.data, tokenizer)
+        state.print(f"Data to score: {prepared.report}")
+    path, options = config.index_path, _options(config)
+    if path.exists():
+        _require_same_scoring(path, run_fingerprints(config, prepared), options)
+        state.print(f"{path} holds the scores of this data already.")
+        return path
+
+    plan = plan_batches(
+        [len(ids) for ids in prepared.dataset.with_format("numpy")["input_ids"]],
+        tokens_per_batch=config.scoring.tokens_per_batch,
+        tokens_per_shard=config.scoring.tokens_per_shard,
+    )
+    header = IndexHeader(
+        fingerprints=run_fingerprints(config, prepared),
+        scoring=options,
+        num_examples=len(prepared.dataset),
+        num_tokens=plan.num_tokens,
+    )
+    store = ShardStore(shard_folder(path), header, len(plan.shards))
+    shards = assigned_shards(plan, *part) if part else range(len(plan.shards))
+    # One short collective before the work, none behind it: processes that are slow or dead hold nobody up.
+    run_id = broadcast_object_list([uuid.uuid4().hex])[0]
+    began, kept = time.perf_counter(), store.finished() & set(shards)
+    if kept:
+        state.print(f"{len(kept)} of {len(shards)} shards were finished before and are kept.")
+    with SeekingProgress(store, plan, shards, disable=not state.is_main_process) as progress:
+        if len(kept) < len(shards):
+            _seek(config, prepared, store, plan, run_id, shards, progress, state)
+        if not state.is_main_process:
+            return _wait_for_file(path) if part is None else path
+        wait_for_shards(store, shards, progress=progress)
+    tokens = sum(plan.shard_tokens(shard) for shard in set(shards) - kept)
+    seconds = time.perf_counter() - began
+    state.print(f"Scored {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s, model loading included).")
+    if part is None:
+        merge(path)
+        state.print(f"Index: {path} ({path.stat().st_size:,} bytes).")
+    return path
+
+
+def merge(path: Path) -> IndexHeader:
+    """Merge the shards of an index into `path` and remove them."""
+    header = merge_shards(shard_folder(path), path)
+    shutil.rmtree(shard_folder(path))
+    return header
+
+
+def shard_folder(path: Path) -> Path:
+    """Where the shards of an index are kept until they are merged: beside it."""
+    return path.with_name(path.name + ".shards")
+
+
+def run_fingerprints(config: RunConfig, prepared: PreparedData) -> dict[str, str | int]:
+    """What an index has to agree with to serve a run."""
+    return {"model": fingerprint_model(model_folder(config.model)), **prepared.fingerprints}
+
+
+def _options(config: RunConfig) -> dict:
+    """The settings that decide the scores; batches are among them, by the last bits of a float."""
+    return config.scoring.model_dump(exclude={"index", "tokens_per_shard"}) | {
+        "dtype": config.model.dtype,
+        "quantization": config.model.quantization,
+        "attn_implementation": config.model.attn_implementation,
+    }
+
+
+def _require_same_scoring(path: Path, fingerprints: dict, options: dict) -> None:
+    index = TokenIndex.open(path, verify=False)
+    index.require(fingerprints)
+    if differing := differences(index.header.scoring, options, "the index", "this run"):
+        raise UserError(
+            f"{path} was scored with other settings:\n  " + "\n  ".join(differing) + "\n"
+            "Give another scoring.index (or output_dir), delete the index, or go back to its settings."
+        )
+
+
+def _seek(
+    config: RunConfig,
+    prepared: PreparedData,
+    store: ShardStore,
+    plan: ScoringPlan,
+    run_id: str,
+    shards: range,
+    progress: SeekingProgress,
+    state: PartialState,
+) -> None:
+    with _cpu_threads(config.scoring.cpu_threads if state.device.type == "cpu" else None):
+        model = load_model(config.model)
+        if not config.model.quantization:
+            model.to(state.device)
+        scorer = TokenScorer(
+            model,
+            gradient_layer=config.scoring.gradient_layer,
+            reduction=config.scoring.reduction,
+            loss_scope=config.scoring.loss_scope,
+        )
+        seek(scorer, prepared.dataset, store, plan, run_id=run_id, shards=shards, progress=progress)
+    del model, scorer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _cpu_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _wait_for_file(path: Path) -> Path:
+    """Until the main process has merged; it may still wait for shards of others. If it dies, the launcher ends us."""
+    while not path.exists():
+        time.sleep(0.5)
+    return path

@@ -1,0 +1,199 @@
+"""`tokenseek train`: from a configuration to a fine-tuned model or adapter, scoring first where no index exists."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from tokenseek.config import RunConfig, TrainingConfig, save_resolved
+from tokenseek.data import PreparedData, prepare_dataset
+from tokenseek.ditching import enable_token_ditching
+from tokenseek.errors import UserError
+from tokenseek.index import TokenIndex
+from tokenseek.runs.export import write_model_card
+from tokenseek.runs.memory import peak_memory_bytes
+from tokenseek.runs.metrics import MetricsFile, held_out_loss
+from tokenseek.runs.models import add_adapter, load_model, load_tokenizer
+from tokenseek.runs.score import run_fingerprints, score
+from tokenseek.training import PaddingCollator, TokenSeekCollator, TokenSeekTrainer
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a run did; written to ``summary.json``.
+
+    Attributes:
+        tokens: that went through the model, padding not counted, in all processes.
+        seconds: of the training steps alone, without loading, scoring and evaluation.
+        peak_memory_bytes: of the busiest process while it trained: allocated on its GPU, or resident on a CPU.
+        loss_before, loss_after: held-out loss in nats per token; None without `eval_data` (before: or when resumed).
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    train_loss: float
+    loss_before: float | None
+    loss_after: float | None
+    trainable_parameters: int
+    final: str
+
+
+def train(config: RunConfig) -> TrainingSummary:
+    """Fine-tune as configured; every process of a run calls this.
+
+    Raises:
+        UserError: before the model is loaded, for a configuration, data or an index that does not fit.
+    """
+    config.require_trainable()
+    state = PartialState()
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = _checkpoint(config, output)
+    if state.is_main_process:
+        save_resolved(config, output / "config.yaml")
+
+    tokenizer = load_tokenizer(config.model)
+    with state.main_process_first():
+        prepared = prepare_dataset(config.data, tokenizer)
+        held_out = prepare_dataset(config.eval_data, tokenizer, "eval_data").dataset if config.eval_data else None
+    state.print(f"Training data: {prepared.report}")
+    rule = config.selection.to_rule()
+    index = _index(config, prepared, state) if config.training.ditching and rule.needs_scores else None
+
+    # Before the model: under ZeRO-3 these arguments decide that weights are partitioned as they are loaded.
+    arguments = training_arguments(config.training, output, config.seed)
+    set_seed(config.seed)
+    model = load_model(config.model)
+    if config.peft:
+        model = add_adapter(model, config.peft)
+    common = dict(
+        args=arguments,
+        train_dataset=prepared.dataset,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(output / "metrics.jsonl")],
+    )
+    if config.training.ditching:
+        enable_token_ditching(model, recompute=config.training.recompute)
+        collator = TokenSeekCollator(index, rule=rule, pad_token_id=tokenizer.pad_token_id)
+        trainer = TokenSeekTrainer(model, data_collator=collator, **common)
+    else:
+        trainer = Trainer(model, data_collator=PaddingCollator(tokenizer.pad_token_id), **common)
+    timer = _Timer(trainer, held_out)
+    trainer.add_callback(timer)
+
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    peak = int(state_max(trainer, peak_memory_bytes()))
+    after = held_out_loss(trainer, held_out) if held_out else None
+    final = output / "final"
+    trainer.save_model(str(final))
+    summary = TrainingSummary(
+        steps=result.global_step,
+        tokens=timer.tokens,
+        seconds=round(timer.seconds, 3),
+        tokens_per_second=round(timer.tokens / timer.seconds, 1) if timer.seconds else 0.0,
+        peak_memory_bytes=peak,
+        train_loss=result.training_loss,
+        loss_before=timer.loss_before,
+        loss_after=after,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        final=str(final),
+    )
+    if state.is_main_process:
+        (output / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        write_model_card(final, config, _card_rows(summary, prepared))
+    state.wait_for_everyone()
+    return summary
+
+
+def training_arguments(training: TrainingConfig, output: Path, seed: int) -> TrainingArguments:
+    """Transformers' arguments of a run; what is not set here keeps Transformers' default."""
+    own = training.model_dump(exclude={"ditching", "recompute", "mixed_precision", "resume", "extra"})
+    return TrainingArguments(
+        output_dir=str(output),
+        seed=seed,
+        bf16=training.mixed_precision == "bf16",
+        fp16=training.mixed_precision == "fp16",
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **own,
+        **training.extra,
+    )
+
+
+def _checkpoint(config: RunConfig, output: Path) -> str | None:
+    resume = config.training.resume
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return get_last_checkpoint(str(output))
+    if not Path(resume, "trainer_state.json").is_file():
+        raise UserError(
+            f"training.resume: {resume} is no checkpoint (no trainer_state.json in it); accepted are 'auto', 'never' or "
+            f"the path of a checkpoint such as {output}/checkpoint-500."
+        )
+    return resume
+
+
+def _index(config: RunConfig, prepared: PreparedData, state: PartialState) -> TokenIndex:
+    path = config.index_path
+    if not path.exists():
+        state.print(f"There is no index at {path}: scoring the data first.")
+        score(config, prepared)
+    # One process reads every byte, the others trust it.
+    index = TokenIndex.open(path, verify=state.is_main_process)
+    index.require(run_fingerprints(config, prepared))
+    return index
+
+
+def state_max(trainer: Trainer, value: int) -> float:
+    return trainer.accelerator.gather(torch.tensor([value], dtype=torch.int64, device=trainer.args.device)).max().item()
+
+
+class _Timer(TrainerCallback):
+    """Seconds and tokens of the training steps, and the held-out loss before the first."""
+
+    def __init__(self, trainer: Trainer, held_out: Dataset | None):
+        self.trainer, self.held_out = trainer, held_out
+        self.loss_before: float | None = None
+        self.seconds, self.tokens = 0.0, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.held_out and state.global_step == 0:
+            self.loss_before = held_out_loss(self.trainer, self.held_out)
+            self.trainer.log({"held_out_loss": self.loss_before})
+        self._tokens_before = state.num_input_tokens_seen
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self._began
+        self.tokens = state.num_input_tokens_seen - self._tokens_before
+
+
+def _card_rows(summary: TrainingSummary, prepared: PreparedData) -> dict[str, str]:
+    rows = {
+        "examples": f"{len(prepared.dataset):,}",
+        "optimizer steps": f"{summary.steps:,}",
+        "trainable parameters": f"{summary.trainable_parameters:,}",
+        "tokens per second": f"{summary.tokens_per_second:,.0f}",
+        "peak memory per process": f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
+    }
+    for name, loss in (("before", summary.loss_before), ("after", summary.loss_after)):
+        if loss is not None:
+            rows[f"held-out loss {name}"] = f"{loss:.4f} nats per token (perplexity {math.exp(loss):.2f})"
+    return rows

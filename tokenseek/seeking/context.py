@@ -1,0 +1,77 @@
+"""Context importance, Eq. 3: how much attention a token receives in the last layer. The attention map is never built.
+
+With A the attention map of one head, the output is A V. Its vector-Jacobian product with respect to V is A^T C for a
+cotangent C, so the backward pass of the attention kernel, which is fused and needs memory linear in T, sums the columns
+of A. Nothing else is known of the attention: windows, soft-caps, sinks and grouped heads are in A already.
+
+Shapes: B batch, T tokens, N query heads, K key/value heads, H channels of a value head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tokenseek.attention import attention_replaced
+from tokenseek.errors import UserError
+from tokenseek.modeling import Decoder
+
+
+@contextmanager
+def attention_received(decoder: Decoder, valid_BT: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Records Eq. 3, I1[j] = sum_i A[i, j] averaged over the heads of the last layer, from a forward pass in the block.
+
+    Gradients must be enabled while the last layer runs. Its output and its own gradients are unchanged.
+
+    Args:
+        valid_BT: True at tokens, False at padding; rows of A at padding do not count.
+
+    Yields:
+        A list that holds the scores [B, T], at least float32, once the last layer has run.
+
+    Raises:
+        UserError: on leaving the block, if the last layer computed its attention in code of its own.
+    """
+    attention_modules = set(decoder.layers[-1].modules())
+    received: list[torch.Tensor] = []
+
+    def replace(original):
+        def attention(module: nn.Module, query, key, value_BKTH, *args, **kwargs):
+            if module not in attention_modules:
+                return original(module, query, key, value_BKTH, *args, **kwargs)
+            if not value_BKTH.requires_grad:  # values that the last layer takes over from an earlier one
+                value_BKTH = value_BKTH.detach().requires_grad_()
+            output_BTNH, weights = original(module, query, key, value_BKTH, *args, **kwargs)
+            received.append(_column_sums(output_BTNH, value_BKTH, valid_BT))
+            return output_BTNH, weights
+
+        return attention
+
+    with attention_replaced(decoder.causal_lm, replace):
+        yield received
+    if not received:
+        raise UserError(
+            f"{decoder.name} (model type {decoder.causal_lm.config.model_type!r}) computes the attention of its last "
+            "layer in code of its own and not through Transformers' AttentionInterface, so the attention that its "
+            "tokens receive (Eq. 3) cannot be read. Use a model that does, as Llama, Qwen, Mistral, Gemma, Phi-3, "
+            "GPT-2, GPT-NeoX and OPT do; for GPT-2, reorder_and_upcast_attn must be off."
+        )
+
+
+def _column_sums(output_BTNH: torch.Tensor, value_BKTH: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
+    """A^T 1 over valid rows, averaged over heads: [B, T].
+
+    Row i puts its 1 into channel i mod H. One channel would do, but in 16 bits it would be rounded once, as a whole; H
+    partial sums, added in float32, lose less (a third of the error at T = 2048 and H = 64) and stay in float16's range.
+    """
+    _, tokens, heads, channels = output_BTNH.shape
+    channel_of_row = torch.arange(tokens, device=output_BTNH.device) % channels
+    one_hot_TH = nn.functional.one_hot(channel_of_row, channels)
+    one_hot_BT1H = (one_hot_TH * valid_BT[..., None])[:, :, None]
+    cotangent_BTNH = one_hot_BT1H.to(output_BTNH.dtype).expand_as(output_BTNH)
+    (grad_BKTH,) = torch.autograd.grad(output_BTNH, value_BKTH, cotangent_BTNH, retain_graph=True)
+    sums_BT = grad_BKTH.sum(dim=(1, 3), dtype=torch.promote_types(grad_BKTH.dtype, torch.float32)) / heads
+    return sums_BT.masked_fill(~valid_BT, 0)

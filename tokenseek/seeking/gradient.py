@@ -1,0 +1,92 @@
+"""Gradient importance, Eq. 4: how strongly the loss depends on a token's hidden state before the last layer.
+
+Shapes: B batch, T tokens, R supervised rows, C rows of one chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, pad
+
+from tokenseek.modeling import Decoder, head_logits
+
+IGNORED = -100
+# Logits of one chunk of rows in float32; bounds the head's memory whatever the vocabulary.
+CHUNK_BYTES = 64 * 2**20
+
+# Eq. 4 sums the entries (signed); the text around it sums magnitudes (abs).
+REDUCTIONS = {
+    "abs": lambda gradient_BTD: gradient_BTD.abs().sum(-1),
+    "signed": lambda gradient_BTD: gradient_BTD.sum(-1),
+    "l2": lambda gradient_BTD: torch.linalg.vector_norm(gradient_BTD, dim=-1),
+}
+
+
+@contextmanager
+def gradient_from(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A forward pass in the block records no graph before `layer`, whose input becomes a leaf.
+
+    Yields:
+        A list that holds that leaf [B, T, D] once `layer` was reached.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def start_graph(_, args, kwargs):
+        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        leaves.append(hidden_BTD.detach().requires_grad_())
+        torch.set_grad_enabled(True)
+        return ((leaves[0], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": leaves[0]})
+
+    # Undone by the end of `no_grad`, which restores the mode that it found.
+    with torch.no_grad():
+        handle = layer.register_forward_pre_hook(start_graph, with_kwargs=True)
+        try:
+            yield leaves
+        finally:
+            handle.remove()
+
+
+def loss_gradient(decoder: Decoder, body_output, leaf_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """G [B, T, D] of Eq. 4: the gradient of each example's mean cross-entropy over its supervised positions.
+
+    It has the leaf's precision, but at least float32. The mean is taken per example, so that scores do not depend on
+    which examples share a batch. An example without a supervised position has gradient zero.
+
+    Args:
+        body_output: what the decoder's body returned, with a graph back to `leaf_BTD`.
+        labels_BT: Hugging Face's convention: not shifted, -100 where a token carries no loss.
+    """
+    targets_BT = pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]  # position t predicts token t + 1
+    supervised_BT = targets_BT.ne(IGNORED)
+    if not supervised_BT.any():
+        return _at_least_float32(torch.zeros_like(leaf_BTD))
+
+    # The head is the widest part of the model, so it is taken a few rows at a time down to its input; the layers once.
+    hidden_BTD = body_output.last_hidden_state
+    rows_per_chunk = max(1, CHUNK_BYTES // (4 * decoder.causal_lm.config.get_text_config().vocab_size))
+    chunks = zip(
+        hidden_BTD.detach()[supervised_BT].split(rows_per_chunk),
+        targets_BT[supervised_BT].split(rows_per_chunk),
+        strict=True,
+    )
+    head_gradient_BTD = torch.zeros_like(hidden_BTD)
+    head_gradient_BTD[supervised_BT] = torch.cat([_head_gradient(decoder, body_output, *chunk) for chunk in chunks])
+    (gradient_BTD,) = torch.autograd.grad(hidden_BTD, leaf_BTD, head_gradient_BTD)
+
+    # Sums of losses until here: dividing last, in float32, keeps small numbers from vanishing in 16 bits.
+    return _at_least_float32(gradient_BTD) / supervised_BT.sum(1).clamp(min=1)[:, None, None]
+
+
+def _head_gradient(decoder: Decoder, body_output, hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+    hidden_CD.requires_grad_()
+    logits_CV = head_logits(decoder, body_output, hidden_CD[None])[0]
+    loss = cross_entropy(_at_least_float32(logits_CV), targets_C, reduction="sum")
+    return torch.autograd.grad(loss, hidden_CD)[0]
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

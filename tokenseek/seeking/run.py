@@ -1,0 +1,189 @@
+"""Scoring a data set on any number of processes that never wait for one another.
+
+Processes share nothing but the shard folder: each takes the next shard that nobody has taken, scores and writes it. A
+slow process takes fewer, one that dies loses a single shard, and none sits behind a collective with a timeout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from tokenseek.errors import UserError
+from tokenseek.index import ScoredExample, ShardStore, tokens_crc
+from tokenseek.seeking.batching import ScoringPlan
+from tokenseek.seeking.gradient import IGNORED
+from tokenseek.seeking.scorer import TokenScorer
+
+_POLL_SECONDS = 1.0
+
+
+def assigned_shards(plan: ScoringPlan, part: int = 0, num_parts: int = 1) -> range:
+    """The shards of one of several jobs that know nothing of each other (a Slurm array, say): every `num_parts`-th."""
+    if not 0 <= part < num_parts:
+        raise UserError(f"This is part {part} of {num_parts}; parts are numbered from 0 to {num_parts - 1}.")
+    return range(part, len(plan.shards), num_parts)
+
+
+class SeekingProgress:
+    """Progress bar in tokens per second and time left, over the work of all processes that share the folder.
+
+    Args:
+        shards: those that this job is to finish (:func:`assigned_shards`).
+        disable: True on all processes but the main one.
+    """
+
+    def __init__(self, store: ShardStore, plan: ScoringPlan, shards: Iterable[int], *, disable: bool = False):
+        self._store, self._tokens = store, {shard: plan.shard_tokens(shard) for shard in shards}
+        self._current, self._polled = 0, -_POLL_SECONDS
+        self._finished = 0 if disable else self._count()
+        self._bar = tqdm(
+            total=sum(self._tokens.values()), initial=self._finished, desc="seeking tokens", unit="tok",
+            unit_scale=True, smoothing=0.05, disable=disable,
+        )  # fmt: skip
+
+    def advance(self, tokens: int) -> None:
+        """This process has scored `tokens` more of its current shard."""
+        self._current += tokens
+        self._show()
+
+    def shard_done(self) -> None:
+        self._current = 0
+        self._show(poll=True)
+
+    def poll(self) -> None:
+        self._show(poll=True)
+
+    def _show(self, poll: bool = False) -> None:
+        if self._bar.disable:
+            return
+        if poll or time.monotonic() - self._polled > _POLL_SECONDS:
+            self._finished, self._polled = self._count(), time.monotonic()
+        self._bar.update(self._finished + self._current - self._bar.n)
+
+    def _count(self) -> int:
+        return sum(self._tokens.get(shard, 0) for shard in self._store.finished())
+
+    def __enter__(self) -> SeekingProgress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+
+def seek(
+    scorer: TokenScorer,
+    dataset: Dataset,
+    store: ShardStore,
+    plan: ScoringPlan,
+    *,
+    run_id: str,
+    shards: Iterable[int] | None = None,
+    progress: SeekingProgress | None = None,
+) -> int:
+    """Score the shards that are not finished and that no other process of this run has taken, until none is left.
+
+    Args:
+        dataset: columns `example_id`, `input_ids` and `labels`, the rows that `plan` was made for.
+        store: made for `len(plan.shards)` shards.
+        run_id: the same in all processes of this launch and in no other (:meth:`ShardStore.claim`).
+        shards: all by default; :func:`assigned_shards` for one job of several.
+
+    Returns:
+        How many shards this process scored.
+
+    Raises:
+        UserError: a score is not finite; the message names the example.
+    """
+    if len(dataset) != len(plan.lengths) or store.num_shards != len(plan.shards):
+        raise UserError(
+            f"The plan has {len(plan.lengths)} examples in {len(plan.shards)} shards, the data set {len(dataset)} "
+            f"examples and the folder {store.num_shards} shards; make all three from the same data."
+        )
+    scored = 0
+    for shard in range(len(plan.shards)) if shards is None else shards:
+        if not store.claim(shard, run_id):
+            continue
+        examples = []
+        for rows in plan.shards[shard]:
+            examples += _score_rows(scorer, dataset, rows)
+            if progress:
+                progress.advance(int(plan.lengths[rows].sum()))
+        store.write(shard, examples)
+        scored += 1
+        if progress:
+            progress.shard_done()
+    return scored
+
+
+def wait_for_shards(
+    store: ShardStore,
+    shards: Iterable[int] | None = None,
+    *,
+    progress: SeekingProgress | None = None,
+    stall_seconds: float = 3600.0,
+    poll_seconds: float = _POLL_SECONDS,
+) -> None:
+    """Return once all shards are on the disk; other processes may still be at work on theirs. No collective is used.
+
+    Raises:
+        UserError: no shard was finished for `stall_seconds`, so that the processes at work have probably died.
+    """
+    missing = set(range(store.num_shards) if shards is None else shards)
+    changed = time.monotonic()
+    while True:
+        left = missing - store.finished()
+        if progress:
+            progress.poll()
+        if not left:
+            return
+        if left != missing:
+            missing, changed = left, time.monotonic()
+        elif time.monotonic() - changed > stall_seconds:
+            some = ", ".join(map(str, sorted(missing)[:10])) + (", ..." if len(missing) > 10 else "")
+            raise UserError(
+                f"No shard in {store.directory} was finished for {stall_seconds / 60:.0f} minutes; {len(missing)} are "
+                f"missing: {some}. Look for the error of the process that had them, and run scoring again: finished "
+                "shards are kept."
+            )
+        time.sleep(poll_seconds)
+
+
+def _score_rows(scorer: TokenScorer, dataset: Dataset, rows: np.ndarray) -> Iterator[ScoredExample]:
+    batch = dataset[rows.tolist()]
+    input_ids = [torch.as_tensor(ids, dtype=torch.int64) for ids in batch["input_ids"]]
+    labels = [torch.as_tensor(labels, dtype=torch.int64) for labels in batch["labels"]]
+    scores = scorer.score(
+        pad_sequence(input_ids, batch_first=True).to(scorer.device),
+        pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True).to(scorer.device),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(scorer.device),
+    )
+    context, gradient = scores.context.cpu().numpy(), scores.gradient.cpu().numpy()
+    for i, (row, ids) in enumerate(zip(rows.tolist(), input_ids, strict=True)):
+        example = ScoredExample(
+            example_id=batch["example_id"][i],
+            row=row,
+            tokens_crc=tokens_crc(ids),
+            context=context[i, : len(ids)].copy(),  # a copy, for a view would keep the padded batch alive
+            gradient=gradient[i, : len(ids)].copy(),
+        )
+        if fault := example.fault():
+            raise UserError(
+                f"Example {example.example_id!r} (row {row}) cannot be scored: {fault}. " + _cause(scorer.dtype)
+            )
+        yield example
+
+
+def _cause(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:
+        return "Most likely float16 overflowed: load the model in bfloat16 or float32."
+    return (
+        f"The model computes in {str(dtype).removeprefix('torch.')}, whose range suffices, so its weights are most "
+        "likely damaged: check them for values that are not finite, or load them again."
+    )

@@ -1,0 +1,125 @@
+"""Both importance scores of a batch, from one forward pass and the backward pass of its last layers.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from tokenseek.errors import UserError
+from tokenseek.modeling import find_decoder, keep_4bit_differentiable
+from tokenseek.seeking.context import attention_received
+from tokenseek.seeking.gradient import IGNORED, REDUCTIONS, gradient_from, loss_gradient
+
+LOSS_SCOPES = ("response", "sequence")
+
+
+class Scores(NamedTuple):
+    """Importance of every token, 0 at padding.
+
+    Attributes:
+        context: I1 of Eq. 3, float32 [B, T]; adds up to the number of tokens, less what attention sinks take.
+        gradient: I2 of Eq. 4, float32 [B, T].
+    """
+
+    context: torch.Tensor
+    gradient: torch.Tensor
+
+
+class TokenScorer:
+    """Scores tokens with a Transformers causal language model, in any precision, plain or wrapped by PEFT.
+
+    The model is used as it is and left as it was: only during scoring is dropout off and needs no parameter a gradient.
+    Its 4-bit weights, if any, are kept from being repacked (`tokenseek.modeling.keep_4bit_differentiable`).
+
+    Args:
+        model: see `tokenseek.modeling.find_decoder` for what is accepted.
+        gradient_layer: k takes the gradient at the input of layer N-k+1 of N; 1 is the last layer (Eq. 4, Table S14).
+        reduction: of the gradient's D entries: "abs" sums magnitudes, "signed" the entries, "l2" is their norm.
+        loss_scope: "response" trusts the labels; "sequence" takes every token as its own label.
+
+    Example:
+        >>> scorer = TokenScorer(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"))
+        >>> context, gradient = scorer.score(input_ids, attention_mask, labels)
+    """
+
+    def __init__(
+        self, model: nn.Module, *, gradient_layer: int = 1, reduction: str = "abs", loss_scope: str = "response"
+    ):
+        self.model, self.decoder = model, find_decoder(model)
+        if not 1 <= gradient_layer <= len(self.decoder.layers):
+            raise UserError(
+                f"gradient_layer is {gradient_layer}; it counts layers from the end, from 1 (the last) to "
+                f"{len(self.decoder.layers)} (the first of {self.decoder.name})."
+            )
+        if reduction not in REDUCTIONS:
+            raise UserError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}.")
+        if loss_scope not in LOSS_SCOPES:
+            raise UserError(f"loss_scope is {loss_scope!r}; it must be one of {', '.join(LOSS_SCOPES)}.")
+        self.gradient_layer, self.reduction, self.loss_scope = gradient_layer, reduction, loss_scope
+        keep_4bit_differentiable(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where `score` takes its tensors: the device of the embeddings."""
+        return self.decoder.causal_lm.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.causal_lm.dtype
+
+    def score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Scores:
+        """Scores of a right-padded batch.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 1 at tokens, 0 at the padding on their right.
+            labels: int64 [B, T], -100 or the token itself, not shifted. An example without any has gradient scores 0.
+
+        Raises:
+            UserError: padding that is not on the right; a model that computes attention in code of its own, or whose
+                layers pass on several hidden states per token.
+        """
+        valid = attention_mask.bool()
+        if (valid[:, 1:] > valid[:, :-1]).any():
+            raise UserError("attention_mask has padding before or between tokens; pad on the right to score.")
+        labels = (input_ids if self.loss_scope == "sequence" else labels).masked_fill(~valid, IGNORED)
+        layer = self.decoder.layers[-self.gradient_layer]
+        with (
+            _frozen(self.model),
+            gradient_from(layer) as leaves,
+            attention_received(self.decoder, valid) as received,
+        ):
+            # Causal attention never looks at padding on the right: without a mask, kernels for plain causality serve.
+            output = self.decoder.body(input_ids=input_ids, use_cache=False, return_dict=True)
+            if leaves[0].shape[:-1] != input_ids.shape:
+                raise UserError(
+                    f"The layers of {self.decoder.name} pass on hidden states of shape {tuple(leaves[0].shape)} for "
+                    f"{tuple(input_ids.shape)} tokens: several per token, of which Eq. 4 knows nothing. Use a model "
+                    "whose layers pass on one, [B, T, D]."
+                )
+            gradient = REDUCTIONS[self.reduction](loss_gradient(self.decoder, output, leaves[0], labels))
+        return Scores(received[0].float(), gradient.masked_fill(~valid, 0).float())
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter that needs a gradient; both restored, module by module."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)

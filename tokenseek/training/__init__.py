@@ -1,0 +1,6 @@
+"""Train on selected tokens: the collator, and the Trainer around it."""
+
+from tokenseek.training.collator import PaddingCollator, TokenSeekCollator
+from tokenseek.training.trainer import TokenSeekTrainer
+
+__all__ = ["PaddingCollator", "TokenSeekCollator", "TokenSeekTrainer"]

@@ -1,0 +1,156 @@
+"""From examples and their scores to batches that say which tokens are trained on.
+
+Shapes: B batch, T tokens of the longest example, S selected tokens of the example that has most.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenseek.errors import UserError
+from tokenseek.index import TokenIndex, tokens_crc
+from tokenseek.selection import SelectionRule, select_positions, supervised_positions
+
+IGNORED = -100
+
+
+class PaddingCollator:
+    """Pads examples on the right into ``input_ids``, ``attention_mask`` and ``labels`` [B, T].
+
+    Args:
+        pad_token_id: written at padding; never seen by the model's other tokens, so any id does.
+        pad_to_multiple_of: round T up, for kernels that like round shapes.
+    """
+
+    def __init__(self, pad_token_id: int = 0, pad_to_multiple_of: int = 1):
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        return self.pad([f["input_ids"] for f in features], [f["labels"] for f in features])
+
+    def pad(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        longest = max(map(len, input_ids))
+        tokens = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        return {
+            "input_ids": pad_rows(input_ids, self.pad_token_id, tokens),
+            "attention_mask": pad_rows([np.ones(len(ids)) for ids in input_ids], 0, tokens),
+            "labels": pad_rows(labels, IGNORED, tokens),
+        }
+
+
+class TokenSeekCollator(PaddingCollator):
+    """Pads examples as :class:`PaddingCollator` does and adds ``selected_positions`` [B, S], chosen from an index.
+
+    Labels that no selected position predicts become -100, so that whoever counts labels to normalise a loss
+    (Transformers' Trainer over gradient accumulation and processes, for one) counts what the loss is summed over.
+
+    Examples come as mappings with ``example_id``, ``input_ids`` and ``labels``, as :func:`tokenseek.prepare_dataset`
+    makes them; in a plain ``transformers.Trainer`` or ``SFTTrainer`` keep the first with ``remove_unused_columns=False``.
+
+    Args:
+        index: the scores, an open :class:`TokenIndex` or its path; None for rules without scores ("random", "all").
+        ratio: share of each example's tokens that are trained on, in (0, 1].
+        rule: name of a rule, or a whole :class:`SelectionRule` (`ratio` and `options` then replace its fields).
+        shift_labels: also give ``shift_labels`` [B, S], the token that each selected position predicts; TRL's
+            ``SFTTrainer``, which applies the head itself, needs it.
+        options: other fields of :class:`SelectionRule`: alpha, beta, explore, bands, seed, scope, ...
+
+    Random rules draw anew in every epoch: call :meth:`set_epoch` at its start (:class:`TokenSeekTrainer` does).
+
+    Example:
+        >>> collator = TokenSeekCollator("run/index.arrow", ratio=0.1, pad_token_id=tokenizer.pad_token_id)
+    """
+
+    def __init__(
+        self,
+        index: TokenIndex | str | None,
+        ratio: float | None = None,
+        rule: str | SelectionRule = "top",
+        *,
+        pad_token_id: int = 0,
+        pad_to_multiple_of: int = 1,
+        shift_labels: bool = False,
+        **options,
+    ):
+        super().__init__(pad_token_id, pad_to_multiple_of)
+        if ratio is not None:
+            options["ratio"] = ratio
+        self.rule = replace(rule, **options) if isinstance(rule, SelectionRule) else SelectionRule(rule, **options)
+        if index is None and self.rule.needs_scores:
+            raise UserError(
+                f"rule {self.rule.rule!r} selects by score and needs an index; give one (see `tokenseek score`), or "
+                "use rule='random' or 'all'."
+            )
+        self.index = index if index is None or isinstance(index, TokenIndex) else TokenIndex.open(index)
+        self.shift_labels = shift_labels
+        # Shared memory: workers that were started before a new epoch see it too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Number of the pass over the data that begins now; random rules draw by it."""
+        self._epoch.fill_(epoch)
+
+    def without_selection(self) -> PaddingCollator:
+        """The same padding over all tokens, for evaluation."""
+        return PaddingCollator(self.pad_token_id, self.pad_to_multiple_of)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        selected = [self.select(feature) for feature in features]
+        targets = [_predicted_by(positions, f["labels"]) for positions, f in zip(selected, features, strict=True)]
+        labels = []
+        for feature, positions, target in zip(features, selected, targets, strict=True):
+            kept = np.full(len(feature["labels"]) + 1, IGNORED)
+            kept[positions + 1] = target
+            labels.append(kept[:-1])
+        batch = self.pad([f["input_ids"] for f in features], labels)
+        batch["selected_positions"] = pad_rows(selected, -1)
+        if self.shift_labels:
+            batch["shift_labels"] = pad_rows(targets, IGNORED)
+        return batch
+
+    def select(self, feature: Mapping[str, Any]) -> np.ndarray:
+        """Selected positions of one example, int64 [S], ascending."""
+        if "example_id" not in feature:
+            raise UserError(
+                f"an example has no example_id (only {sorted(feature)}). Prepare the data with "
+                "tokenseek.prepare_dataset and train with remove_unused_columns=False."
+            )
+        input_ids, example_id = feature["input_ids"], feature["example_id"]
+        if self.index is None:
+            row, scores = zlib.crc32(example_id.encode()), (None, None)
+        else:
+            row = self.index.row_of(example_id)
+            if self.index.tokens_crc(row) != tokens_crc(input_ids):
+                raise UserError(
+                    f"example {example_id!r} has other tokens ({len(input_ids)}) than those scored in {self.index.path} "
+                    f"({self.index.num_tokens(row)}): its tokenizer, template or maximum length differ. Score it again."
+                )
+            scores = self.index.scores(row)
+        return select_positions(
+            self.rule,
+            *scores,
+            row=row,
+            visit=int(self._epoch),
+            supervised=supervised_positions(feature["labels"]),
+            num_tokens=len(input_ids),
+        )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], fill: int, length: int | None = None) -> torch.Tensor:
+    """int64 [B, `length`], each row filled up on the right."""
+    padded = np.full((len(rows), length or max(map(len, rows))), fill, dtype=np.int64)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(padded)
+
+
+def _predicted_by(positions: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+    """[S]: the label of the token after each position; -100 after the last."""
+    return np.append(np.asarray(labels)[1:], IGNORED)[positions]
