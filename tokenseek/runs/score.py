@@ -20,6 +20,7 @@ from tokenseek.errors import UserError
 from tokenseek.index import IndexHeader, ShardStore, TokenIndex, merge_shards
 from tokenseek.index.schema import differences
 from tokenseek.runs.models import fingerprint_model, load_model, load_tokenizer, model_folder
+from tokenseek.runs.processes import join_processes
 from tokenseek.seeking import (
     ScoringPlan,
     SeekingProgress,
@@ -47,7 +48,7 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
     Raises:
         UserError: before the model is loaded, where an index or shards of other data or settings are in the way.
     """
-    state = PartialState()
+    state = join_processes()
     if prepared is None:
         tokenizer = load_tokenizer(config.model)
         with state.main_process_first():
@@ -111,7 +112,7 @@ def run_fingerprints(config: RunConfig, prepared: PreparedData) -> dict[str, str
 
 def _options(config: RunConfig) -> dict:
     """The settings that decide the scores; batches are among them, by the last bits of a float."""
-    return config.scoring.model_dump(exclude={"index", "tokens_per_shard"}) | {
+    return config.scoring.model_dump(exclude={"index"}) | {
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
         "attn_implementation": config.model.attn_implementation,

@@ -23,6 +23,7 @@ from tokenseek.runs.export import write_model_card
 from tokenseek.runs.memory import peak_memory_bytes
 from tokenseek.runs.metrics import MetricsFile, held_out_loss
 from tokenseek.runs.models import add_adapter, load_model, load_tokenizer
+from tokenseek.runs.processes import join_processes
 from tokenseek.runs.score import run_fingerprints, score
 from tokenseek.training import PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 
@@ -57,7 +58,7 @@ def train(config: RunConfig) -> TrainingSummary:
         UserError: before the model is loaded, for a configuration, data or an index that does not fit.
     """
     config.require_trainable()
-    state = PartialState()
+    state = join_processes()
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(config, output)
