@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenseek.data.toy import make_word_problems
 
-TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 240, 40
+TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 200, 32
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -11,8 +11,8 @@ Shapes: B batch, T tokens, S selected, U unselected, D hidden, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import MethodType
 
@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tokenseek.attention import require_masked_backend
+from tokenseek.attention import attention_replaced, require_masked_backend
+from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
 from tokenseek.ditching.loss import IGNORED, next_token_labels, selected_loss
 from tokenseek.ditching.rows import Partition, Rows, partition
@@ -104,6 +105,17 @@ class Ditching:
         # Old decoders give their output the shape of their input ids by a view, which only all T rows fit.
         source = inspect.getsource(inspect.unwrap(type(decoder.body).forward))
         self.returns_all_rows = "view(output_shape)" in source
+        # Whether the model looks its attention function up, so that ours runs; known after its first layer has run.
+        self.attention_is_ours = False
+
+    def note_attention(self) -> None:
+        self.attention_is_ours = True
+
+    def attention(self, replace: Callable[[Callable], Callable]) -> AbstractContextManager[None]:
+        causal_lm = self.decoder.causal_lm
+        if causal_lm.config.get_text_config()._attn_implementation != "sdpa":
+            return nullcontext()
+        return attention_replaced(causal_lm, replace)
 
 
 class Step:
@@ -228,14 +240,16 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
     with_gradient, autocast_cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
     checkpointing = ditching.recompute or (getattr(layer, "gradient_checkpointing", False) and layer.training)
 
-    def run(hidden, rows, cache):
-        shrunk = {name: rows.shrink(name, value) for name, value in arguments.items()}
-        with _without_own_checkpointing(layer):
+    def run(hidden, rows, cache, attention):
+        # Only an attention function of ours knows the rows; a model that has its own needs the mask in full.
+        keep_causality = rows is parts.unselected and ditching.attention_is_ours
+        shrunk = {name: rows.shrink(name, value, keep_causality) for name, value in arguments.items()}
+        with _without_own_checkpointing(layer), attention:
             return _original_forward(layer)(hidden, **shrunk, **{ditching.decoder.cache_argument: cache})
 
     def run_selected(hidden, keys, values):
         cache = SelectedCache(parts, keys, values)
-        output = run(hidden, parts.selected, cache)
+        output = run(hidden, parts.selected, cache, ditching.attention(selected_attention(parts.selected)))
         _require_updated(cache, layer, ditching)
         return output, cache.keys, cache.values
 
@@ -252,7 +266,8 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
     unselected_BUD = step.unselected_BUD.to(selected_BSD)
     with torch.no_grad(), _autocast_cache(False):
         try:
-            step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, seam))
+            attention = ditching.attention(unselected_attention(parts.unselected, ditching.note_attention))
+            step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, seam, attention))
             _require_updated(seam, layer, ditching)
         except KeysAndValuesSeen:
             step.unselected_BUD = None

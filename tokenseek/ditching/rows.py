@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, R rows of one pass (S selected or U unselected), N he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,7 +33,7 @@ class Rows:
         self.padded = padded
         self.valid_BR = positions_BR >= 0
         self.index_BR = torch.where(self.valid_BR, positions_BR, fallback_B1) if padded else positions_BR
-        self._shrunk: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._made: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @cached_property
     def _slots(self) -> torch.Tensor:
@@ -56,22 +57,40 @@ class Rows:
             0, self._slots.to(buffer.device), rows_BNRH.transpose(1, 2).flatten(0, 1)
         )
 
-    def shrink(self, name: str, value):
-        """A decoder layer's argument `name`, cut down to these rows (once a step, however many layers take it)."""
+    def spread(self, rows_BNRH: torch.Tensor) -> torch.Tensor:
+        """[B, N, T, H] with these rows at their positions and zeros elsewhere."""
+        buffer = _token_buffer(rows_BNRH, self.tokens, self.padded)
+        self.put(buffer, rows_BNRH)
+        return buffer[:, : self.tokens].transpose(1, 2)
+
+    def repeated(self, mask_B1RT: torch.Tensor, groups: int) -> torch.Tensor:
+        """[B, 1, G * R, T]: the rows of a mask over and over, once a step."""
+        return self._once(f"repeated.{groups}", mask_B1RT, lambda: mask_B1RT.repeat(1, 1, groups, 1))
+
+    def shrink(self, name: str, value, keep_causality: bool = False):
+        """A decoder layer's argument `name`, cut down to these rows (once a step, however many layers take it).
+
+        Args:
+            keep_causality: leave a missing mask missing, for an attention function that knows these rows; otherwise it
+                becomes the mask of causality.
+        """
         if isinstance(value, (tuple, list)):
             return type(value)(self.shrink(f"{name}.{i}", v) for i, v in enumerate(value))
         if name in MASK_ARGUMENTS and value is None:
-            return self._causal_mask
+            return None if keep_causality else self._causal_mask
         if not isinstance(value, torch.Tensor) or name in KEY_ARGUMENTS:
             return value
-        known = self._shrunk.setdefault(name, [])
-        for source, shrunk in known:
-            if source is value:
-                return shrunk
+        return self._once(name, value, lambda: self._shrink(name, value))
+
+    def _once(self, name: str, source: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        known = self._made.setdefault(name, [])
+        for known_source, made in known:
+            if known_source is source:
+                return made
         # Holding the source keeps its identity from being taken over by another tensor; models alternate between
         # two masks or rotary tables at most, and engines that cast arguments make new ones in every layer.
         del known[:-3]
-        known.append((value, self._shrink(name, value)))
+        known.append((source, make()))
         return known[-1][1]
 
     def _shrink(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -101,6 +120,12 @@ class Rows:
         return (keys <= self.index_BR[:, :, None])[:, None]
 
 
+def _token_buffer(like_BNRH: torch.Tensor, tokens: int, padded: bool) -> torch.Tensor:
+    """Zeros [B, T (+ 1), N, H]: token-major, so that a row is one copy; repeated rows go to a spare last one."""
+    batch, heads, _, head_dim = like_BNRH.shape
+    return like_BNRH.new_zeros(batch, tokens + padded, heads, head_dim)
+
+
 @dataclass(frozen=True)
 class Partition:
     """The tokens of a batch in two groups: `selected` rows carry gradient, `unselected` rows (None at r = 1) do not.
@@ -119,9 +144,7 @@ class Partition:
 
     def assemble(self, unselected_BNUH: torch.Tensor | None, selected_BNSH: torch.Tensor) -> torch.Tensor:
         """Keys or values of all tokens, [B, N, T, H], in the order of the text; gradient reaches the selected rows."""
-        batch, heads, _, head_dim = selected_BNSH.shape
-        # Token-major, so that a row is one copy; repeated rows go to a spare last one.
-        buffer = selected_BNSH.new_zeros(batch, self.tokens + self.padded, heads, head_dim)
+        buffer = _token_buffer(selected_BNSH, self.tokens, self.padded)
         if unselected_BNUH is not None:
             self.unselected.put(buffer, unselected_BNUH)
         self.selected.put(buffer, selected_BNSH)

@@ -1,0 +1,46 @@
+"""Tokenised examples and an index over them, without a model or a scoring run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+from tiny_models import VOCAB
+
+from tokenseek.index import IndexHeader, ScoredExample, ShardStore, merge_shards, tokens_crc
+
+# Prompts of any share of an example, so that equal numbers of selected tokens carry unequal numbers of losses.
+LENGTHS = (9, 21, 14, 6, 17, 11, 24, 8)
+PROMPTS = (7, 19, 1, 2, 16, 9, 3, 2)
+
+
+def tiny_dataset(lengths=LENGTHS, prompts=PROMPTS, seed: int = 0) -> datasets.Dataset:
+    """What `tokenseek.prepare_dataset` gives: `example_id`, `input_ids` and `labels`, -100 on the prompt."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
+        ids = generator.integers(3, VOCAB, length)
+        labels = np.where(np.arange(length) < prompt, -100, ids)
+        rows.append({"example_id": f"{row:08d}-x", "input_ids": ids.tolist(), "labels": labels.tolist()})
+    return datasets.Dataset.from_list(rows)
+
+
+def write_index(path: Path, dataset: datasets.Dataset, seed: int = 0) -> Path:
+    """An index with random scores of every example."""
+    generator = np.random.default_rng(seed)
+    scored = [
+        ScoredExample(
+            example_id=example["example_id"],
+            row=row,
+            tokens_crc=tokens_crc(example["input_ids"]),
+            context=generator.random(len(example["input_ids"])),
+            gradient=generator.random(len(example["input_ids"])),
+        )
+        for row, example in enumerate(dataset)
+    ]
+    header = IndexHeader({"model": "tiny"}, num_examples=len(scored), num_tokens=sum(e.num_tokens for e in scored))
+    store = ShardStore(path.with_suffix(".shards"), header, num_shards=1)
+    store.write(0, scored)
+    merge_shards(store.directory, path)
+    return path
