@@ -1,4 +1,4 @@
-"""Fine-tune on selected tokens: ``accelerate launch [--config_file accelerate_configs/X.yaml] launch/train.py --preset P``."""
+"""Fine-tune: ``accelerate launch [--config_file accelerate_configs/X.yaml] launch/train.py --preset P``."""
 
 import sys
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,11 +16,15 @@ from tokenseek.errors import UserError
 from tokenseek.resources import find_resource, list_resources, resolve_accelerate_config
 
 USAGE_ERROR = 2
+# How long a process leaves it to the main one to tell an error; the launcher ends it as soon as the main one has.
+_SECONDS_TO_MAIN_PROCESS = 20.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="tokenseek", description="Fine-tune language models on the tokens that matter.")
+    parser = argparse.ArgumentParser(
+        prog="tokenseek", description="Fine-tune language models on the tokens that matter."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     for name, text in (
@@ -83,7 +89,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_part_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--part", type=_part, metavar="I/N", help="score part I (from 0) of N alone, for array jobs; then `tokenseek merge`"
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="score part I (from 0) of N alone, for array jobs; then `tokenseek merge`",
     )
 
 
@@ -92,9 +101,11 @@ def guarded(run: Callable[[], object]) -> int:
     try:
         result = run()
     except UserError as error:
-        # Every process meets the same error; one tells it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"tokenseek: error: {error}", file=sys.stderr)
+        # Nearly all errors are met by every process, and one message is enough. If this process ended first, the launcher
+        # might end the main process before it has told; if the main process does not meet this error, we tell it.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_SECONDS_TO_MAIN_PROCESS)
+        print(f"tokenseek: error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
     return result if isinstance(result, int) else 0
 
@@ -111,8 +122,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def _launch(args: argparse.Namespace) -> int:
     load_config(args.preset, args.set)  # tell of mistakes before any process is started
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(resolve_accelerate_config(args.accelerate_config))]
+    command = ["--config_file", str(resolve_accelerate_config(args.accelerate_config))]
     if args.num_processes:
         command += ["--num_processes", str(args.num_processes)]
     command.append(str(find_resource("launch script", args.command)))
@@ -122,7 +132,33 @@ def _launch(args: argparse.Namespace) -> int:
         command += ["--set", override]
     if getattr(args, "part", None):
         command += ["--part", "{}/{}".format(*args.part)]
-    return subprocess.call(command)
+    return _accelerate_launch(command)
+
+
+def _accelerate_launch(command: list[str]) -> int:
+    """`accelerate launch` in this process, which keeps the exit status of the launched ones; the command loses it."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except subprocess.CalledProcessError as error:  # of a single process
+        statuses = [error.returncode]
+    except ChildFailedError as error:
+        statuses = [failure.exitcode for failure in error.failures.values()]
+    else:
+        return 0
+    if USAGE_ERROR in statuses:
+        return USAGE_ERROR  # the others were ended for it
+    if killed := [-status for status in statuses if status < 0]:
+        print(f"tokenseek: error: a process was ended by signal {killed[0]} ({_signal(killed[0])}).", file=sys.stderr)
+        return 128 + killed[0]
+    return statuses[0]
+
+
+def _signal(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"{name}; out of memory?" if number == signal.SIGKILL else name
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Where the pieces of a Hugging Face decoder are, found without naming any architecture.
 
-Shapes: B batch, T tokens, D hidden, V vocabulary, R rows handed to the head.
+Shapes: B batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -134,20 +133,6 @@ def forward_replaced(module: nn.Module, forward) -> Iterator[None]:
             module.forward = before
         else:
             del module.forward
-
-
-def head_logits(decoder: Decoder, body_output, hidden_1RD: torch.Tensor) -> torch.Tensor:
-    """Logits [1, R, V] of R rows of final hidden states, by the model's own head code.
-
-    The causal LM's forward runs with its body standing still, so that soft-capping, logit scaling and whatever else the
-    model does after its head is done here too, without a line of model-specific code.
-
-    Args:
-        body_output: what the body returned; its hidden states are replaced by `hidden_1RD`.
-    """
-    output = type(body_output)(**{**body_output, "last_hidden_state": hidden_1RD})
-    with forward_replaced(decoder.body, lambda *args, **kwargs: output):
-        return decoder.causal_lm.__class__.forward(decoder.causal_lm, inputs_embeds=hidden_1RD, use_cache=False).logits
 
 
 def keep_4bit_differentiable(model: nn.Module) -> None:

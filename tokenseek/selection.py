@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import numpy as np
 
 from tokenseek.errors import UserError
+from tokenseek.labels import IGNORED
 
 Rule = Literal["top", "random", "all", "bands", "top_random"]
 Scope = Literal["all", "supervised"]
 
-_IGNORE_INDEX = -100  # label of a token without loss, as in Transformers
 _SCORED_RULES = ("top", "bands", "top_random")
 
 
@@ -127,7 +127,7 @@ def supervised_positions(labels) -> np.ndarray:
         array([ True,  True, False])
     """
     labels = np.asarray(labels)
-    return np.append(labels[1:] != _IGNORE_INDEX, False)
+    return np.append(labels[1:] != IGNORED, False)
 
 
 def select_positions(

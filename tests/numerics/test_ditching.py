@@ -129,7 +129,7 @@ def test_num_items_in_batch_divides_the_sum(items):
 
 
 def test_loss_in_chunks(monkeypatch):
-    monkeypatch.setattr("tokenseek.ditching.loss.CHUNK_BYTES", 4 * VOCAB * 2)
+    monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 4 * VOCAB * 2)
     model = tokenseek.enable_token_ditching(tiny_model("granite", dtype=torch.float64))
     assert_same(model, make_batch(), SELECTED)
 

@@ -13,16 +13,17 @@ import pytest
 import torch
 from helpers import tiny_tokenizer
 from numerics.dense_reference import dense_loss
-from tiny_index import tiny_dataset, write_index
 from tiny_models import tiny_model
+from tiny_run import tiny_arguments, tiny_dataset, write_index
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import tokenseek
 from tokenseek import PaddingCollator, TokenSeekCollator, TokenSeekTrainer, UserError
+from tokenseek.modeling import find_decoder
 
-BATCH, ACCUMULATION, STEPS, RATE = 2, 2, 2, 0.5
-LORA = dict(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+BATCH, ACCUMULATION, RATE = 2, 2, 0.5
+LORA = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
 
 
 @pytest.fixture(scope="module")
@@ -35,36 +36,13 @@ def index(dataset, tmp_path_factory):
     return write_index(tmp_path_factory.mktemp("index") / "index.arrow", dataset)
 
 
-def arguments(folder, cls=TrainingArguments, **options):
-    values = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=ACCUMULATION,
-        max_steps=STEPS,
-        optim="sgd",
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=0,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-    )
-    return cls(**values | options)
+def plain_model(dtype=torch.float64):
+    return tiny_model("llama", dtype=dtype)
 
 
-def lora_model(**options):
-    model = peft.get_peft_model(tiny_model("llama", dtype=torch.float64), peft.LoraConfig(**LORA, **options), autocast_adapter_dtype=False)
-    return model
-
-
-def plain_model():
-    return tiny_model("llama", dtype=torch.float64)
+def lora_model():
+    torch.manual_seed(0)
+    return peft.get_peft_model(plain_model(), LORA, autocast_adapter_dtype=False)
 
 
 def trainable(model):
@@ -75,48 +53,46 @@ def chunks(sequence, size):
     return [sequence[i : i + size] for i in range(0, len(sequence), size)]
 
 
-# --- the truth, and a loop by hand ---------------------------------------------------------------------------------
-
-
 def dense_training(model, dataset, collator, mean_of_means=False):
-    """Losses of the steps and the trained parameters. Labels are the data's own: what counts is worked out here."""
+    """The truth: loss of every step and the trained parameters.
+
+    Takes nothing but the choice of positions from the collator; which of them carry a loss is worked out here.
+    """
     losses = []
-    for step in chunks(list(dataset), BATCH * ACCUMULATION)[:STEPS]:
+    for step in chunks(list(dataset), BATCH * ACCUMULATION):
         batches, counts = [], []
         for examples in chunks(step, BATCH):
-            batch = PaddingCollator()(examples)
-            chosen = [collator.select(example) for example in examples]
-            counts.append(
-                sum(p + 1 < len(e["labels"]) and e["labels"][p + 1] != -100 for e, ps in zip(examples, chosen) for p in ps)
-            )
+            chosen = [collator.select(example).tolist() for example in examples]
+            following = [[*example["labels"][1:], -100] for example in examples]
+            counts.append(sum(f[p] != -100 for f, positions in zip(following, chosen, strict=True) for p in positions))
             longest = max(map(len, chosen))
             positions = torch.tensor([[*p, *[-1] * (longest - len(p))] for p in chosen])
-            batches.append(dict(batch, selected_positions=positions))
-        assert len(set(counts)) > 1 and min(counts) > 0
+            batches.append({**PaddingCollator()(examples), "selected_positions": positions})
+        assert len(set(counts)) == ACCUMULATION and min(counts) > 0
         model.zero_grad()
         losses.append(0.0)
-        for batch, count in zip(batches, counts):
-            items = count * ACCUMULATION if mean_of_means else sum(counts)
+        for batch, count in zip(batches, counts, strict=True):
+            items = ACCUMULATION * count if mean_of_means else sum(counts)
             loss = dense_loss(model, **batch, num_items_in_batch=items)
             loss.backward()
             losses[-1] += loss.item()
         with torch.no_grad():
-            for p in model.parameters():
-                if p.grad is not None:
-                    p -= RATE * p.grad
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= RATE * parameter.grad
     return losses, trainable(model)
 
 
-def by_hand(model, dataset, collator, folder, **options):
-    tokenseek.enable_token_ditching(model, recompute=options.pop("gradient_checkpointing", False)).train()
+def by_hand(model, dataset, collator, folder, gradient_checkpointing=False, bf16=False):
+    tokenseek.enable_token_ditching(model, recompute=gradient_checkpointing).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
-    batches = list(DataLoader(dataset, BATCH, collate_fn=collator))
     losses = []
-    for step in chunks(batches, ACCUMULATION)[:STEPS]:
-        items = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
+    for step in chunks(list(DataLoader(dataset, BATCH, collate_fn=collator)), ACCUMULATION):
+        num_items = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
         losses.append(0.0)
         for batch in step:
-            loss = model(**batch, num_items_in_batch=items).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(**batch, num_items_in_batch=num_items).loss
             loss.backward()
             losses[-1] += loss.item()
         optimizer.step()
@@ -124,59 +100,145 @@ def by_hand(model, dataset, collator, folder, **options):
     return losses
 
 
-def logged_losses(trainer):
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+def logged(trainer, key="loss"):
+    return [line[key] for line in trainer.state.log_history if key in line]
 
 
 def by_tokenseek_trainer(model, dataset, collator, folder, **options):
-    trainer = TokenSeekTrainer(model, arguments(folder, **options), data_collator=collator, train_dataset=dataset)
+    trainer = TokenSeekTrainer(model, tiny_arguments(folder, **options), data_collator=collator, train_dataset=dataset)
     trainer.train()
-    return logged_losses(trainer)
+    return logged(trainer)
 
 
 def by_plain_trainer(model, dataset, collator, folder, **options):
     tokenseek.enable_token_ditching(model)
-    trainer = Trainer(model, arguments(folder, **options), data_collator=collator, train_dataset=dataset)
+    trainer = Trainer(model, tiny_arguments(folder, **options), data_collator=collator, train_dataset=dataset)
     trainer.train()
-    return logged_losses(trainer)
+    return logged(trainer)
 
 
-def by_sft_trainer(model, dataset, collator, folder, **options):
+def sft_trainer(model, dataset, collator, folder, peft_config=None, **options):
     trl = pytest.importorskip("trl")
-    tokenseek.enable_token_ditching(model)
     collator.shift_labels = True
-    options.setdefault("dataset_kwargs", {"skip_prepare_dataset": True})
-    trainer = trl.SFTTrainer(
-        model,
-        arguments(folder, trl.SFTConfig, **options),
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}, **options}
+    return trl.SFTTrainer(
+        tokenseek.enable_token_ditching(model),
+        tiny_arguments(folder, trl.SFTConfig, **options),
         data_collator=collator,
         train_dataset=dataset,
         processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
     )
+
+
+def by_sft_trainer(*args, **options):
+    trainer = sft_trainer(*args, **options)
     trainer.train()
-    return logged_losses(trainer)
+    return logged(trainer)
 
-LOOPS = [by_hand, by_tokenseek_trainer, by_plain_trainer, by_sft_trainer]
 
-def relative_error(model, before, expected):
-    """Of the whole update."""
+def update_error(model, before, expected):
+    """Relative error of the whole update of the parameters from `before`."""
     after = trainable(model)
     assert after.keys() == expected.keys()
-    wrong = sum((after[n] - expected[n]).square().sum() for n in expected)
-    moved = sum((expected[n] - before[n]).square().sum() for n in expected)
+    wrong = sum((after[name] - expected[name]).double().square().sum() for name in expected)
+    moved = sum((expected[name] - before[name]).double().square().sum() for name in expected)
     return (wrong / moved).sqrt().item()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["store", "recompute"])
 @pytest.mark.parametrize("build", [plain_model, lora_model])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", [by_hand, by_tokenseek_trainer, by_plain_trainer, by_sft_trainer])
 def test_every_loop_takes_the_same_steps(loop, build, checkpointing, dataset, index, tmp_path):
-    model = build()
+    model, collator = build(), TokenSeekCollator(index, ratio=0.3)
     before = trainable(model)
+    expected_losses, expected = dense_training(copy.deepcopy(model), dataset, collator)
+    calls = []
+    find_decoder(model).layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    losses = loop(model, dataset, collator, tmp_path, gradient_checkpointing=checkpointing)
+
+    assert len(calls) == 4 * (3 if checkpointing else 2)  # four micro batches; selected rows run once more
+    # Trainers add losses up in float32, and TRL's head computes in it.
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    assert update_error(model, before, expected) < (2e-6 if loop is by_sft_trainer else 1e-12)
+
+
+def test_a_mean_of_means_is_another_step(dataset, index):
+    """What the tests above would miss if the micro batches happened to hold equal numbers of losses."""
+    model, collator = plain_model(), TokenSeekCollator(index, ratio=0.3)
+    before = trainable(model)
+    _, expected = dense_training(copy.deepcopy(model), dataset, collator)
+    dense_training(model, dataset, collator, mean_of_means=True)
+    assert update_error(model, before, expected) > 0.1
+
+
+def test_bfloat16_autocast(dataset, index, tmp_path):
     collator = TokenSeekCollator(index, ratio=0.3)
-    losses, expected = dense_training(copy.deepcopy(model), dataset, collator)
-    actual = loop(model, dataset, collator, tmp_path, gradient_checkpointing=checkpointing)
-    err = relative_error(model, before, expected)
-    print(loop.__name__, err, [a - b for a, b in zip(actual, losses)])
-    assert err < 1e-5
-    assert actual == pytest.approx(losses, rel=1e-5)
+    before = trainable(plain_model(torch.float32))
+    exact = plain_model(torch.float32)
+    _, expected = dense_training(exact, dataset, collator)
+    manual = plain_model(torch.float32)
+    losses = by_hand(manual, dataset, collator, tmp_path, bf16=True)
+    assert 1e-4 < update_error(manual, before, expected) < 0.1  # bfloat16 was used, and well
+    for loop in (by_tokenseek_trainer, by_plain_trainer):
+        model = plain_model(torch.float32)
+        assert loop(model, dataset, collator, tmp_path, bf16=True) == pytest.approx(losses, rel=1e-6)
+        assert update_error(model, before, trainable(manual)) < 1e-6
+
+
+def test_sft_trainer_wraps_the_model_in_an_adapter_itself(dataset, index, tmp_path):
+    collator, truth = TokenSeekCollator(index, ratio=0.3), lora_model()
+    before = trainable(truth)
+    model = plain_model()
+    torch.manual_seed(0)
+    trainer = sft_trainer(model, dataset, collator, tmp_path, peft_config=LORA)
+    trainer.model.load_state_dict(truth.state_dict())
+    expected_losses, expected = dense_training(truth, dataset, collator)
+    trainer.train()
+    assert logged(trainer) == pytest.approx(expected_losses, rel=1e-5)
+    assert update_error(trainer.model, before, expected) < 1e-5  # TRL holds adapters in float32
+
+
+def test_metrics_of_sft_trainer_are_those_of_the_selected_tokens(index, dataset, tmp_path):
+    """Entropy and accuracy of the first step, from the logits of the model before it."""
+    model, collator = plain_model(), TokenSeekCollator(index, ratio=0.3)
+    rows = list(dataset)[: BATCH * ACCUMULATION]
+    for example in rows[::2]:  # labels that the model gets right, in half of the examples
+        with torch.no_grad():
+            best = model(input_ids=torch.tensor([example["input_ids"]])).logits[0].argmax(-1)
+        example["labels"] = [
+            label if label == -100 else best[t - 1].item() for t, label in enumerate(example["labels"])
+        ]
+    entropies, hits = [], []
+    for micro_batch in chunks(rows, BATCH):
+        entropy, hit = [], []
+        for example in micro_batch:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0]
+            for position in collator.select(example):
+                label = [*example["labels"], -100][position + 1]
+                if label != -100:
+                    entropy.append(torch.distributions.Categorical(logits=logits[position]).entropy())
+                    hit.append(float(logits[position].argmax() == label))
+        entropies.append(sum(entropy) / len(entropy))
+        hits.append(sum(hit) / len(hit))
+    trainer = sft_trainer(model, rows_as_dataset(dataset, rows), collator, tmp_path)
+    trainer.train()
+    assert 0 < sum(hits) / ACCUMULATION < 1
+    assert logged(trainer, "entropy") == pytest.approx([float(sum(entropies)) / ACCUMULATION], rel=1e-4)
+    assert logged(trainer, "mean_token_accuracy") == pytest.approx([sum(hits) / ACCUMULATION])
+    assert logged(trainer, "num_tokens") == [sum(len(example["input_ids"]) for example in rows)]
+
+
+def rows_as_dataset(like, rows):
+    return type(like).from_list(rows, features=like.features)
+
+
+def test_sft_trainer_trains_experts_without_their_auxiliary_loss_only(dataset, index, tmp_path):
+    """The auxiliary loss balances all tokens over the experts; there are no router logits of the unselected ones."""
+    collator = TokenSeekCollator(index, ratio=0.3)
+    with pytest.raises(UserError, match="output_router_logits"):
+        by_sft_trainer(tiny_model("qwen3_moe"), dataset, collator, tmp_path)
+    losses = by_sft_trainer(tiny_model("qwen3_moe"), dataset, collator, tmp_path, router_aux_loss_coef=0.0)
+    assert losses == pytest.approx(by_hand(tiny_model("qwen3_moe"), dataset, collator, tmp_path), rel=1e-4)

@@ -11,7 +11,6 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from tokenseek.config import DataConfig, SourceConfig
 from tokenseek.data.encoding import (
-    IGNORE_INDEX,
     digest,
     encode_batch,
     eos_to_append,
@@ -21,6 +20,7 @@ from tokenseek.data.encoding import (
 from tokenseek.data.sources import draw_rows, load_source, require_column
 from tokenseek.data.templates import Rendered, render_chat, render_instruction, render_text
 from tokenseek.errors import UserError
+from tokenseek.labels import IGNORED
 
 __all__ = ["DataReport", "PreparedData", "prepare_dataset"]
 
@@ -218,7 +218,7 @@ def _report(examples: Dataset, rows_read: int, rows_filtered: int) -> DataReport
         for labels in batch["labels"]:
             labels = labels.values.to_numpy()
             lengths.append(len(labels))
-            supervised.append(int((labels[1:] != IGNORE_INDEX).sum()))  # the first token is never predicted
+            supervised.append(int((labels[1:] != IGNORED).sum()))  # the first token is never predicted
     return DataReport(
         rows_read=rows_read,
         rows_filtered=rows_filtered,

@@ -14,8 +14,7 @@ import numpy as np
 
 from tokenseek.data.templates import TEMPLATES
 from tokenseek.errors import UserError
-
-IGNORE_INDEX = -100
+from tokenseek.labels import IGNORED
 
 
 def encode_batch(
@@ -48,7 +47,7 @@ def encode_batch(
         carries_loss = np.ones(len(ids), bool) if labels == "sequence" else _supervised_tokens(text, spans, offsets)
         out["example_id"].append(f"{position:08d}-{digest(text, json.dumps(spans))}")
         out["input_ids"].append(ids[:max_length])
-        out["labels"].append(np.where(carries_loss, ids, IGNORE_INDEX).astype(np.int32)[:max_length])
+        out["labels"].append(np.where(carries_loss, ids, IGNORED).astype(np.int32)[:max_length])
         out["num_cut"].append(max(0, len(ids) - max_length))
     return out
 

@@ -6,19 +6,12 @@ Shapes: B batch, T tokens, S selected, R supervised rows, D hidden, V vocabulary
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from tokenseek.modeling import Decoder, head_logits
-
-IGNORED = -100
-# Logits of one chunk of rows in float32; bounds the head's memory whatever the vocabulary.
-CHUNK_BYTES = 64 * 2**20
-
-
-def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
-    """Labels shifted so that position t holds the label of token t + 1; the last position predicts nothing."""
-    return pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]
+from tokenseek.head import at_least_float32, head_logits, rows_per_chunk
+from tokenseek.labels import IGNORED
+from tokenseek.modeling import Decoder
 
 
 def selected_loss(
@@ -40,9 +33,9 @@ def selected_loss(
 
     def chunk_loss(hidden_1CD, labels_C):
         logits_CV = head_logits(decoder, body_output, hidden_1CD)[0]
-        return cross_entropy(_at_least_float32(logits_CV), labels_C, ignore_index=IGNORED, reduction="sum")
+        return cross_entropy(at_least_float32(logits_CV), labels_C, ignore_index=IGNORED, reduction="sum")
 
-    rows = max(1, CHUNK_BYTES // (4 * decoder.causal_lm.config.get_text_config().vocab_size))
+    rows = rows_per_chunk(decoder)
     total = sum(
         checkpoint(chunk_loss, hidden_1CD, labels_C, use_reentrant=False)
         for hidden_1CD, labels_C in zip(hidden_RD[None].split(rows, dim=1), labels_R.split(rows), strict=True)
@@ -51,6 +44,3 @@ def selected_loss(
         num_items_in_batch = labels_R.ne(IGNORED).sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

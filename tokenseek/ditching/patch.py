@@ -24,10 +24,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tokenseek.attention import attention_replaced, require_masked_backend
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
-from tokenseek.ditching.loss import IGNORED, next_token_labels, selected_loss
+from tokenseek.ditching.loss import selected_loss
 from tokenseek.ditching.rows import Partition, Rows, partition
 from tokenseek.errors import UserError
-from tokenseek.modeling import Decoder, find_decoder, head_logits
+from tokenseek.head import head_logits, next_token_labels
+from tokenseek.labels import IGNORED
+from tokenseek.modeling import Decoder, find_decoder, keep_4bit_differentiable
 
 
 def enable_token_ditching(model: nn.Module, *, recompute: bool = False) -> nn.Module:
@@ -56,6 +58,7 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False) -> nn.Mo
     require_masked_backend(decoder.causal_lm)
     if hasattr(decoder.causal_lm, "_token_ditching"):
         disable_token_ditching(model)
+    keep_4bit_differentiable(model)  # an evaluation before or during training would repack them
     ditching = Ditching(decoder, recompute)
     _replace_forward(decoder.causal_lm, ditching, _causal_lm_forward(decoder.causal_lm))
     _replace_forward(decoder.body, ditching, _body_forward)

@@ -20,7 +20,9 @@ def write_model_card(folder: Path, config: RunConfig, facts: dict[str, str]) -> 
     """
     selection, adapter = config.selection, config.peft
     if config.training.ditching:
-        trained = f"rule `{selection.rule}`, ratio {selection.ratio:g}, alpha {selection.alpha:g}, beta {selection.beta:g}"
+        trained = (
+            f"rule `{selection.rule}`, ratio {selection.ratio:g}, alpha {selection.alpha:g}, beta {selection.beta:g}"
+        )
     else:
         trained = "all tokens (no ditching)"
     tags = ["tokenseek", *(["peft", adapter.method] if adapter else [])]

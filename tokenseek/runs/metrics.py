@@ -10,15 +10,15 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer, TrainerCallback
 
+from tokenseek.labels import IGNORED
 from tokenseek.runs.memory import peak_memory_bytes, reset_peak_memory
-
-IGNORED = -100
 
 
 class MetricsFile(TrainerCallback):
     """Appends every log of the Trainer to a JSONL file, with the step, the seconds of training and the peak memory.
 
-    A resumed run goes on in the same file.
+    A resumed run goes on in the same file, after the step of its checkpoint: what the interrupted run logged later is
+    dropped, since those steps are taken again.
     """
 
     def __init__(self, path: Path):
@@ -28,6 +28,10 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
         reset_peak_memory()
+        if state.is_world_process_zero and self.path.exists():
+            # Only up to the step of the checkpoint; and a process that is killed may leave half a line.
+            lines = self.path.read_text(encoding="utf-8").splitlines()[: self._lines_up_to(state.global_step)]
+            self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:

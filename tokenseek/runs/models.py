@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -24,7 +25,7 @@ from transformers import (
 
 from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.errors import UserError
-from tokenseek.modeling import find_decoder
+from tokenseek.modeling import find_decoder, keep_4bit_differentiable
 
 # Fields of a config.json that say nothing about what the model computes.
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash")
@@ -37,12 +38,14 @@ def model_folder(model: ModelConfig) -> Path:
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(
-                f"model.name_or_path: {local} holds no config.json; give a folder written by save_pretrained, or a name "
-                "on the hub."
+                f"model.name_or_path: {local} holds no config.json; give a folder written by save_pretrained, or a "
+                "name on the hub."
             )
         return local
     if local.is_absolute() or model.name_or_path.startswith((".", "~")) or model.name_or_path.count("/") > 1:
-        raise UserError(f"model.name_or_path: there is no folder {local}; give an existing folder or a name on the hub.")
+        raise UserError(
+            f"model.name_or_path: there is no folder {local}; give an existing folder or a name on the hub."
+        )
     try:
         return Path(
             snapshot_download(
@@ -67,14 +70,10 @@ def fingerprint_model(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            for name, entry in json.loads(file.read(length)).items():
-                if name != "__metadata__":
-                    start, end = entry["data_offsets"]
-                    file.seek(8 + length + start)
-                    sample = zlib.crc32(file.read(min(end - start, _SAMPLE_BYTES)))
-                    tensors[name] = [entry["dtype"], entry["shape"], sample]
+        try:
+            tensors.update(_sample_tensors(path))
+        except (struct.error, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{path} is truncated or no safetensors file ({error}); fetch the model again.") from error
     if not tensors:
         raise UserError(
             f"{folder} holds no *.safetensors weights. Convert them once: "
@@ -85,8 +84,61 @@ def fingerprint_model(folder: Path) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+def _sample_tensors(path: Path) -> dict[str, list]:
+    """Of every tensor in a safetensors file: its type, shape and a checksum of its first bytes."""
+    tensors = {}
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > size:
+            raise EOFError(f"its header should have {length} bytes, the file has {size}")
+        for name, entry in json.loads(file.read(length)).items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            if 8 + length + end > size:
+                raise EOFError(f"tensor {name} ends after the end of the file")
+            file.seek(8 + length + start)
+            sample = zlib.crc32(file.read(min(end - start, _SAMPLE_BYTES)))
+            tensors[name] = [entry["dtype"], entry["shape"], sample]
+    return tensors
+
+
+def require_decoder(model: ModelConfig) -> None:
+    """Refuse a model that cannot be scored or trained, by its configuration: no weight is read.
+
+    Raises:
+        UserError: it is not a causal decoder whose every layer keeps keys and values, or lacks the attention asked for.
+    """
+    folder, trust = model_folder(model), {"trust_remote_code": model.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **trust)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(
+                config, attn_implementation=model.attn_implementation, **trust
+            )
+    except (ValueError, OSError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model.name_or_path: {folder} is no causal language model that Transformers can make with "
+            f"model.attn_implementation={model.attn_implementation} and "
+            f"model.trust_remote_code={str(model.trust_remote_code).lower()}: {reason}"
+        ) from error
+    try:
+        find_decoder(skeleton)
+    except UserError as error:
+        raise UserError(f"model.name_or_path: {folder}: {error}") from error
+
+
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(model), trust_remote_code=model.trust_remote_code)
+    folder = model_folder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(
+            f"model.name_or_path: {folder} holds no tokenizer that Transformers can load; save the model's own with "
+            f"tokenizer.save_pretrained({str(folder)!r}). Transformers says: {error}"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # what stands at padding is masked and carries no loss
     return tokenizer
@@ -98,13 +150,15 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
     if model.quantization:
         device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
         options = dict(quantization_config=_quantization(model), device_map={"": device})
-    return AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         model_folder(model),
         dtype=getattr(torch, model.dtype),
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
         **options,
     )
+    keep_4bit_differentiable(loaded)
+    return loaded
 
 
 def _quantization(model: ModelConfig) -> BitsAndBytesConfig:
@@ -125,7 +179,8 @@ def add_adapter(model: PreTrainedModel, settings: PeftSettings) -> PeftModel:
         raise UserError(f"peft.method: {settings.method} is not an adapter that can be added to a model's layers.")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
     known = {field.name for field in fields(config_class)}
-    options = dict(settings.extra, task_type="CAUSAL_LM", target_modules=_target_modules(model, settings.target_modules))
+    target_modules = _target_modules(model, settings.target_modules)
+    options = dict(settings.extra, task_type="CAUSAL_LM", target_modules=target_modules)
     # PEFT's methods name the same three things differently.
     names = {"r": ("r",), "alpha": ("lora_alpha", "alpha"), "dropout": ("lora_dropout", "dropout", "rank_dropout")}
     for setting, candidates in names.items():

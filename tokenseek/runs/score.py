@@ -19,8 +19,8 @@ from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.errors import UserError
 from tokenseek.index import IndexHeader, ShardStore, TokenIndex, merge_shards
 from tokenseek.index.schema import differences
-from tokenseek.runs.models import fingerprint_model, load_model, load_tokenizer, model_folder
-from tokenseek.runs.processes import join_processes
+from tokenseek.runs.models import fingerprint_model, load_model, load_tokenizer, model_folder, require_decoder
+from tokenseek.runs.processes import first_on_main, join_processes
 from tokenseek.seeking import (
     ScoringPlan,
     SeekingProgress,
@@ -50,9 +50,9 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
     """
     state = join_processes()
     if prepared is None:
+        require_decoder(config.model)
         tokenizer = load_tokenizer(config.model)
-        with state.main_process_first():
-            prepared = prepare_dataset(config.data, tokenizer)
+        prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
         state.print(f"Data to score: {prepared.report}")
     path, options = config.index_path, _options(config)
     if path.exists():
@@ -86,7 +86,9 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
         wait_for_shards(store, shards, progress=progress)
     tokens = sum(plan.shard_tokens(shard) for shard in set(shards) - kept)
     seconds = time.perf_counter() - began
-    state.print(f"Scored {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s, model loading included).")
+    state.print(
+        f"Scored {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s, model loading included)."
+    )
     if part is None:
         merge(path)
         state.print(f"Index: {path} ({path.stat().st_size:,} bytes).")

@@ -12,7 +12,8 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
 from tokenseek.config import RunConfig, TrainingConfig, save_resolved
 from tokenseek.data import PreparedData, prepare_dataset
@@ -22,8 +23,8 @@ from tokenseek.index import TokenIndex
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.memory import peak_memory_bytes
 from tokenseek.runs.metrics import MetricsFile, held_out_loss
-from tokenseek.runs.models import add_adapter, load_model, load_tokenizer
-from tokenseek.runs.processes import join_processes
+from tokenseek.runs.models import add_adapter, load_model, load_tokenizer, require_decoder
+from tokenseek.runs.processes import first_on_main, join_processes
 from tokenseek.runs.score import run_fingerprints, score
 from tokenseek.training import PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 
@@ -65,16 +66,20 @@ def train(config: RunConfig) -> TrainingSummary:
     if state.is_main_process:
         save_resolved(config, output / "config.yaml")
 
+    require_decoder(config.model)
     tokenizer = load_tokenizer(config.model)
-    with state.main_process_first():
-        prepared = prepare_dataset(config.data, tokenizer)
-        held_out = prepare_dataset(config.eval_data, tokenizer, "eval_data").dataset if config.eval_data else None
+    prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
+    held_out = None
+    if config.eval_data:
+        held_out = first_on_main(state, lambda: prepare_dataset(config.eval_data, tokenizer, "eval_data")).dataset
     state.print(f"Training data: {prepared.report}")
     rule = config.selection.to_rule()
     index = _index(config, prepared, state) if config.training.ditching and rule.needs_scores else None
 
     # Before the model: under ZeRO-3 these arguments decide that weights are partitioned as they are loaded.
     arguments = training_arguments(config.training, output, config.seed)
+    if arguments.world_size != state.num_processes:
+        raise RuntimeError(f"Trainer sees {arguments.world_size} processes of the {state.num_processes} launched.")
     set_seed(config.seed)
     model = load_model(config.model)
     if config.peft:
@@ -100,6 +105,8 @@ def train(config: RunConfig) -> TrainingSummary:
     after = held_out_loss(trainer, held_out) if held_out else None
     final = output / "final"
     trainer.save_model(str(final))
+    if state.is_main_process:
+        (final / TRAINING_ARGS_NAME).unlink()  # a pickle, and all that it says is in config.yaml
     summary = TrainingSummary(
         steps=result.global_step,
         tokens=timer.tokens,
@@ -127,6 +134,7 @@ def training_arguments(training: TrainingConfig, output: Path, seed: int) -> Tra
         seed=seed,
         bf16=training.mixed_precision == "bf16",
         fp16=training.mixed_precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),  # or each of several CPU processes would train alone
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -140,11 +148,13 @@ def _checkpoint(config: RunConfig, output: Path) -> str | None:
     if resume == "never":
         return None
     if resume == "auto":
-        return get_last_checkpoint(str(output))
-    if not Path(resume, "trainer_state.json").is_file():
+        # A checkpoint that was being written when the run was killed has no state, which is written last.
+        whole = [path.parent for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+        return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    if not Path(resume, TRAINER_STATE_NAME).is_file():
         raise UserError(
-            f"training.resume: {resume} is no checkpoint (no trainer_state.json in it); accepted are 'auto', 'never' or "
-            f"the path of a checkpoint such as {output}/checkpoint-500."
+            f"training.resume: {resume} is no checkpoint (no {TRAINER_STATE_NAME} in it); accepted are 'auto', 'never' "
+            f"or the path of a checkpoint such as {output}/checkpoint-500."
         )
     return resume
 
@@ -154,14 +164,18 @@ def _index(config: RunConfig, prepared: PreparedData, state: PartialState) -> To
     if not path.exists():
         state.print(f"There is no index at {path}: scoring the data first.")
         score(config, prepared)
-    # One process reads every byte, the others trust it.
-    index = TokenIndex.open(path, verify=state.is_main_process)
-    index.require(run_fingerprints(config, prepared))
-    return index
+
+    def open_index() -> TokenIndex:
+        index = TokenIndex.open(path, verify=state.is_main_process)  # one process reads every byte, the others trust it
+        index.require(run_fingerprints(config, prepared))
+        return index
+
+    return first_on_main(state, open_index)
 
 
 def state_max(trainer: Trainer, value: int) -> float:
-    return trainer.accelerator.gather(torch.tensor([value], dtype=torch.int64, device=trainer.args.device)).max().item()
+    values = torch.tensor([value], dtype=torch.int64, device=trainer.args.device)
+    return trainer.accelerator.gather(values).max().item()
 
 
 class _Timer(TrainerCallback):

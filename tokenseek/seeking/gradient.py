@@ -10,13 +10,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
-from tokenseek.modeling import Decoder, head_logits
-
-IGNORED = -100
-# Logits of one chunk of rows in float32; bounds the head's memory whatever the vocabulary.
-CHUNK_BYTES = 64 * 2**20
+from tokenseek.head import at_least_float32, head_logits, next_token_labels, rows_per_chunk
+from tokenseek.labels import IGNORED
+from tokenseek.modeling import Decoder
 
 # Eq. 4 sums the entries (signed); the text around it sums magnitudes (abs).
 REDUCTIONS = {
@@ -60,17 +58,17 @@ def loss_gradient(decoder: Decoder, body_output, leaf_BTD: torch.Tensor, labels_
         body_output: what the decoder's body returned, with a graph back to `leaf_BTD`.
         labels_BT: Hugging Face's convention: not shifted, -100 where a token carries no loss.
     """
-    targets_BT = pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]  # position t predicts token t + 1
+    targets_BT = next_token_labels(labels_BT)
     supervised_BT = targets_BT.ne(IGNORED)
     if not supervised_BT.any():
-        return _at_least_float32(torch.zeros_like(leaf_BTD))
+        return at_least_float32(torch.zeros_like(leaf_BTD))
 
     # The head is the widest part of the model, so it is taken a few rows at a time down to its input; the layers once.
     hidden_BTD = body_output.last_hidden_state
-    rows_per_chunk = max(1, CHUNK_BYTES // (4 * decoder.causal_lm.config.get_text_config().vocab_size))
+    rows = rows_per_chunk(decoder)
     chunks = zip(
-        hidden_BTD.detach()[supervised_BT].split(rows_per_chunk),
-        targets_BT[supervised_BT].split(rows_per_chunk),
+        hidden_BTD.detach()[supervised_BT].split(rows),
+        targets_BT[supervised_BT].split(rows),
         strict=True,
     )
     head_gradient_BTD = torch.zeros_like(hidden_BTD)
@@ -78,15 +76,12 @@ def loss_gradient(decoder: Decoder, body_output, leaf_BTD: torch.Tensor, labels_
     (gradient_BTD,) = torch.autograd.grad(hidden_BTD, leaf_BTD, head_gradient_BTD)
 
     # Sums of losses until here: dividing last, in float32, keeps small numbers from vanishing in 16 bits.
-    return _at_least_float32(gradient_BTD) / supervised_BT.sum(1).clamp(min=1)[:, None, None]
+    return at_least_float32(gradient_BTD) / supervised_BT.sum(1).clamp(min=1)[:, None, None]
 
 
 def _head_gradient(decoder: Decoder, body_output, hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
     hidden_CD.requires_grad_()
     logits_CV = head_logits(decoder, body_output, hidden_CD[None])[0]
-    loss = cross_entropy(_at_least_float32(logits_CV), targets_C, reduction="sum")
+    loss = cross_entropy(at_least_float32(logits_CV), targets_C, reduction="sum")
     return torch.autograd.grad(loss, hidden_CD)[0]
 
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from tokenseek.errors import UserError
 from tokenseek.index import ScoredExample, ShardStore, tokens_crc
+from tokenseek.labels import IGNORED
 from tokenseek.seeking.batching import ScoringPlan
-from tokenseek.seeking.gradient import IGNORED
 from tokenseek.seeking.scorer import TokenScorer
 
 _POLL_SECONDS = 1.0

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from tokenseek.errors import UserError
+from tokenseek.labels import IGNORED
 from tokenseek.modeling import find_decoder, keep_4bit_differentiable
 from tokenseek.seeking.context import attention_received
-from tokenseek.seeking.gradient import IGNORED, REDUCTIONS, gradient_from, loss_gradient
+from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, loss_gradient
 
 LOSS_SCOPES = ("response", "sequence")
 

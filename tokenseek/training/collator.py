@@ -15,9 +15,8 @@ import torch
 
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex, tokens_crc
+from tokenseek.labels import IGNORED
 from tokenseek.selection import SelectionRule, select_positions, supervised_positions
-
-IGNORED = -100
 
 
 class PaddingCollator:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,7 +20,7 @@ class TokenSeekTrainer(Trainer):
     """``transformers.Trainer`` with token ditching; everything else (resume, logging, callbacks, ...) is Trainer's own.
 
     Enables token ditching on the model unless it is enabled already, keeps the data set's ``example_id``, redraws random
-    selections every epoch, and evaluates on all tokens.
+    selections every epoch, and evaluates and predicts on all tokens.
 
     Args:
         model: a causal LM, plain or PEFT-wrapped.
@@ -38,6 +41,11 @@ class TokenSeekTrainer(Trainer):
                 f"TokenSeekTrainer needs a TokenSeekCollator as data_collator, got {type(data_collator).__name__}; to "
                 "train on all tokens use transformers.Trainer."
             )
+        if args.label_smoothing_factor or kwargs.get("compute_loss_func"):
+            raise UserError(
+                "label_smoothing_factor and compute_loss_func cannot be had with TokenSeekTrainer: the model computes the "
+                "loss itself, over the selected tokens. Leave them out."
+            )
         if not hasattr(find_decoder(model).causal_lm, "_token_ditching"):
             enable_token_ditching(model)
         args.remove_unused_columns = False  # example_id is for the collator
@@ -45,9 +53,18 @@ class TokenSeekTrainer(Trainer):
         self.add_callback(_NewEpoch(data_collator))
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        with self._all_tokens():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        with self._all_tokens():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _all_tokens(self) -> Iterator[None]:
         with_selection, self.data_collator = self.data_collator, self.data_collator.without_selection()
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = with_selection
 

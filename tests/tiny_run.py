@@ -1,4 +1,4 @@
-"""Tokenised examples and an index over them, without a model or a scoring run."""
+"""What a tiny training run needs besides a model: tokenised examples, an index over them, arguments of a Trainer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 from tiny_models import VOCAB
+from transformers import TrainingArguments
 
 from tokenseek.index import IndexHeader, ScoredExample, ShardStore, merge_shards, tokens_crc
 
-# Prompts of any share of an example, so that equal numbers of selected tokens carry unequal numbers of losses.
+# The prompt is any share of an example, so that equal numbers of selected tokens carry unequal numbers of losses.
 LENGTHS = (9, 21, 14, 6, 17, 11, 24, 8)
 PROMPTS = (7, 19, 1, 2, 16, 9, 3, 2)
 
@@ -27,7 +28,7 @@ def tiny_dataset(lengths=LENGTHS, prompts=PROMPTS, seed: int = 0) -> datasets.Da
 
 
 def write_index(path: Path, dataset: datasets.Dataset, seed: int = 0) -> Path:
-    """An index with random scores of every example."""
+    """An index with random scores for every example."""
     generator = np.random.default_rng(seed)
     scored = [
         ScoredExample(
@@ -44,3 +45,28 @@ def write_index(path: Path, dataset: datasets.Dataset, seed: int = 0) -> Path:
     store.write(0, scored)
     merge_shards(store.directory, path)
     return path
+
+
+def tiny_arguments(folder: Path, cls: type[TrainingArguments] = TrainingArguments, **options) -> TrainingArguments:
+    """Batches of two in the order of the data, two of them to a step, plain SGD, nothing written."""
+    values = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        optim="sgd",
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        remove_unused_columns=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        # Defaults that TRL changes.
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    return cls(**values | options)

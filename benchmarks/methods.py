@@ -1,0 +1,128 @@
+"""The methods that are compared, by a name such as ``full+checkpoint``, ``tokenseek@0.1+lora`` or ``algorithm1@0.1``.
+
+Shapes: B batch, T tokens, S selected.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from benchmarks.algorithm1 import algorithm1_loss
+from benchmarks.shapes import make_model
+from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching.loss import selected_loss
+from tokenseek.head import next_token_labels
+from tokenseek.modeling import find_decoder, keep_4bit_differentiable
+
+_OPTIONS = {
+    "full": {"checkpoint", "chunked-ce", "lora", "qlora"},
+    "algorithm1": {"lora", "qlora"},
+    "tokenseek": {"recompute", "lora", "qlora"},
+}
+FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]  # where the paper puts its adapters (section S1.7)
+
+DEFAULT_METHODS = (
+    "full,full+checkpoint,full+checkpoint+chunked-ce,algorithm1@0.1,"
+    + ",".join(f"tokenseek@{r}{option}" for r in ("0.05", "0.1", "0.2", "0.5", "1.0") for option in ("", "+recompute"))
+    + ",full+lora,full+lora+checkpoint,tokenseek@0.1+lora"
+    + ",full+qlora,full+qlora+checkpoint,tokenseek@0.1+qlora,tokenseek@0.1+qlora+recompute"
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    base: str
+    ratio: float
+    options: frozenset[str]
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """``BASE[@RATIO][+OPTION...]``; a ratio is for all but ``full``."""
+        head, *options = name.split("+")
+        base, _, ratio = head.partition("@")
+        if base not in _OPTIONS or not _OPTIONS[base].issuperset(options) or bool(ratio) == (base == "full"):
+            accepted = "; ".join(
+                base + ("" if base == "full" else "@RATIO") + "".join(f"[+{o}]" for o in sorted(options))
+                for base, options in _OPTIONS.items()
+            )
+            raise SystemExit(f"--methods: {name!r} is not one of: {accepted}.")
+        return cls(base, float(ratio or 1), frozenset(options))
+
+
+def build(name: str, shape: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+    """The model set up for a method and its loss, a function of what `make_batch` returns."""
+    method = Method.parse(name)
+    model = make_model(shape, dtype=dtype, device=device)
+    if "qlora" in method.options:
+        _quantize(model, dtype, device)
+    if method.options & {"lora", "qlora"}:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=FEED_FORWARD)).train()
+    if "checkpoint" in method.options:
+        find_decoder(model).causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    if method.base == "tokenseek":
+        enable_token_ditching(model, recompute="recompute" in method.options)
+        return model, lambda **batch: model(**batch).loss
+    if method.base == "algorithm1":
+        return model, lambda **batch: algorithm1_loss(model, **batch)
+    if "chunked-ce" in method.options:
+        return model, lambda selected_positions, **batch: _fused_head_loss(model, **batch)
+    return model, lambda selected_positions, **batch: model(**batch, use_cache=False).loss
+
+
+def make_batch(
+    ratio: float, batch: int, tokens: int, vocab: int, device: str, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random input_ids, the same as labels [B, T], and random selected_positions, ascending [B, S]."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab, (batch, tokens), generator=generator)
+    count = max(1, int(ratio * tokens + 0.5))
+    selected = torch.rand(batch, tokens, generator=generator).argsort(1)[:, :count].sort(1).values
+    return {name: x.to(device) for name, x in dict(input_ids=ids, labels=ids, selected_positions=selected).items()}
+
+
+def _fused_head_loss(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Ordinary training's loss, without ever holding the logits of all tokens: Liger's kernel on CUDA, else our own."""
+    decoder = find_decoder(model)
+    output = decoder.body(input_ids=input_ids, use_cache=False)
+    hidden_BTD, targets_BT = output.last_hidden_state, next_token_labels(labels)
+    if input_ids.is_cuda and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        head = decoder.causal_lm.get_output_embeddings()
+        return LigerFusedLinearCrossEntropyLoss()(head.weight, hidden_BTD.flatten(0, 1), targets_BT.flatten())
+    return selected_loss(decoder, output, hidden_BTD, targets_BT, None)
+
+
+def _quantize(model: nn.Module, dtype: torch.dtype, device: str) -> None:
+    """The layers' linear weights to NF4 with double quantisation, in place, as Transformers does when it loads them."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in find_decoder(model).layers:
+        for parent in list(layer.modules()):
+            for name, linear in list(parent.named_children()):
+                if type(linear) is not nn.Linear:
+                    continue
+                quantized = Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    linear.bias is not None,
+                    dtype,
+                    quant_type="nf4",
+                    device="meta",
+                )
+                # Quantised by moving it to its device, which for a CPU too is a move from where it is not yet packed.
+                weight = Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                quantized.weight, quantized.bias = weight.to(device), linear.bias
+                setattr(parent, name, quantized)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.is_loaded_in_4bit = True  # tells PEFT which kind of LoRA layer to use
+    keep_4bit_differentiable(model)

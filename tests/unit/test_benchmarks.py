@@ -1,0 +1,130 @@
+"""The benchmarks measure what they say: the baseline is exact, the counters give known answers, every method runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from numerics.dense_reference import dense_loss
+from tiny_models import tiny_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.algorithm1 import algorithm1_loss
+from benchmarks.memory import LiveStorages, SavedActivations, storage_bytes
+from benchmarks.methods import DEFAULT_METHODS, Method, make_batch
+from benchmarks.shapes import make_model
+from benchmarks.step import ROOT, measure, table
+
+OPTIONS = dict(shape="tiny", batch=2, dtype="fp32", device="cpu", steps=1)
+KIB = 1024
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])
+def test_algorithm1_equals_the_dense_reference(kind, ratio):
+    model = tiny_model(kind, dtype=torch.float64)
+    batch = make_batch(ratio, 2, 13, 97, "cpu")
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, :3] = -100
+    losses = {f: f(model, **batch) for f in (dense_loss, algorithm1_loss)}
+    torch.testing.assert_close(losses[algorithm1_loss], losses[dense_loss], rtol=1e-12, atol=0)
+    expected, actual = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses.values())
+    for (name, _), truth, gradient in zip(model.named_parameters(), expected, actual, strict=True):
+        torch.testing.assert_close(
+            gradient, truth, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_counters_on_a_graph_made_by_hand():
+    linear = nn.Linear(256, 256, bias=False)  # 256 KiB
+    x = torch.zeros(4, 256)  # 4 KiB, as is everything computed from it
+    with LiveStorages() as live:
+        with SavedActivations(linear) as saved:
+            hidden = linear(x)
+            loss = (hidden.view(2, 2, 256).exp() * 2).sum()  # exp saves its output; `hidden` lives by its name alone
+        # x and exp(hidden) are saved, the weight is not counted; alive: hidden, exp(hidden), loss.
+        assert saved.bytes == 8 * KIB
+        assert live.bytes == 8 * KIB + 4
+        del hidden
+        assert live.bytes == 4 * KIB + 4
+        loss.backward()
+        assert live.bytes == 256 * KIB + 4  # the gradient of the weight
+        linear.weight.grad = None
+    assert live.bytes == 4
+    assert live.peak >= 256 * KIB + 4 * KIB
+
+
+def test_counters_see_what_checkpointing_keeps():
+    linear = nn.Linear(256, 256, bias=False)
+    x = torch.zeros(4, 256, requires_grad=True)
+    with LiveStorages() as live, SavedActivations(linear) as saved:
+        hidden = checkpoint(lambda x: linear(x).exp().exp(), x * 2, use_reentrant=False)
+    # Alive: the output and, for the second run, the input.
+    assert saved.bytes == 4 * KIB
+    assert live.bytes == 8 * KIB
+    del hidden
+    assert live.bytes == 0
+
+
+def test_storages_count_once_and_ignored_ones_never():
+    x = torch.zeros(256)
+    assert storage_bytes([x, x.view(2, 128), x[:3], torch.zeros(256)]) == 2 * KIB
+    with LiveStorages().ignore([x]) as live:
+        x.add_(1)
+        x[:5].mul_(2)
+    assert live.bytes == live.peak == 0
+
+
+@pytest.mark.parametrize("method", [m for m in DEFAULT_METHODS.split(",") if "qlora" not in m])
+def test_every_method_runs(method):
+    result = measure(method, 32, **OPTIONS)
+    assert len(result["seconds"]) == 1
+    assert 0 < result["saved"] and result["stored"] < result["peak"] and result["states"] > 0
+
+
+@pytest.mark.parametrize("method", [m for m in DEFAULT_METHODS.split(",") if "qlora" in m])
+def test_every_four_bit_method_runs(method):
+    pytest.importorskip("bitsandbytes")
+    frozen = sum(p.nbytes for p in make_model("tiny").parameters())
+    assert 0 < measure(method, 32, **OPTIONS)["states"] < frozen
+
+
+def test_selecting_stores_less():
+    options = OPTIONS | dict(shape="tiny:num_hidden_layers=8")
+    results = {
+        m: measure(m, 256, **options) for m in ("full", "full+checkpoint", "tokenseek@0.1", "tokenseek@0.1+recompute")
+    }
+    saved = {name: result["saved"] for name, result in results.items()}
+    assert saved["tokenseek@0.1"] < 0.25 * saved["full"]
+    assert saved["tokenseek@0.1+recompute"] < saved["tokenseek@0.1"]
+
+
+@pytest.mark.parametrize("name", ["tokenseek", "full@0.1", "full+recompute", "half", "tokenseek@0.1+checkpoint"])
+def test_unknown_methods_are_named(name):
+    with pytest.raises(SystemExit, match="is not one of"):
+        Method.parse(name)
+
+
+def test_command_line_interleaves_and_reports(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.step", "--shape", "tiny", "--methods", "full,tokenseek@0.5"]
+    command += ["--lengths", "16", "--repeats", "2", "--steps", "2", "--threads", "1", "--json", str(out)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    runs = [line.split()[3] for line in process.stderr.splitlines() if line.startswith("repeat")]
+    assert runs == ["full:", "tokenseek@0.5:"] * 2
+    rows = json.loads(out.read_text())["rows"]
+    assert [len(row["seconds"]) for row in rows] == [4, 4]
+    assert rows[0]["step_s_to_full"] == 1.0
+    assert process.stdout.rstrip().endswith(table(rows))
+
+
+def test_scoring_is_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.seek", "--shape", "tiny", "--lengths", "16", "--repeats", "1"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].startswith("| 16 | ")

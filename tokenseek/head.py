@@ -1,0 +1,43 @@
+"""The head of a decoder, which is its widest part, taken a few rows at a time.
+
+Shapes: B batch, T tokens, R rows handed to the head, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from tokenseek.labels import IGNORED
+from tokenseek.modeling import Decoder, forward_replaced
+
+# Logits of one chunk of rows in float32; bounds the head's memory whatever the vocabulary.
+CHUNK_BYTES = 64 * 2**20
+
+
+def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T]: the target of every position; the last one predicts nothing."""
+    return pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]
+
+
+def rows_per_chunk(decoder: Decoder) -> int:
+    """How many rows of logits are held at once."""
+    return max(1, CHUNK_BYTES // (4 * decoder.causal_lm.config.get_text_config().vocab_size))
+
+
+def head_logits(decoder: Decoder, body_output, hidden_1RD: torch.Tensor) -> torch.Tensor:
+    """Logits [1, R, V] of R rows of final hidden states, by the model's own head code.
+
+    The causal LM's forward runs with its body standing still, so that soft-capping, logit scaling and whatever else the
+    model does after its head is done here too, without a line of model-specific code.
+
+    Args:
+        body_output: what the body returned; its hidden states are replaced by `hidden_1RD`.
+    """
+    output = type(body_output)(**{**body_output, "last_hidden_state": hidden_1RD})
+    with forward_replaced(decoder.body, lambda *args, **kwargs: output):
+        return type(decoder.causal_lm).forward(decoder.causal_lm, inputs_embeds=hidden_1RD, use_cache=False).logits
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
