@@ -2,7 +2,6 @@
 
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from tiny_run import tiny_dataset, write_index
@@ -158,9 +157,8 @@ def test_top_selections_do_not_change_with_the_epoch(dataset, path):
 def test_a_pickled_collator_gives_the_same_batches(dataset, path):
     collator = TokenSeekCollator(path, 0.3, "top_random", explore=0.5, pad_token_id=9, shift_labels=True)
     collator.set_epoch(3)
-    other = pickle.loads(pickle.dumps(collator))
-    for batch, expected in ((c(list(dataset)) for c in pair) for pair in [(other, collator)]):
-        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    batch, expected = pickle.loads(pickle.dumps(collator))(list(dataset)), collator(list(dataset))
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -182,4 +180,3 @@ def test_columns_of_numbers_in_any_form_do(dataset, path):
     for form in ("numpy", "torch"):
         batch = collator(list(dataset.with_format(form)))
         assert all(torch.equal(batch[name], expected[name]) for name in expected), form
-    assert np.isscalar(expected["labels"].sum().item())
