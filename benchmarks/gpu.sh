@@ -38,19 +38,21 @@ qlora="full+qlora,full+qlora+checkpoint,tokenseek@0.1+qlora,tokenseek@0.1+qlora+
 "$python" -c "import bitsandbytes" 2>/dev/null && lora+=",$qlora"
 step=("$python" -m benchmarks.step --device cuda --dtype bf16 --repeats 1 --steps 10)
 
-part tests 120 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu
-part step-llama-3.2-1b 220 "${step[@]}" --shape llama-3.2-1b --lengths 2048,4096 --methods "$quick,$ratios,$lora" \
-  --json "$out/step-llama-3.2-1b.json"
-part seek-llama-3.2-1b 40 "$python" -m benchmarks.seek --device cuda --dtype bf16 --shape llama-3.2-1b \
+part tests 110 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+part llama-3.2-1b 180 "${step[@]}" --shape llama-3.2-1b --lengths 2048,4096 --methods "$quick" \
+  --json "$out/llama-3.2-1b.json"
+part seek-llama-3.2-1b 45 "$python" -m benchmarks.seek --device cuda --dtype bf16 --shape llama-3.2-1b \
   --lengths 512,2048,4096 --repeats 10 --json "$out/seek-llama-3.2-1b.json"
+part llama-3.2-1b-more 150 "${step[@]}" --shape llama-3.2-1b --lengths 2048 --methods "full,$ratios,$lora" \
+  --json "$out/llama-3.2-1b-more.json"
 # Short sequences, where launching kernels costs more than running them.
-part step-qwen2.5-0.5b 60 "${step[@]}" --shape qwen2.5-0.5b --lengths 512 --methods "$quick" \
-  --json "$out/step-qwen2.5-0.5b.json"
-part step-llama-3.2-3b 90 "${step[@]}" --shape llama-3.2-3b --lengths 2048 --methods "$quick" \
-  --json "$out/step-llama-3.2-3b.json"
+part qwen2.5-0.5b 60 "${step[@]}" --shape qwen2.5-0.5b --lengths 512 --methods "full,tokenseek@0.1" \
+  --json "$out/qwen2.5-0.5b.json"
+part llama-3.2-3b 90 "${step[@]}" --shape llama-3.2-3b --lengths 2048 \
+  --methods "full,full+checkpoint+chunked-ce,tokenseek@0.1" --json "$out/llama-3.2-3b.json"
 
 echo
-for name in tests step-llama-3.2-1b seek-llama-3.2-1b step-qwen2.5-0.5b step-llama-3.2-3b; do
+for name in tests llama-3.2-1b seek-llama-3.2-1b llama-3.2-1b-more qwen2.5-0.5b llama-3.2-3b; do
   echo "== $name"
   if [[ $name == tests ]]; then tail -n 1 "$out/$name.txt"; else cat "$out/$name.txt"; fi
 done

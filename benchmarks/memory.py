@@ -44,7 +44,7 @@ class LiveStorages(TorchDispatchMode):
         self._ignored: list[torch.UntypedStorage] = []
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> LiveStorages:
-        """Leave out storages that were there before the block, but that in-place operations in it return."""
+        """Leave out storages that were there before the block, such as weights; operations return views of them."""
         self._ignored += [t.untyped_storage() for t in tensors]
         for storage in self._ignored:
             self._alive[id(storage)] = (weakref.ref(storage), 0)

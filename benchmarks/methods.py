@@ -98,7 +98,7 @@ def _fused_head_loss(model: nn.Module, input_ids: torch.Tensor, labels: torch.Te
 
         head = decoder.causal_lm.get_output_embeddings()
         return LigerFusedLinearCrossEntropyLoss()(head.weight, hidden_BTD.flatten(0, 1), targets_BT.flatten())
-    return selected_loss(decoder, output, hidden_BTD, targets_BT, None)
+    return selected_loss(decoder, output, hidden_BTD, targets_BT, None, recompute=True)
 
 
 def _quantize(model: nn.Module, dtype: torch.dtype, device: str) -> None:

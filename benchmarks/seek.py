@@ -52,7 +52,7 @@ def measure(tokens: int, *, shape: str, batch: int, dtype: str, device: str, rep
     row = dict(tokens=tokens, seconds=seconds)
     for name, run in passes.items():
         row[f"{name}_s"] = statistics.median(seconds[name])
-        row[f"{name}_peak"] = _peak_above(run, device)
+        row[f"{name}_peak"] = _peak_above(run, device, [*model.parameters(), *model.buffers()])
     with SavedActivations(model) as saved:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     row["full_saved"] = saved.bytes
@@ -64,13 +64,13 @@ def measure(tokens: int, *, shape: str, batch: int, dtype: str, device: str, rep
     )
 
 
-def _peak_above(run: Callable[[], None], device: str) -> int:
+def _peak_above(run: Callable[[], None], device: str, weights: list[torch.Tensor]) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with LiveStorages() as live:
+    with LiveStorages().ignore(weights) as live:
         run()
     return live.peak
 

@@ -201,6 +201,7 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{args.shape}, {args.dtype}, B = {args.batch}; {report['machine']}; MiB")
     print(table(report["rows"]))
+    sys.exit(any("error" in row for row in report["rows"]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def tiny_dataset(lengths=LENGTHS, prompts=PROMPTS, seed: int = 0) -> datasets.Da
     return datasets.Dataset.from_list(rows)
 
 
-def write_index(path: Path, dataset: datasets.Dataset, seed: int = 0) -> Path:
+def write_index(path: Path, dataset: datasets.Dataset, fingerprints: dict | None = None, seed: int = 0) -> Path:
     """An index with random scores for every example."""
     generator = np.random.default_rng(seed)
     scored = [
@@ -40,7 +40,8 @@ def write_index(path: Path, dataset: datasets.Dataset, seed: int = 0) -> Path:
         )
         for row, example in enumerate(dataset)
     ]
-    header = IndexHeader({"model": "tiny"}, num_examples=len(scored), num_tokens=sum(e.num_tokens for e in scored))
+    tokens = sum(example.num_tokens for example in scored)
+    header = IndexHeader(fingerprints or {"model": "tiny"}, num_examples=len(scored), num_tokens=tokens)
     store = ShardStore(path.with_suffix(".shards"), header, num_shards=1)
     store.write(0, scored)
     merge_shards(store.directory, path)

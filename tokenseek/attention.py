@@ -30,22 +30,30 @@ def require_masked_backend(model: PreTrainedModel) -> None:
         )
 
 
+class _Replacement:
+    """An entry of the interface that runs ``replace(own)``; `own` is the backend's function, None for eager."""
+
+    def __init__(self, replace: Callable[[Callable], Callable], own: Callable | None):
+        self.replace, self.own = replace, own
+
+    def __call__(self, module: nn.Module, *args, **kwargs):
+        # Eager attention is no entry of the interface but a function of each modelling file.
+        original = self.own or sys.modules[type(module).__module__].eager_attention_forward
+        return self.replace(original)(module, *args, **kwargs)
+
+
 @contextmanager
 def attention_replaced(model: PreTrainedModel, replace: Callable[[Callable], Callable]) -> Iterator[None]:
     """Inside the block, attention runs ``replace(original)`` instead of the `original` function of the model's backend.
 
     The replacement has the signature of Transformers' attention functions:
     ``(module, query_BNTH, key_BNTH, value_BNTH, attention_mask, **kwargs) -> (output_BTNH, weights_BNTT | None)``.
+    Blocks do not add up: in a block within a block, the inner replacement alone is in force.
     """
     backend = model.config.get_text_config()._attn_implementation
     before = ALL_ATTENTION_FUNCTIONS.get(backend)
-
-    def function(module: nn.Module, *args, **kwargs):
-        # Eager attention is no entry of the interface but a function of each modelling file.
-        original = before or sys.modules[type(module).__module__].eager_attention_forward
-        return replace(original)(module, *args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS[backend] = function
+    own = before.own if isinstance(before, _Replacement) else before
+    ALL_ATTENTION_FUNCTIONS[backend] = _Replacement(replace, own)
     try:
         yield
     finally:

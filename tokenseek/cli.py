@@ -101,8 +101,8 @@ def guarded(run: Callable[[], object]) -> int:
     try:
         result = run()
     except UserError as error:
-        # Nearly all errors are met by every process, and one message is enough. If this process ended first, the launcher
-        # might end the main process before it has told; if the main process does not meet this error, we tell it.
+        # Nearly all errors are met by every process, and one message is enough. If this process ended first, the
+        # launcher might end the main one before it has told; an error that the main one does not meet is told here.
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_SECONDS_TO_MAIN_PROCESS)
         print(f"tokenseek: error: {error}", file=sys.stderr, flush=True)

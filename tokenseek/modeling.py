@@ -41,7 +41,7 @@ class Decoder:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """The :class:`Decoder` inside `model`, a Transformers causal LM, plain or wrapped by PEFT or a data-parallel engine.
+    """The :class:`Decoder` inside `model`: a Transformers causal LM, plain or wrapped by PEFT or a parallel engine.
 
     Raises:
         UserError: for anything that is not a causal decoder whose every layer keeps keys and values.
@@ -57,7 +57,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise UserError(f"{name} is not a Transformers model. Load one with AutoModelForCausalLM.from_pretrained(...).")
     _require_causal_lm(causal_lm)
     body = causal_lm.get_decoder()
-    if body is causal_lm:  # Transformers' last resort, where base_model_prefix names no attribute (Llama-4's text model)
+    # Transformers' last resort, where base_model_prefix names no attribute (Llama-4's text model).
+    if body is causal_lm:
         body = getattr(causal_lm, "model", causal_lm)
     layers = _find_layers(body, causal_lm.config.get_text_config().num_hidden_layers)
     if layers is None:

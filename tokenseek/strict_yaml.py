@@ -38,9 +38,16 @@ def parse_yaml(text: str, origin: str):
         if node is None:
             return None
         _refuse_duplicates(node, "", origin)
-        return yaml.load(text, Loader=_Loader)
+        return _without_aliases(yaml.load(text, Loader=_Loader))
     except yaml.YAMLError as error:
         raise UserError(f"{origin}: not valid YAML: {error}") from error
+
+
+def _without_aliases(value):
+    """A copy in which what an anchor names is there once for each of its aliases: changing one leaves the others."""
+    if isinstance(value, dict):
+        return {key: _without_aliases(item) for key, item in value.items()}
+    return [_without_aliases(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse_duplicates(node: yaml.Node, path: str, origin: str) -> None:

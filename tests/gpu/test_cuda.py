@@ -67,8 +67,7 @@ def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
     "dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str
 )
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
-def test_gradients_equal_the_dense_reference(kind, dtype, tolerance, recompute, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_gradients_equal_the_dense_reference(kind, dtype, tolerance, recompute):
     model = tiny_model(kind, dtype=dtype)
     expected = reference(model, make_batch(), SELECTED)
     model = enable_token_ditching(model.cuda(), recompute=recompute)
@@ -89,7 +88,7 @@ def test_every_attention_kernel_gives_the_same(kernel, selected):
             loss = model(**on_cuda(batch), selected_positions=selected.cuda()).loss
             actual = gradients(model, loss)
     except RuntimeError as error:
-        if "No available kernel" not in str(error):
+        if not str(error).startswith(("No available kernel", "No viable backend")):
             raise
         pytest.skip(f"this device or version of torch has no {kernel} kernel for these shapes")
     assert_close(actual, expected, 0.1)
@@ -136,9 +135,8 @@ def _dense_loss_on_cuda(model, **batch):
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
-def test_scores_equal_those_of_the_cpu(kind, dtype, tolerance, monkeypatch):
+def test_scores_equal_those_of_the_cpu(kind, dtype, tolerance):
     scorer = pytest.importorskip("tokenseek.seeking").TokenScorer
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     batch = make_batch()
     model = tiny_model(kind, dtype=dtype)
     expected = scorer(copy.deepcopy(model).float()).score(**batch)
@@ -150,7 +148,7 @@ def test_scores_equal_those_of_the_cpu(kind, dtype, tolerance, monkeypatch):
 def test_selected_tokens_take_less_memory_than_all():
     from benchmarks.step import measure
 
-    options = dict(shape="tiny:num_hidden_layers=8", batch=1, dtype="bf16", device="cuda", steps=1)
-    full, ours = (measure(name, 1024, **options) for name in ("full", "tokenseek@0.1"))
+    options = dict(shape="110m:num_hidden_layers=2", batch=1, dtype="bf16", device="cuda", steps=1)
+    full, ours = (measure(name, 512, **options) for name in ("full", "tokenseek@0.1"))
     assert ours["saved"] < 0.25 * full["saved"]
     assert ours["peak"] < full["peak"]

@@ -1,5 +1,6 @@
 """Algorithm 1 the plain way, as the truth to compare with: an ordinary forward pass over all tokens, in which the keys,
-the values and the layer outputs of unselected tokens are detached. It stores everything and shares no code with the seam.
+the values and the layer outputs of unselected tokens are detached. It stores everything and shares no code with the
+seam.
 """
 
 from __future__ import annotations

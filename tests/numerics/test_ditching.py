@@ -99,6 +99,17 @@ def test_all_tokens_selected_is_ordinary_training(kind):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "gemma3", "phi3"])
+@pytest.mark.parametrize("lengths", [(120,), (120, 120), (120, 90)])
+def test_many_selected_tokens(kind, lengths):
+    """Enough rows for several spans of them, which attend to the keys up to their own end."""
+    batch = make_batch(lengths)
+    per_example = [torch.randperm(n, generator=torch.Generator().manual_seed(n))[: n // 2].sort().values for n in lengths]
+    selected = torch.nn.utils.rnn.pad_sequence(per_example, batch_first=True, padding_value=-1)
+    model = tokenseek.enable_token_ditching(tiny_model(kind, dtype=torch.float64))
+    assert_same(model, batch, selected, FLOAT32_INSIDE.get(kind, 1e-12))
+
+
 def test_all_tokens_of_a_padded_batch():
     batch = make_batch((13, 9))
     selected = torch.arange(13).repeat(2, 1)
@@ -176,10 +187,12 @@ def test_peft(config, patch_first):
 def test_transformers_gradient_checkpointing_recomputes_the_selected_pass():
     model = tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64)).train()
     model.gradient_checkpointing_enable()
-    calls = []
-    find_decoder(model).layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     assert_same(model, make_batch(), SELECTED)
-    assert len(calls) == 3  # unselected rows once, selected rows twice
+    calls = []
+    # Before the forward: a recomputation ends as soon as it has what the backward pass needs.
+    find_decoder(model).layers[1].mlp.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    model(**make_batch(), selected_positions=SELECTED).loss.backward()
+    assert sorted(calls) == [4, 4, 8]  # selected rows twice, unselected rows (up to the last selected one) once
     assert all(layer.gradient_checkpointing for layer in find_decoder(model).layers)
 
 
@@ -189,7 +202,8 @@ def test_each_row_is_computed_once_and_the_last_layer_stops_at_its_keys():
     for seen, layer in zip(rows, find_decoder(model).layers, strict=True):
         layer.mlp.register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0].shape[1]))
     model(**make_batch((13,)), selected_positions=torch.tensor([[2, 5, 6]]))
-    assert [sorted(seen) for seen in rows] == [[3, 10]] * 3 + [[3]]
+    # and what comes behind the last selected token (7 to 12) not at all
+    assert [sorted(seen) for seen in rows] == [[3, 4]] * 3 + [[3]]
 
 
 def test_stored_activations_grow_with_the_selected_rows_only():
@@ -201,7 +215,7 @@ def test_stored_activations_grow_with_the_selected_rows_only():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(**batch, **kwargs).loss
+            _ = model(**batch, **kwargs)  # kept, and with it its graph and all that is saved in it
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         return sum(size for pointer, size in storages.items() if pointer not in weights)
 

@@ -1,4 +1,4 @@
-"""LoRA on weights in 4 and 8 bits: the gradients of token ditching are those of the dequantised weights, on a CPU too."""
+"""LoRA on weights in 4 and 8 bits: the gradients of token ditching are those of the dequantised weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from numerics.dense_reference import dense_loss
 from numerics.test_ditching import SELECTED, gradients, make_batch
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tokenseek
 from tokenseek.config import ModelConfig, PeftSettings
@@ -23,6 +24,12 @@ QUANTIZATIONS = {
     "fp4": {"quantization": "fp4"},
     "int8": {"quantization": "int8"},
 }
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Where GPUs are, `load_model` puts quantised weights there."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +74,6 @@ def test_gradients_are_those_of_the_dequantised_weights(folder, options, evaluat
 
 def test_weights_of_another_loader_are_made_trainable(folder):
     """From `from_pretrained` and evaluated before ditching: what was repacked is unpacked, to the scales' last bits."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
     truth = with_lora(copy.deepcopy(loaded).dequantize())

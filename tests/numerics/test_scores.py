@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from tokenseek.errors import UserError
 from tokenseek.modeling import find_decoder
 from tokenseek.seeking import TokenScorer
-
 from tokenseek.seeking.context import attention_received
 from tokenseek.seeking.gradient import gradient_from, loss_gradient
 

@@ -119,7 +119,6 @@ def by_plain_trainer(model, dataset, collator, folder, **options):
 
 def sft_trainer(model, dataset, collator, folder, peft_config=None, **options):
     trl = pytest.importorskip("trl")
-    collator.shift_labels = True
     options = {"dataset_kwargs": {"skip_prepare_dataset": True}, **options}
     return trl.SFTTrainer(
         tokenseek.enable_token_ditching(model),

@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import seek, step
 from benchmarks.algorithm1 import algorithm1_loss
 from benchmarks.memory import LiveStorages, SavedActivations, storage_bytes
 from benchmarks.methods import DEFAULT_METHODS, Method, make_batch
@@ -42,7 +43,7 @@ def test_algorithm1_equals_the_dense_reference(kind, ratio):
 def test_counters_on_a_graph_made_by_hand():
     linear = nn.Linear(256, 256, bias=False)  # 256 KiB
     x = torch.zeros(4, 256)  # 4 KiB, as is everything computed from it
-    with LiveStorages() as live:
+    with LiveStorages().ignore([linear.weight]) as live:
         with SavedActivations(linear) as saved:
             hidden = linear(x)
             loss = (hidden.view(2, 2, 256).exp() * 2).sum()  # exp saves its output; `hidden` lives by its name alone
@@ -61,7 +62,7 @@ def test_counters_on_a_graph_made_by_hand():
 def test_counters_see_what_checkpointing_keeps():
     linear = nn.Linear(256, 256, bias=False)
     x = torch.zeros(4, 256, requires_grad=True)
-    with LiveStorages() as live, SavedActivations(linear) as saved:
+    with LiveStorages().ignore([linear.weight]) as live, SavedActivations(linear) as saved:
         hidden = checkpoint(lambda x: linear(x).exp().exp(), x * 2, use_reentrant=False)
     # Alive: the output and, for the second run, the input.
     assert saved.bytes == 4 * KIB
@@ -109,22 +110,38 @@ def test_unknown_methods_are_named(name):
         Method.parse(name)
 
 
-def test_command_line_interleaves_and_reports(tmp_path):
+def test_repeats_take_turns_and_failures_are_reported(monkeypatch):
+    calls = []
+
+    def run(arguments):
+        calls.append((arguments["method"], arguments["memory"]))
+        if arguments["method"] == "full+qlora":
+            return {"error": "ModuleNotFoundError: No module named 'bitsandbytes'"}
+        sizes = dict(saved=8, stored=8, peak=20, states=10) if arguments["memory"] else {}
+        return dict(seconds=[{"full": 4.0, "tokenseek@0.5": 1.0}[arguments["method"]]] * 2) | sizes
+
+    monkeypatch.setattr(step, "_in_own_process", run)
+    rows = step.run_all(["full", "full+qlora", "tokenseek@0.5"], [16], 2, threads=1)
+    assert calls == [
+        ("full", True), ("full+qlora", True), ("tokenseek@0.5", True), ("full", False), ("tokenseek@0.5", False),
+    ]  # fmt: skip
+    assert [len(row["seconds"]) for row in rows] == [4, 0, 4]
+    assert [row.get("step_s_to_full") for row in rows] == [1.0, None, 0.25]
+    assert "bitsandbytes" in table(rows)
+
+
+def test_command_line(tmp_path):
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "benchmarks.step", "--shape", "tiny", "--methods", "full,tokenseek@0.5"]
-    command += ["--lengths", "16", "--repeats", "2", "--steps", "2", "--threads", "1", "--json", str(out)]
+    command = [sys.executable, "-m", "benchmarks.step", "--shape", "tiny", "--methods", "tokenseek@0.5"]
+    command += ["--lengths", "16", "--repeats", "1", "--steps", "2", "--threads", "1", "--json", str(out)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
-    runs = [line.split()[3] for line in process.stderr.splitlines() if line.startswith("repeat")]
-    assert runs == ["full:", "tokenseek@0.5:"] * 2
     rows = json.loads(out.read_text())["rows"]
-    assert [len(row["seconds"]) for row in rows] == [4, 4]
-    assert rows[0]["step_s_to_full"] == 1.0
+    assert len(rows[0]["seconds"]) == 2
     assert process.stdout.rstrip().endswith(table(rows))
 
 
-def test_scoring_is_measured(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.seek", "--shape", "tiny", "--lengths", "16", "--repeats", "1"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1].startswith("| 16 | ")
+def test_scoring_is_measured():
+    row = seek.measure(16, shape="tiny", batch=1, dtype="fp32", device="cpu", repeats=1)
+    assert 0 < row["score_peak"] < row["full_saved"] * 10 and row["tokens_per_s"] > 0
+    assert seek.table([row]).splitlines()[-1].startswith("| 16 | ")

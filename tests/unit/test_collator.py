@@ -28,7 +28,7 @@ def valid(row):
 def test_a_batch_holds_every_example_and_its_selected_positions(dataset, path):
     examples = list(dataset)[2:5]
     batch = TokenSeekCollator(path, ratio=0.3, pad_token_id=9)(examples)
-    assert batch.keys() == {"input_ids", "attention_mask", "labels", "selected_positions"}
+    assert batch.keys() == {"input_ids", "attention_mask", "labels", "selected_positions", "shift_labels"}
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     index = TokenIndex.open(path)
     for row, example in enumerate(examples):
@@ -56,7 +56,7 @@ def test_labels_are_left_where_a_selected_position_predicts_them_and_nowhere_els
 
 def test_the_first_label_never_counts_and_the_last_position_predicts_nothing():
     example = {"example_id": "a", "input_ids": [5, 6, 7], "labels": [5, 6, 7]}
-    batch = TokenSeekCollator(None, rule="all", shift_labels=True)([example])
+    batch = TokenSeekCollator(None, rule="all")([example])
     assert batch["selected_positions"].tolist() == [[0, 1, 2]]
     assert batch["labels"].tolist() == [[-100, 6, 7]]
     assert batch["shift_labels"].tolist() == [[6, 7, -100]]
@@ -68,7 +68,7 @@ def test_an_example_of_one_token():
 
 
 def test_shift_labels_are_the_labels_that_selected_positions_predict(dataset, path):
-    batch = TokenSeekCollator(path, ratio=0.3, shift_labels=True)(list(dataset))
+    batch = TokenSeekCollator(path, ratio=0.3)(list(dataset))
     shifted, positions, labels = batch["shift_labels"], batch["selected_positions"], batch["labels"]
     assert shifted.shape == positions.shape
     following = torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], dim=1)
@@ -155,7 +155,7 @@ def test_top_selections_do_not_change_with_the_epoch(dataset, path):
 
 
 def test_a_pickled_collator_gives_the_same_batches(dataset, path):
-    collator = TokenSeekCollator(path, 0.3, "top_random", explore=0.5, pad_token_id=9, shift_labels=True)
+    collator = TokenSeekCollator(path, 0.3, "top_random", explore=0.5, pad_token_id=9)
     collator.set_epoch(3)
     batch, expected = pickle.loads(pickle.dumps(collator))(list(dataset)), collator(list(dataset))
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
@@ -175,7 +175,7 @@ def test_workers_see_a_new_epoch(dataset, path, persistent):
 
 def test_columns_of_numbers_in_any_form_do(dataset, path):
     """Data sets in the formats of NumPy and torch give arrays and tensors."""
-    collator = TokenSeekCollator(path, 0.3, shift_labels=True)
+    collator = TokenSeekCollator(path, 0.3)
     expected = collator(list(dataset))
     for form in ("numpy", "torch"):
         batch = collator(list(dataset.with_format(form)))

@@ -163,6 +163,15 @@ def test_presets_compose_and_the_later_file_wins(tmp_path):
     assert ([source.path for source in config.data.sources], config.data.max_length) == (["c"], 9)
 
 
+def test_an_override_of_an_aliased_section_leaves_the_other_alone(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(
+        "model: {name_or_path: m}\ndata: &data {sources: [{path: a.jsonl}]}\neval_data: *data\noutput_dir: o\n"
+    )
+    config = load_config(preset, ["eval_data.sources.0.path=b.jsonl"])
+    assert [section.sources[0].path for section in (config.data, config.eval_data)] == ["a.jsonl", "b.jsonl"]
+
+
 def test_a_users_preset_can_include_shipped_files(tmp_path):
     (tmp_path / "mine.yaml").write_text("include: [llama-3.2-1b-loha.yaml]\noutput_dir: mine\n")
     assert load_config(tmp_path / "mine.yaml").peft.method == "loha"

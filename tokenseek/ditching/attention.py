@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import torch
 from torch import nn
 
 from tokenseek.ditching.rows import Rows
@@ -43,23 +44,27 @@ def selected_attention(rows: Rows) -> Callable[[Callable], Callable]:
     """A replacement for the selected pass, in which keys and values are stored for the backward pass.
 
     Under a mask, sdpa repeats them for every query head of a group. Queries of a group are taken as G times the rows of
-    one head instead, so that autograd stores the keys and values of K heads and not of N.
+    one head instead, so that autograd stores the keys and values of K heads and not of N. Early rows, which see few
+    keys, are given no others.
     """
 
     def replace(original):
         def attention(module: nn.Module, query_BNSH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs):
-            batch, heads, selected, head_dim = query_BNSH.shape
-            groups = heads // key_BKTH.shape[1]
-            one_mask_for_all_heads = attention_mask is not None and attention_mask.shape[1] == 1
-            if groups == 1 or not one_mask_for_all_heads or kwargs.get("position_bias") is not None:
+            if attention_mask is None or attention_mask.shape[1] > 1 or kwargs.get("position_bias") is not None:
                 return original(module, query_BNSH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs)
-            # q: (B, N, S, H) -> (B, K, G * S, H), a view: the heads of a group are neighbours
-            packed = query_BNSH.reshape(batch, heads // groups, groups * selected, head_dim)
-            mask = rows.repeated(attention_mask, groups)
-            output, _ = original(_UNGROUPED, packed, key_BKTH, value_BKTH, mask, *args, **kwargs)
-            # o: (B, G * S, K, H) -> (B, G, S, K, H) -> (B, S, K, G, H) -> (B, S, N, H)
-            output = output.unflatten(1, (groups, selected)).permute(0, 2, 3, 1, 4)
-            return output.reshape(batch, selected, heads, -1), None
+            groups = query_BNSH.shape[1] // key_BKTH.shape[1]
+            outputs = []
+            for span in rows.spans:
+                first, last, keys = span
+                # q: (B, N, S, H) -> (B, K, G * S, H): the heads of a group are neighbours
+                packed = query_BNSH[:, :, first:last].unflatten(1, (-1, groups)).flatten(2, 3)
+                mask = rows.packed_mask(attention_mask, span, groups, packed.dtype)
+                output, _ = original(
+                    _UNGROUPED, packed, key_BKTH[:, :, :keys], value_BKTH[:, :, :keys], mask, *args, **kwargs
+                )
+                # o: (B, G * S, K, H) -> (B, G, S, K, H) -> (B, S, K, G, H) -> (B, S, N, H)
+                outputs.append(output.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3))
+            return torch.cat(outputs, dim=1), None
 
         return attention
 

@@ -49,9 +49,11 @@ class SelectedCache(_OnceCache):
         self.unselected_keys, self.unselected_values = unselected_keys, unselected_values
 
     def update(self, keys_BNSH, values_BNSH, layer_idx, *args, **kwargs):
+        keys_BNSH, values_BNSH = self.partition.exchange(keys_BNSH, values_BNSH)
+        whole = self.partition.whole
         self._record(
-            self.partition.assemble(self.unselected_keys, keys_BNSH),
-            self.partition.assemble(self.unselected_values, values_BNSH),
+            whole.assemble(self.unselected_keys, keys_BNSH),
+            whole.assemble(self.unselected_values, values_BNSH),
             layer_idx,
         )
         return self.keys, self.values

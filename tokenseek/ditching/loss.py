@@ -20,10 +20,15 @@ def selected_loss(
     hidden_BSD: torch.Tensor,
     labels_BS: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
+    recompute: bool,
 ) -> torch.Tensor:
     """Sum of the cross-entropies of supervised rows over their number, or over `num_items_in_batch` when given.
 
     With no supervised row the loss is 0 with a live graph, so that every gradient exists and every collective runs.
+
+    Args:
+        recompute: compute the logits once more in the backward pass rather than store them. If they do not fit one
+            chunk this is done anyway.
     """
     hidden_RD, labels_R = hidden_BSD.flatten(0, 1), labels_BS.flatten()
     supervised = labels_R.ne(IGNORED).nonzero().squeeze(1)
@@ -36,10 +41,11 @@ def selected_loss(
         return cross_entropy(at_least_float32(logits_CV), labels_C, ignore_index=IGNORED, reduction="sum")
 
     rows = rows_per_chunk(decoder)
-    total = sum(
-        checkpoint(chunk_loss, hidden_1CD, labels_C, use_reentrant=False)
-        for hidden_1CD, labels_C in zip(hidden_RD[None].split(rows, dim=1), labels_R.split(rows), strict=True)
-    )
+    chunks = list(zip(hidden_RD[None].split(rows, dim=1), labels_R.split(rows), strict=True))
+    if recompute or len(chunks) > 1:
+        total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+    else:
+        total = chunk_loss(*chunks[0])
     if num_items_in_batch is None:
         num_items_in_batch = labels_R.ne(IGNORED).sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)

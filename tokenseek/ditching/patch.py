@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import MethodType
 
@@ -21,11 +21,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tokenseek.attention import attention_replaced, require_masked_backend
+from tokenseek.attention import require_masked_backend
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
 from tokenseek.ditching.loss import selected_loss
 from tokenseek.ditching.rows import Partition, Rows, partition
+from tokenseek.ditching.zero3 import gather_layers_once, ungather_layers
 from tokenseek.errors import UserError
 from tokenseek.head import head_logits, next_token_labels
 from tokenseek.labels import IGNORED
@@ -56,14 +57,18 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False) -> nn.Mo
     """
     decoder = find_decoder(model)
     require_masked_backend(decoder.causal_lm)
+    sequence = None
     if hasattr(decoder.causal_lm, "_token_ditching"):
+        sequence = decoder.causal_lm._token_ditching.sequence
         disable_token_ditching(model)
     keep_4bit_differentiable(model)  # an evaluation before or during training would repack them
     ditching = Ditching(decoder, recompute)
+    ditching.sequence = sequence
     _replace_forward(decoder.causal_lm, ditching, _causal_lm_forward(decoder.causal_lm))
     _replace_forward(decoder.body, ditching, _body_forward)
     for layer in decoder.layers:
         _replace_forward(layer, ditching, _layer_forward)
+    gather_layers_once(decoder)
     return model
 
 
@@ -84,6 +89,7 @@ def disable_token_ditching(model: nn.Module) -> nn.Module:
         if module._forward_before_ditching is not None:
             module.forward = module._forward_before_ditching
         del module._token_ditching, module._token_ditching_forward, module._forward_before_ditching
+    ungather_layers(decoder)
     return model
 
 
@@ -105,20 +111,24 @@ class Ditching:
         self.decoder = decoder
         self.recompute = recompute
         self.step: Step | None = None
+        # Set where ranks share a text (`tokenseek.parallel`).
+        self.sequence = None
         # Old decoders give their output the shape of their input ids by a view, which only all T rows fit.
         source = inspect.getsource(inspect.unwrap(type(decoder.body).forward))
         self.returns_all_rows = "view(output_shape)" in source
         # Whether the model looks its attention function up, so that ours runs; known after its first layer has run.
         self.attention_is_ours = False
 
+    def recomputes(self, layer: nn.Module) -> bool:
+        return self.recompute or (getattr(layer, "gradient_checkpointing", False) and layer.training)
+
     def note_attention(self) -> None:
         self.attention_is_ours = True
 
-    def attention(self, replace: Callable[[Callable], Callable]) -> AbstractContextManager[None]:
-        causal_lm = self.decoder.causal_lm
-        if causal_lm.config.get_text_config()._attn_implementation != "sdpa":
-            return nullcontext()
-        return attention_replaced(causal_lm, replace)
+    def attention(self, parts: Partition, replace: Callable[[Callable], Callable]) -> AbstractContextManager[None]:
+        """What one pass of one layer runs in, with attention replaced where the model's backend is sdpa."""
+        is_sdpa = self.decoder.causal_lm.config.get_text_config()._attn_implementation == "sdpa"
+        return parts.attention(self.decoder, replace if is_sdpa else None)
 
 
 class Step:
@@ -136,26 +146,37 @@ def _causal_lm_forward(causal_lm: nn.Module):
     def forward(
         self, *args, selected_positions=None, labels=None, num_items_in_batch=None, shift_labels=None, **kwargs
     ):
-        if selected_positions is None:
+        ditching: Ditching = self._token_ditching
+        decoder, sequence = ditching.decoder, ditching.sequence
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        has_labels = any(given is not None for given in (labels, shift_labels, arguments.get("labels")))
+        if selected_positions is None and not (sequence and has_labels):
             given = {"labels": labels, "num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
             kwargs |= {name: value for name, value in given.items() if value is not None}
             return _original_forward(self)(*args, **kwargs)
-        decoder: Decoder = self._token_ditching.decoder
-        arguments = dict(zip(names, args, strict=False)) | kwargs
         labels = arguments.pop("labels", labels)
         return_dict = arguments.pop("return_dict", None)
         arguments.pop("logits_to_keep", None)
+        if sequence:
+            selected_positions = sequence.agreed_positions(arguments, selected_positions, labels, shift_labels)
         parts = _partition(arguments, selected_positions)
+        labels_BS = _labels_of(parts.selected, labels, shift_labels) if has_labels else None
+        if sequence:
+            if num_items_in_batch is None:
+                num_items_in_batch = labels_BS.ne(IGNORED).sum()
+            arguments, parts, labels_BS = sequence.share(decoder, arguments, parts, labels_BS)
         body_output = decoder.body(**arguments, selected_positions=parts)
         hidden_BSD = body_output.last_hidden_state
 
         loss = logits = None
-        if labels is None and shift_labels is None:
+        if has_labels:
+            loss = selected_loss(
+                decoder, body_output, hidden_BSD, labels_BS, num_items_in_batch, ditching.recomputes(decoder.layers[-1])
+            )
+            loss = sequence.total(loss) if sequence else loss
+        else:
             logits = head_logits(decoder, body_output, hidden_BSD.flatten(0, 1)[None])[0]
             logits = logits.view(*hidden_BSD.shape[:2], -1)
-        else:
-            labels_BS = _labels_of(parts.selected, labels, shift_labels)
-            loss = selected_loss(decoder, body_output, hidden_BSD, labels_BS, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
@@ -176,7 +197,9 @@ def _labels_of(rows: Rows, labels: torch.Tensor | None, shift_labels: torch.Tens
     return shift_labels.masked_fill(~rows.valid_BR, IGNORED)
 
 
-def _partition(arguments: dict, selected_positions: torch.Tensor) -> Partition:
+def _partition(arguments: dict, selected_positions: torch.Tensor | Partition) -> Partition:
+    if isinstance(selected_positions, Partition):  # made before, where its positions could be read (see planning)
+        return selected_positions
     tokens = arguments.get("input_ids")
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
     return partition(selected_positions.to(tokens.device), arguments.get("attention_mask"), tokens.shape[1])
@@ -194,6 +217,8 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
     arguments["use_cache"] = False
     parts = selected_positions
     if not isinstance(parts, Partition):
+        if ditching.sequence:
+            raise UserError("under sequence parallelism call the causal LM with labels: hidden states stay apart.")
         parts = _partition(arguments, selected_positions)
     if parts.right_padded and arguments.get("position_ids") is None:
         # No token looks at padding behind it: causality is all the mask that is needed.
@@ -201,7 +226,8 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
 
     ditching.step = Step(parts)
     try:
-        output = _original_forward(self)(**{name: value for name, value in arguments.items() if value is not None})
+        with parts.masks(ditching.decoder):
+            output = _original_forward(self)(**{name: value for name, value in arguments.items() if value is not None})
     finally:
         ditching.step = None
     rows = parts.selected
@@ -229,9 +255,18 @@ def _layer_forward(self, *args, **kwargs):
         step.started = True
         step.unselected_BUD = parts.unselected and parts.unselected.take(hidden.detach(), 1)
         hidden = parts.selected.take(hidden, 1)
+    else:
+        hidden = parts.enter_layer(parts.selected, hidden)
+        if parts.unselected is not None:
+            step.unselected_BUD = parts.enter_layer(parts.unselected, step.unselected_BUD)
     is_last = self is ditching.decoder.layers[-1]
     output = _run_both_passes(self, ditching, hidden, arguments, is_last)
-    if is_last and ditching.returns_all_rows:
+    if not is_last:
+        hidden = parts.leave_layer(parts.selected, _hidden_states(output))
+        if parts.unselected is not None:
+            step.unselected_BUD = parts.leave_layer(parts.unselected, step.unselected_BUD)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    if ditching.returns_all_rows:
         hidden = _hidden_states(output)
         output = parts.assemble(None, hidden[:, None])[:, 0]
     return output
@@ -241,7 +276,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
     """The layer's output for the selected rows; moves ``step.unselected_BUD`` through the layer too."""
     step, parts = ditching.step, ditching.step.partition
     with_gradient, autocast_cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-    checkpointing = ditching.recompute or (getattr(layer, "gradient_checkpointing", False) and layer.training)
+    checkpointing = ditching.recomputes(layer)
 
     def run(hidden, rows, cache, attention):
         # Only an attention function of ours knows the rows; a model that has its own needs the mask in full.
@@ -252,7 +287,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
 
     def run_selected(hidden, keys, values):
         cache = SelectedCache(parts, keys, values)
-        output = run(hidden, parts.selected, cache, ditching.attention(selected_attention(parts.selected)))
+        output = run(hidden, parts.selected, cache, ditching.attention(parts, selected_attention(parts.whole.selected)))
         _require_updated(cache, layer, ditching)
         return output, cache.keys, cache.values
 
@@ -264,12 +299,13 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
 
     if parts.unselected is None:
         return selected_pass()[0]
-    seam = UnselectedCache(selected_pass, stop=is_last)
+    seam = UnselectedCache(lambda *rows: selected_pass(*parts.exchange(*rows)), stop=is_last)
     # An engine that casts what enters a layer does not see the rows that wait aside.
     unselected_BUD = step.unselected_BUD.to(selected_BSD)
     with torch.no_grad(), _autocast_cache(False):
         try:
-            attention = ditching.attention(unselected_attention(parts.unselected, ditching.note_attention))
+            replace = unselected_attention(parts.whole.unselected, ditching.note_attention)
+            attention = ditching.attention(parts, replace)
             step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, seam, attention))
             _require_updated(seam, layer, ditching)
         except KeysAndValuesSeen:

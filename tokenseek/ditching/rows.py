@@ -5,17 +5,25 @@ Shapes: B batch, T tokens, R rows of one pass (S selected or U unselected), N he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from tokenseek.attention import attention_replaced
 from tokenseek.errors import UserError
+from tokenseek.modeling import Decoder
 
 MASK_ARGUMENTS = ("attention_mask", "causal_mask")
 # Biases over the keys alone: every row needs them whole.
 KEY_ARGUMENTS = ("alibi",)
+
+
+# Keys that a span of rows does not see are left out of its attention; spans of fewer rows are not worth a call, and
+# kernels like numbers of keys that their blocks divide.
+MAX_SPANS, MIN_SPAN_ROWS, KEY_BLOCK = 4, 24, 16
 
 
 class Rows:
@@ -26,10 +34,19 @@ class Rows:
     Args:
         positions_BR: int64, ascending, -1 where the example has no further row.
         fallback_B1: for each example a position whose row stands in where there is none.
+        spans: (first row, row behind the last, number of keys): stretches of rows that look at no key behind.
     """
 
-    def __init__(self, positions_BR: torch.Tensor, fallback_B1: torch.Tensor, tokens: int, padded: bool):
+    def __init__(
+        self,
+        positions_BR: torch.Tensor,
+        fallback_B1: torch.Tensor,
+        tokens: int,
+        padded: bool,
+        spans: Sequence[tuple[int, int, int]] = (),
+    ):
         self.tokens = tokens
+        self.spans = spans or [(0, positions_BR.shape[1], tokens)]
         self.padded = padded
         self.valid_BR = positions_BR >= 0
         self.index_BR = torch.where(self.valid_BR, positions_BR, fallback_B1) if padded else positions_BR
@@ -63,9 +80,22 @@ class Rows:
         self.put(buffer, rows_BNRH)
         return buffer[:, : self.tokens].transpose(1, 2)
 
-    def repeated(self, mask_B1RT: torch.Tensor, groups: int) -> torch.Tensor:
-        """[B, 1, G * R, T]: the rows of a mask over and over, once a step."""
-        return self._once(f"repeated.{groups}", mask_B1RT, lambda: mask_B1RT.repeat(1, 1, groups, 1))
+    def packed_mask(
+        self, mask_B1RT: torch.Tensor, span: tuple[int, int, int], groups: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """[B, 1, G * rows, keys]: a span of the mask, its rows over and over, to be added to the scores; once a step.
+
+        Attention kernels turn a mask of booleans into such a one, and autograd keeps it, in every layer anew.
+        """
+        first, last, keys = span
+
+        def make() -> torch.Tensor:
+            mask = mask_B1RT[:, :, first:last, :keys].repeat(1, 1, groups, 1)
+            if mask.dtype != torch.bool:
+                return mask.to(dtype)
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+        return self._once(f"packed.{span}.{groups}.{dtype}", mask_B1RT, make)
 
     def shrink(self, name: str, value, keep_causality: bool = False):
         """A decoder layer's argument `name`, cut down to these rows (once a step, however many layers take it).
@@ -150,6 +180,35 @@ class Partition:
         self.selected.put(buffer, selected_BNSH)
         return buffer[:, : self.tokens].transpose(1, 2)
 
+    # What follows is trivial here, and not where ranks share a text (`tokenseek.parallel.sharding`).
+
+    @property
+    def whole(self) -> Partition:
+        """The partition that attention sees."""
+        return self
+
+    def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys and values of one pass, [B, N, R, H], as attention sees them."""
+        return rows_BNRH
+
+    def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
+        """What the decoder's body, which makes the masks, runs in."""
+        return nullcontext()
+
+    def attention(
+        self, decoder: Decoder, replace: Callable[[Callable], Callable] | None
+    ) -> AbstractContextManager[None]:
+        """What one pass of one layer runs in, with attention replaced unless `replace` is None."""
+        return nullcontext() if replace is None else attention_replaced(decoder.causal_lm, replace)
+
+    def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
+        """`rows` on their way into a layer, but the first."""
+        return hidden_BRD
+
+    def leave_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
+        """`rows` on their way out of a layer, but the last."""
+        return hidden_BRD
+
 
 def partition(selected_positions: torch.Tensor, attention_mask: torch.Tensor | None, tokens: int) -> Partition:
     """Split the tokens of a batch by `selected_positions` [B, S] (int64, ascending, padded with -1).
@@ -179,7 +238,10 @@ def partition(selected_positions: torch.Tensor, attention_mask: torch.Tensor | N
     clamped_BS = selected_positions.clamp(0, tokens - 1)
     slot_BS = torch.where(chosen_BS, clamped_BS, tokens)
     is_selected_BT = is_token_BT.new_zeros(batch, tokens + 1).scatter_(1, slot_BS, True)[:, :tokens]
-    is_unselected_BT = is_token_BT & ~is_selected_BT
+    # What comes behind the last selected token is seen by no selected token.
+    last_B1 = selected_positions.amax(1, keepdim=True)
+    is_needed_BT = torch.arange(tokens, device=device) < last_B1
+    is_unselected_BT = is_token_BT & is_needed_BT & ~is_selected_BT
     unselected_B = is_unselected_BT.sum(1)
 
     ascending_BS = ((selected_positions.diff(dim=1) > 0) & chosen_BS[:, :-1]) | ~chosen_BS[:, 1:]
@@ -192,8 +254,10 @@ def partition(selected_positions: torch.Tensor, attention_mask: torch.Tensor | N
         unselected_B.max(),
         unselected_B.min(),
     ]
+    borders = _span_borders(selected_positions.shape[1])
+    facts += [selected_positions[:, :border].max() for border in borders[1:]]
     # One transfer for everything that the host has to know.
-    in_range, ascending, on_tokens, right_padded, all_chosen, longest, shortest = torch.stack(
+    in_range, ascending, on_tokens, right_padded, all_chosen, longest, shortest, *last_seen = torch.stack(
         [fact.long() for fact in facts]
     ).tolist()
     if not in_range:
@@ -210,6 +274,16 @@ def partition(selected_positions: torch.Tensor, attention_mask: torch.Tensor | N
         order_BT = (~is_unselected_BT).long().argsort(dim=1, stable=True)  # the unselected ones first, ascending
         within_BU = torch.arange(longest, device=device) < unselected_B[:, None]
         unselected = Rows(torch.where(within_BU, order_BT[:, :longest], -1), first_token_B1, tokens, padded)
-    return Partition(
-        Rows(selected_positions, first_token_B1, tokens, padded), unselected, tokens, padded, bool(right_padded)
-    )
+    spans = []
+    for first, last, seen in zip(borders, borders[1:], last_seen, strict=False):
+        # A repeated row looks at the tokens up to its example's first.
+        keys = tokens if padded else min(tokens, KEY_BLOCK * (seen // KEY_BLOCK + 1))
+        spans.append((first, last, keys))
+    selected = Rows(selected_positions, first_token_B1, tokens, padded, spans)
+    return Partition(selected, unselected, tokens, padded, bool(right_padded))
+
+
+def _span_borders(rows: int) -> list[int]:
+    """Where up to MAX_SPANS spans of equally many rows begin, and the end of the last."""
+    spans = max(1, min(MAX_SPANS, rows // MIN_SPAN_ROWS))
+    return [rows * i // spans for i in range(spans + 1)]

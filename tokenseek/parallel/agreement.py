@@ -24,9 +24,9 @@ def require_same(group: dist.ProcessGroup, **inputs: torch.Tensor | int | None) 
     """
     device = next(value.device for value in inputs.values() if isinstance(value, torch.Tensor))
     mine = torch.stack([_digest(value, device) for value in inputs.values()])
-    everyone = mine.new_empty(group.size(), *mine.shape)
-    dist.all_gather_into_tensor(everyone.flatten(), mine.flatten(), group=group)
-    same = (everyone == everyone[0]).all(-1).tolist()
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group=group)
+    same = torch.stack([of_rank.eq(everyone[0]).all(-1) for of_rank in everyone]).tolist()
     ranks = [rank for rank, row in enumerate(same) if not all(row)]
     if not ranks:
         return
@@ -37,9 +37,9 @@ def require_same(group: dist.ProcessGroup, **inputs: torch.Tensor | int | None) 
         if name in names
     )
     raise UserError(
-        f"{' and '.join(names)} of rank(s) {', '.join(map(str, ranks))} of a sequence-parallel group differ from those of "
-        f"its rank 0 (this is rank {group.rank()}, which was given {given}). All ranks of a group must be given the same "
-        "examples and the same selection: let the sampler count data-parallel ranks only, and seed it alike."
+        f"{' and '.join(names)} of rank(s) {', '.join(map(str, ranks))} of a sequence-parallel group differ from those "
+        f"of its rank 0 (this is rank {group.rank()}, which was given {given}). All ranks of a group must be given the "
+        "same examples and the same selection: let the sampler count data-parallel ranks only, and seed it alike."
     )
 
 

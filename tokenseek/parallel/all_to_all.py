@@ -99,7 +99,7 @@ def rows_to_heads(
 def heads_to_rows(
     group: dist.ProcessGroup, interleaved: bool, tensor: torch.Tensor, purpose: str = "attention"
 ) -> torch.Tensor:
-    """All rows, in the order of the text, of this rank's heads -> local rows of all heads: (B, P x R, n, H) -> (B, R, N, H)."""
+    """All rows, in the order of the text, of this rank's heads -> local rows: (B, P x R, n, H) -> (B, R, N, H)."""
     ranks = group.size()
     if ranks == 1:
         return tensor

@@ -1,7 +1,7 @@
 """The paper's layout (section S7.1), for comparison: contiguous shards between layers, regrouped and restored in each.
 
-Contiguous shards hold uneven shares of the selected tokens. Inside a layer, rows are therefore dealt evenly, which takes
-an all-to-all of hidden states on the way in and one on the way out, in every layer.
+Contiguous shards hold uneven shares of the selected tokens. Inside a layer, rows are therefore dealt evenly, which
+takes an all-to-all of hidden states on the way in and one on the way out, in every layer.
 
 Shapes: B batch, A rows of one pass over all ranks, P ranks, R rows on one rank while a layer runs, C rows on one rank
 between layers, D hidden.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ class MetricsFile(TrainerCallback):
     """Appends every log of the Trainer to a JSONL file, with the step, the seconds of training and the peak memory.
 
     A resumed run goes on in the same file, after the step of its checkpoint: what the interrupted run logged later is
-    dropped, since those steps are taken again.
+    dropped, since those steps are taken again. A run that is not resumed begins a new file.
     """
 
     def __init__(self, path: Path):
@@ -29,9 +30,7 @@ class MetricsFile(TrainerCallback):
         self.started = time.perf_counter()
         reset_peak_memory()
         if state.is_world_process_zero and self.path.exists():
-            # Only up to the step of the checkpoint; and a process that is killed may leave half a line.
-            lines = self.path.read_text(encoding="utf-8").splitlines()[: self._lines_up_to(state.global_step)]
-            self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            self.path.write_text("".join(self._lines_up_to(state.global_step)), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -39,6 +38,13 @@ class MetricsFile(TrainerCallback):
             line = {"step": state.global_step, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **logs}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def _lines_up_to(self, last_step: int) -> Iterator[str]:
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            # A process that is killed may leave half a line, which is the last one then.
+            if last_step == 0 or not line.endswith("\n") or json.loads(line)["step"] > last_step:
+                return
+            yield line
 
 
 def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:

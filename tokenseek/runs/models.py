@@ -26,6 +26,7 @@ from transformers import (
 from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.errors import UserError
 from tokenseek.modeling import find_decoder, keep_4bit_differentiable
+from tokenseek.runs.processes import whole_models
 
 # Fields of a config.json that say nothing about what the model computes.
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash")
@@ -113,10 +114,8 @@ def require_decoder(model: ModelConfig) -> None:
     folder, trust = model_folder(model), {"trust_remote_code": model.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **trust)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                config, attn_implementation=model.attn_implementation, **trust
-            )
+        with whole_models(), torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=model.attn_implementation, **trust)
     except (ValueError, OSError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -173,12 +172,19 @@ def _quantization(model: ModelConfig) -> BitsAndBytesConfig:
 
 
 def add_adapter(model: PreTrainedModel, settings: PeftSettings) -> PeftModel:
-    """Wrap the model in a new adapter; its base weights are frozen."""
+    """Wrap the model in a new adapter; its base weights are frozen.
+
+    Raises:
+        UserError: a method or setting that PEFT does not have, or that does not fit the modules of this model.
+    """
     method = PeftType(settings.method.upper())
-    if method not in PEFT_TYPE_TO_TUNER_MAPPING:
-        raise UserError(f"peft.method: {settings.method} is not an adapter that can be added to a model's layers.")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
     known = {field.name for field in fields(config_class)}
+    if method not in PEFT_TYPE_TO_TUNER_MAPPING or "target_modules" not in known:
+        raise UserError(
+            f"peft.method: {settings.method} is not an adapter that can be added to a model's layers; use lora, loha, "
+            "lokr, ia3, ..."
+        )
     target_modules = _target_modules(model, settings.target_modules)
     options = dict(settings.extra, task_type="CAUSAL_LM", target_modules=target_modules)
     # PEFT's methods name the same three things differently.
@@ -193,9 +199,19 @@ def add_adapter(model: PreTrainedModel, settings: PeftSettings) -> PeftModel:
     if unknown := set(options) - known:
         raise UserError(f"peft.extra: {settings.method} takes no {sorted(unknown)}; it takes {sorted(known)}.")
     if settings.method == "ia3" and "feedforward_modules" not in options:
-        feed_forward = set(_linear_modules(model, attention=False))
-        options["feedforward_modules"] = [n for n in options["target_modules"] if n in feed_forward]
-    return get_peft_model(model, config_class(**options))
+        options["feedforward_modules"] = _feed_forward_among(model, target_modules)
+    try:
+        return get_peft_model(model, config_class(**options))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"peft: {settings.method} does not fit {type(model).__name__}: {error}") from error
+
+
+def _feed_forward_among(model: PreTrainedModel, target_modules: str | list[str]) -> list[str]:
+    """Those of the target modules that lie outside attention, where IA3 scales what enters and not what leaves."""
+    names = _linear_modules(model, attention=False)
+    if isinstance(target_modules, str):  # all-linear
+        return names
+    return [target for target in target_modules if any(f".{name}".endswith(f".{target}") for name in names)]
 
 
 def _target_modules(model: PreTrainedModel, target: str | list[str]) -> str | list[str]:

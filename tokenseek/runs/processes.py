@@ -5,13 +5,17 @@ Collectives here are short; what takes long is done by processes that do not wai
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from tokenseek.errors import UserError
 
@@ -30,6 +34,55 @@ def join_processes() -> PartialState:
             "without GPUs."
         )
     return state
+
+
+def zero_stage() -> int:
+    """The ZeRO stage that this launch's accelerate config asks for; 0 without DeepSpeed."""
+    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return 0
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))  # accelerate's default
+    return json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+
+
+def require_engine(state: PartialState, quantization: str | None) -> None:
+    """Refuse a launch whose engine would not do what its accelerate config says.
+
+    Raises:
+        UserError: FSDP without GPUs, or quantised weights that the engine would split.
+    """
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if fsdp and state.device.type == "cpu":
+        raise UserError(
+            "FSDP was asked for, and there are no GPUs: accelerate would silently run DDP, with the whole model in every "
+            "process. Launch with ddp_cpu.yaml, or with zero3.yaml, which splits parameters on CPUs too."
+        )
+    if quantization and (fsdp or zero_stage() == 3):
+        engine = "FSDP" if fsdp else "ZeRO-3"
+        raise UserError(
+            f"model.quantization: {engine} splits parameters over the processes, and {quantization} weights cannot be "
+            "split: their scales are no parameters and would not go with them. Launch with ddp.yaml or zero2.yaml, "
+            "which keep the small quantised weights whole and split the optimizer's states, or set model.quantization "
+            "to null."
+        )
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Models that are loaded inside are whole in every process, whatever engine the launch will train with.
+
+    ZeRO-3 would split their parameters; FSDP would leave the weights of all processes but one to be filled in later.
+    """
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    fsdp_loading = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
+        if fsdp_loading is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp_loading
 
 
 def first_on_main(state: PartialState, work: Callable[[], Result]) -> Result:

@@ -20,7 +20,7 @@ from tokenseek.errors import UserError
 from tokenseek.index import IndexHeader, ShardStore, TokenIndex, merge_shards
 from tokenseek.index.schema import differences
 from tokenseek.runs.models import fingerprint_model, load_model, load_tokenizer, model_folder, require_decoder
-from tokenseek.runs.processes import first_on_main, join_processes
+from tokenseek.runs.processes import first_on_main, join_processes, whole_models
 from tokenseek.seeking import (
     ScoringPlan,
     SeekingProgress,
@@ -142,7 +142,8 @@ def _seek(
     state: PartialState,
 ) -> None:
     with _cpu_threads(config.scoring.cpu_threads if state.device.type == "cpu" else None):
-        model = load_model(config.model)
+        with whole_models():
+            model = load_model(config.model)
         if not config.model.quantization:
             model.to(state.device)
         scorer = TokenScorer(

@@ -24,7 +24,7 @@ from tokenseek.runs.export import write_model_card
 from tokenseek.runs.memory import peak_memory_bytes
 from tokenseek.runs.metrics import MetricsFile, held_out_loss
 from tokenseek.runs.models import add_adapter, load_model, load_tokenizer, require_decoder
-from tokenseek.runs.processes import first_on_main, join_processes
+from tokenseek.runs.processes import first_on_main, join_processes, require_engine
 from tokenseek.runs.score import run_fingerprints, score
 from tokenseek.training import PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 
@@ -60,6 +60,7 @@ def train(config: RunConfig) -> TrainingSummary:
     """
     config.require_trainable()
     state = join_processes()
+    require_engine(state, config.model.quantization)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(config, output)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -20,6 +20,9 @@ from tokenseek.index import ScoredExample, ShardStore, tokens_crc
 from tokenseek.labels import IGNORED
 from tokenseek.seeking.batching import ScoringPlan
 from tokenseek.seeking.scorer import TokenScorer
+
+if TYPE_CHECKING:  # scoring itself needs no data sets library
+    from datasets import Dataset
 
 _POLL_SECONDS = 1.0
 

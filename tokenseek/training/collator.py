@@ -45,20 +45,20 @@ class PaddingCollator:
 
 
 class TokenSeekCollator(PaddingCollator):
-    """Pads examples as :class:`PaddingCollator` does and adds ``selected_positions`` [B, S], chosen from an index.
+    """Pads examples as :class:`PaddingCollator` does and adds ``selected_positions`` [B, S], chosen from an index, and
+    ``shift_labels`` [B, S], the token that each of them has to predict (for TRL, which applies the head itself).
 
     Labels that no selected position predicts become -100, so that whoever counts labels to normalise a loss
     (Transformers' Trainer over gradient accumulation and processes, for one) counts what the loss is summed over.
 
     Examples come as mappings with ``example_id``, ``input_ids`` and ``labels``, as :func:`tokenseek.prepare_dataset`
-    makes them; in a plain ``transformers.Trainer`` or ``SFTTrainer`` keep the first with ``remove_unused_columns=False``.
+    makes them; in a plain ``transformers.Trainer`` or ``SFTTrainer`` keep the first with
+    ``remove_unused_columns=False``.
 
     Args:
         index: the scores, an open :class:`TokenIndex` or its path; None for rules without scores ("random", "all").
         ratio: share of each example's tokens that are trained on, in (0, 1].
         rule: name of a rule, or a whole :class:`SelectionRule` (`ratio` and `options` then replace its fields).
-        shift_labels: also give ``shift_labels`` [B, S], the token that each selected position predicts; TRL's
-            ``SFTTrainer``, which applies the head itself, needs it.
         options: other fields of :class:`SelectionRule`: alpha, beta, explore, bands, seed, scope, ...
 
     Random rules draw anew in every epoch: call :meth:`set_epoch` at its start (:class:`TokenSeekTrainer` does).
@@ -75,7 +75,6 @@ class TokenSeekCollator(PaddingCollator):
         *,
         pad_token_id: int = 0,
         pad_to_multiple_of: int = 1,
-        shift_labels: bool = False,
         **options,
     ):
         super().__init__(pad_token_id, pad_to_multiple_of)
@@ -88,7 +87,6 @@ class TokenSeekCollator(PaddingCollator):
                 "use rule='random' or 'all'."
             )
         self.index = index if index is None or isinstance(index, TokenIndex) else TokenIndex.open(index)
-        self.shift_labels = shift_labels
         # Shared memory: workers that were started before a new epoch see it too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -110,8 +108,7 @@ class TokenSeekCollator(PaddingCollator):
             labels.append(kept[:-1])
         batch = self.pad([f["input_ids"] for f in features], labels)
         batch["selected_positions"] = pad_rows(selected, -1)
-        if self.shift_labels:
-            batch["shift_labels"] = pad_rows(targets, IGNORED)
+        batch["shift_labels"] = pad_rows(targets, IGNORED)
         return batch
 
     def select(self, feature: Mapping[str, Any]) -> np.ndarray:
@@ -128,8 +125,9 @@ class TokenSeekCollator(PaddingCollator):
             row = self.index.row_of(example_id)
             if self.index.tokens_crc(row) != tokens_crc(input_ids):
                 raise UserError(
-                    f"example {example_id!r} has other tokens ({len(input_ids)}) than those scored in {self.index.path} "
-                    f"({self.index.num_tokens(row)}): its tokenizer, template or maximum length differ. Score it again."
+                    f"example {example_id!r} has other tokens ({len(input_ids)}) than those scored in "
+                    f"{self.index.path} ({self.index.num_tokens(row)}): its tokenizer, template or maximum length "
+                    "differ. Score it again."
                 )
             scores = self.index.scores(row)
         return select_positions(

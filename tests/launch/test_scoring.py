@@ -1,0 +1,83 @@
+"""Scoring through the launcher: the same bytes from any number of processes, jobs, and kills."""
+
+import random
+import signal
+
+import pytest
+from conftest import NUM_EXAMPLES, kill_tree, wait_until, workers
+
+from tokenseek.index import TokenIndex
+from tokenseek.runs.score import shard_folder
+
+
+@pytest.fixture(scope="module")
+def index(workspace):
+    """The index that one process makes."""
+    output = workspace.folder / "one"
+    result = workspace.launch("score", "--preset", workspace.preset, "--set", f"output_dir={output}", processes=1)
+    assert "tokens/s" in result.out
+    assert not shard_folder(output / "index.arrow").exists()
+    return output / "index.arrow"
+
+
+def test_the_index_does_not_depend_on_the_number_of_processes(workspace, index):
+    assert len(TokenIndex.open(index)) == NUM_EXAMPLES
+    workspace.launch(
+        "score", "--preset", workspace.preset, "--set", f"output_dir={workspace.folder}/two", processes=2
+    )
+    assert (workspace.folder / "two" / "index.arrow").read_bytes() == index.read_bytes()
+    three = workspace.tokenseek(
+        "score", "--accelerate-config", "ddp_cpu", "--num-processes", "3",
+        "--preset", workspace.preset, "--set", f"output_dir={workspace.folder}/three",
+    )  # fmt: skip
+    assert three.status == 0, three
+    assert (workspace.folder / "three" / "index.arrow").read_bytes() == index.read_bytes()
+
+
+def test_parts_are_scored_without_a_process_group_and_merged(workspace, index, script, console):
+    output = workspace.folder / "parts"
+    arguments = ["--preset", str(workspace.preset), "--set", f"output_dir={output}"]
+    for part in (2, 0):
+        assert script("score", *arguments, "--part", f"{part}/3").status == 0
+    assert "shards" in (message := console("merge", *arguments).refusal()) and "are not finished" in message
+    shards = {path: path.stat().st_ino for path in shard_folder(output / "index.arrow").glob("*.arrow")}
+    assert script("score", *arguments, "--part", "1/3").status == 0
+    assert {path: path.stat().st_ino for path in shards} == shards
+    merged = console("merge", *arguments)
+    assert merged.status == 0 and f"{NUM_EXAMPLES} examples" in merged.out, merged
+    assert (output / "index.arrow").read_bytes() == index.read_bytes()
+    # Scoring again finds all done.
+    again = script("score", *arguments)
+    assert again.status == 0 and "holds the scores of this data already" in again.out
+
+
+def test_a_killed_run_goes_on_where_it_was(workspace, index):
+    output = workspace.folder / "killed"
+    arguments = ["--preset", workspace.preset, "--set", f"output_dir={output}"]
+    command = workspace.launch_command("score", *arguments, processes=2)
+    folder = shard_folder(output / "index.arrow")
+
+    def finished():
+        shards = folder.glob("shard-*.arrow")
+        return {path.name: (status.st_ino, status.st_mtime_ns) for path in shards for status in [path.stat()]}
+
+    moment = random.randint(1, 12)
+    process = workspace.start(command, "killed")
+    wait_until(lambda: len(finished()) >= moment, process)
+    random.choice(workers(process)).send_signal(signal.SIGKILL)
+    result = workspace.finish(process, "killed")
+    assert result.status != 0, result
+    first = finished()
+    assert moment <= len(first) and not (output / "index.arrow").exists()
+
+    process = workspace.start(command, "killed")
+    more = len(first) + random.randint(1, 12)
+    wait_until(lambda: len(finished()) >= more, process)
+    kill_tree(process)
+    second = finished()
+    assert first.items() <= second.items() and not (output / "index.arrow").exists()
+
+    result = workspace.launch("score", *arguments, processes=2)
+    assert f"{len(second)} of " in result.out and "were finished before and are kept" in result.out, result
+    assert not folder.exists()
+    assert (output / "index.arrow").read_bytes() == index.read_bytes()

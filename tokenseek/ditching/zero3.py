@@ -1,0 +1,46 @@
+"""Under ZeRO-3, a decoder layer gathers its parameters once for its two passes.
+
+ZeRO-3 gathers parameters in hooks of every submodule. The passes run submodules twice, one pass in the middle of the
+other, and the last layer's unselected pass ends half-way, past the hooks that would let its parameters go. As leaves,
+layers are gathered and released whole, and their submodules have no hooks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from tokenseek.modeling import Decoder
+
+
+def gather_layers_once(decoder: Decoder) -> None:
+    """Make the decoder's layers leaves of ZeRO-3, where it is active; has to come before ``deepspeed.initialize``.
+
+    ``enable_token_ditching`` does so when ZeRO-3 has been configured by then, :class:`TokenSeekTrainer` in any case.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in decoder.layers:
+        set_z3_leaf_module(layer, True)
+    # DeepSpeed reduces a leaf's gradients when those of its inputs are known. Inputs without gradient, as frozen
+    # embeddings give, count as known from the start: the first layer's gradients would be reduced before they exist.
+    embeddings: nn.Module = decoder.causal_lm.get_input_embeddings()
+    if not hasattr(embeddings, "_gives_gradient"):
+        embeddings._gives_gradient = embeddings.register_forward_hook(_require_gradient)
+
+
+def ungather_layers(decoder: Decoder) -> None:
+    """Undo :func:`gather_layers_once`; of no effect on a model that DeepSpeed has initialised already."""
+    for layer in decoder.layers:
+        layer.__dict__.pop("_z3_leaf", None)
+    embeddings = decoder.causal_lm.get_input_embeddings()
+    if hook := embeddings.__dict__.pop("_gives_gradient", None):
+        hook.remove()
+
+
+def _require_gradient(module: nn.Module, args, output):
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()

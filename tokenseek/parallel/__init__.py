@@ -1,0 +1,6 @@
+"""Sequence parallelism: long examples over several ranks, with the token layout chosen once."""
+
+from tokenseek.parallel.all_to_all import Traffic, measured
+from tokenseek.parallel.sequence import disable_sequence_parallelism, enable_sequence_parallelism
+
+__all__ = ["Traffic", "disable_sequence_parallelism", "enable_sequence_parallelism", "measured"]

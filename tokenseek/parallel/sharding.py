@@ -1,0 +1,263 @@
+"""One forward pass on the local rows of a sequence: a partition of which this rank holds a part.
+
+Everything between layers, and the layers' norms, projections and MLPs, sees local rows only, as if they were the whole
+text, with their positions given explicitly. Two things are counted by the whole text: keys and values, and the masks.
+They meet in attention, between the two all-to-alls.
+
+Shapes: B batch, T tokens, P ranks, R rows of one pass on this rank, L slots of all passes on this rank, N heads, H head
+dim, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
+
+from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows
+from tokenseek.errors import UserError
+from tokenseek.modeling import Decoder
+from tokenseek.parallel.all_to_all import rows_to_heads
+from tokenseek.parallel.layout import Shards, cut, deal, shard_heads
+from tokenseek.parallel.regroup import Move, plan_move
+from tokenseek.parallel.ulysses import heads_exchanged
+
+
+class LocalRows(Rows):
+    """R rows of one pass in their slots among the L local ones; masks are cut by the rows of all ranks.
+
+    Args:
+        first_slot: of the pass; its rows follow each other from there.
+        everywhere: the rows of this pass on all ranks, in the order of the text.
+    """
+
+    def __init__(self, positions_BR: torch.Tensor, first_slot: int, slots: int, everywhere: Rows):
+        slot_BR = first_slot + torch.arange(positions_BR.shape[1], device=positions_BR.device).expand_as(positions_BR)
+        # An empty slot holds a copy of a real token, so it can stand in for itself.
+        super().__init__(slot_BR, slot_BR, slots, padded=True)
+        self.valid_BR = positions_BR >= 0
+        self.everywhere = everywhere
+
+    def shrink(self, name: str, value, keep_causality: bool = False):
+        if name.partition(".")[0] in MASK_ARGUMENTS:
+            return self.everywhere.shrink(name, value, keep_causality)
+        return super().shrink(name, value, keep_causality)
+
+
+@dataclass(frozen=True)
+class LocalPartition(Partition):
+    """What :class:`Partition` is on one process, on one of several that share the text.
+
+    Attributes:
+        of_all_ranks: the rows of all ranks, with positions in the text.
+        attention_mask_BT, position_ids_BT: of the text, where the model was given them and its masks need them.
+        selected_shards, unselected_shards: who holds which of them (unselected: None at r = 1).
+        into_layer, out_of_layer: for selected and unselected rows, how they move at a layer's borders; None where the
+            layout is the same between layers as in them.
+    """
+
+    of_all_ranks: Partition
+    attention_mask_BT: torch.Tensor | None
+    position_ids_BT: torch.Tensor | None
+    group: dist.ProcessGroup
+    query_heads: int
+    selected_shards: Shards
+    unselected_shards: Shards | None
+    into_layer: dict[Rows, Move] | None = None
+    out_of_layer: dict[Rows, Move] | None = None
+
+    @property
+    def whole(self) -> Partition:
+        return self.of_all_ranks
+
+    def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys and values of local rows, all heads -> rows of all ranks, this rank's heads (replicated if need be)."""
+        key_heads = rows_BNRH[0].shape[1]
+        heads = shard_heads(self.query_heads, key_heads, self.group.size())
+        if not heads.is_split(key_heads):
+            index = torch.tensor(heads.key_heads, device=rows_BNRH[0].device)
+            rows_BNRH = tuple(rows.index_select(1, index) for rows in rows_BNRH)
+        return rows_to_heads(self.group, self.selected_shards.interleaved, *rows_BNRH)
+
+    def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
+        return whole_masks(decoder, self.whole.tokens, self.attention_mask_BT, self.position_ids_BT)
+
+    def attention(
+        self, decoder: Decoder, replace: Callable[[Callable], Callable] | None
+    ) -> AbstractContextManager[None]:
+        return heads_exchanged(decoder, self.group, self.selected_shards.interleaved, replace)
+
+    def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
+        return self.into_layer[rows](self.group, hidden_BRD) if self.into_layer else hidden_BRD
+
+    def leave_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
+        return self.out_of_layer[rows](self.group, hidden_BRD) if self.out_of_layer else hidden_BRD
+
+
+def shard(
+    parts: Partition, group: dist.ProcessGroup, query_heads: int, layout: str, arguments: dict
+) -> LocalPartition:
+    """This rank's share of the rows of `parts`, dealt as `layout` says.
+
+    Args:
+        arguments: of the decoder's body, for the whole text.
+
+    Local slots are the selected rows, then the unselected ones, then one more that is in neither (see
+    :func:`local_arguments`).
+    """
+    ranks, rank = group.size(), group.rank()
+
+    def dealt(rows: Rows | None, layout: str) -> Shards | None:
+        if rows is None:
+            return None
+        positions_BA = torch.where(rows.valid_BR, rows.index_BR, -1)
+        return cut(positions_BA, ranks, parts.tokens) if layout == "contiguous" else deal(positions_BA, ranks)
+
+    in_layers = "contiguous" if layout == "contiguous" else "balanced"
+    selected_shards, unselected_shards = dealt(parts.selected, in_layers), dealt(parts.unselected, in_layers)
+    fallback_B1 = parts.selected.index_BR[:, :1]  # a token, even where nothing is selected
+
+    def everywhere(shards: Shards | None) -> Rows | None:
+        return shards and Rows(shards.in_text_order, fallback_B1, parts.tokens, padded=True)
+
+    whole = Partition(
+        everywhere(selected_shards), everywhere(unselected_shards), parts.tokens, True, parts.right_padded
+    )
+    selected_BR = selected_shards.positions_BPR[:, rank]
+    unselected_BR = None if unselected_shards is None else unselected_shards.positions_BPR[:, rank]
+    first_unselected = selected_BR.shape[1]
+    slots = first_unselected + (0 if unselected_BR is None else unselected_BR.shape[1]) + 1
+    selected = LocalRows(selected_BR, 0, slots, whole.selected)
+    unselected = None
+    if unselected_BR is not None:
+        unselected = LocalRows(unselected_BR, first_unselected, slots, whole.unselected)
+
+    position_ids = arguments.get("position_ids")
+    # No token looks at padding behind it: causality is all the mask that is needed.
+    causal_alone = parts.right_padded and position_ids is None
+    into = out = None
+    if layout == "regroup":
+        into, out = {}, {}
+        for rows, shards, of_all in (
+            (selected, selected_shards, parts.selected),
+            (unselected, unselected_shards, parts.unselected),
+        ):
+            if rows is not None:
+                between_layers = dealt(of_all, "contiguous")
+                into[rows] = plan_move(between_layers, shards, rank)
+                out[rows] = plan_move(shards, between_layers, rank)
+    return LocalPartition(
+        selected,
+        unselected,
+        slots,
+        True,
+        parts.right_padded,
+        of_all_ranks=whole,
+        attention_mask_BT=None if causal_alone else arguments.get("attention_mask"),
+        position_ids_BT=position_ids,
+        group=group,
+        query_heads=query_heads,
+        selected_shards=selected_shards,
+        unselected_shards=unselected_shards,
+        into_layer=into,
+        out_of_layer=out,
+    )
+
+
+def local_positions(parts: LocalPartition) -> torch.Tensor:
+    """[B, L]: the position in the text of every local slot; that of some selected or first token where it is empty.
+
+    The spare last slot holds the end of the text: rotary embeddings that depend on a text's length (longrope, dynamic
+    NTK) take the largest position for it, and must come to the same on all ranks and on one process.
+    """
+    rank = parts.group.rank()
+    passes = [(parts.selected_shards, parts.whole.selected), (parts.unselected_shards, parts.whole.unselected)]
+    positions = []
+    for shards, rows in passes:
+        if shards is not None:
+            mine_BR = shards.positions_BPR[:, rank]
+            # An example without any row of this pass on any rank falls back on the first token.
+            positions.append(torch.where(mine_BR >= 0, mine_BR, rows.index_BR[:, :1]))
+    batch = len(positions[0])
+    positions.append(positions[0].new_full((batch, 1), parts.whole.tokens - 1))
+    return torch.cat(positions, dim=1)
+
+
+def local_arguments(arguments: dict, parts: LocalPartition) -> dict:
+    """The arguments of the decoder's body, cut to local slots, with explicit `position_ids`.
+
+    Raises:
+        UserError: padding that is not on the right without `position_ids`, since models differ in how they count then.
+    """
+    tokens, positions_BL = parts.whole.tokens, local_positions(parts)
+    position_ids_BT = arguments.get("position_ids")
+    if position_ids_BT is None:
+        if not parts.right_padded:
+            raise UserError(
+                "examples are padded on the left and no position_ids are given. Under sequence parallelism pad on the "
+                "right, or give position_ids."
+            )
+        position_ids_BT = torch.arange(tokens, device=positions_BL.device)[None]
+    local = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == tokens:
+            index_BL = positions_BL.to(value.device)
+            value = value.expand(len(index_BL), *value.shape[1:])
+            index = index_BL.view(*index_BL.shape, *[1] * (value.dim() - 2))
+            value = value.gather(1, index.expand(*index_BL.shape, *value.shape[2:]))
+        local[name] = value
+    position_ids_BT = position_ids_BT.to(positions_BL.device).expand(len(positions_BL), -1)
+    local["position_ids"] = position_ids_BT.gather(1, positions_BL)
+    local["position_ids"][:, -1] = position_ids_BT.amax(1)
+    # Every slot holds a token; what is padding in the text is known to `whole` and to the masks of `whole_masks`.
+    local["attention_mask"] = torch.ones_like(positions_BL)
+    return local
+
+
+@contextmanager
+def whole_masks(
+    decoder: Decoder, tokens: int, attention_mask_BT: torch.Tensor | None, position_ids_BT: torch.Tensor | None
+) -> Iterator[None]:
+    """Inside the block, the masks that the model builds are [.., T, T] for the whole text and not for its local rows.
+
+    Transformers' rules are followed: examples packed in one row are told apart by jumps in their `position_ids`, unless
+    there is an `attention_mask`.
+    """
+    backend = decoder.causal_lm.config.get_text_config()._attn_implementation
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
+    packed_BT = None
+    if attention_mask_BT is None and position_ids_BT is not None:
+        example_BT = (position_ids_BT.diff(dim=1, prepend=position_ids_BT[:, :1] - 1) != 1).cumsum(1)
+        packed_BT = example_BT if example_BT[:, -1].any() else None
+
+    def function(*, batch_size, mask_function, q_length, kv_length, attention_mask, allow_is_causal_skip=True, **more):
+        if packed_BT is not None:
+            examples, positions = packed_BT.expand(batch_size, -1), position_ids_BT.expand(batch_size, -1)
+            by_text = mask_function
+
+            def same_example(batch, head, query, key):
+                return examples[batch, query] == examples[batch, key]
+
+            def within_example(batch, head, query, key):
+                return by_text(batch, head, positions[batch, query], positions[batch, key])
+
+            mask_function, allow_is_causal_skip = and_masks(same_example, within_example), False
+        return make_mask(
+            batch_size=batch_size,
+            q_length=tokens,
+            kv_length=tokens,
+            mask_function=mask_function,
+            attention_mask=None if attention_mask_BT is None else attention_mask_BT.bool(),
+            allow_is_causal_skip=allow_is_causal_skip,
+            **more,
+        )
+
+    ALL_MASK_ATTENTION_FUNCTIONS[backend] = function
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS[backend] = make_mask

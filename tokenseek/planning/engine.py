@@ -1,0 +1,104 @@
+"""What a data-parallel engine keeps on every device, from an accelerate config."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokenseek.errors import UserError
+from tokenseek.resources import resolve_accelerate_config
+from tokenseek.strict_yaml import parse_yaml
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How parameters, gradients and optimizer states lie on each of P processes.
+
+    Attributes:
+        kind: "single", "ddp", "zero1", "zero2", "zero3" or "fsdp2".
+        processes: P.
+        on_cpu: the processes train on CPUs.
+        offload_optimizer, offload_parameters: kept in host memory.
+        reduce_bucket: elements of a bucket of gradients in DeepSpeed; None lets accelerate choose (hidden size squared).
+    """
+
+    kind: str = "single"
+    processes: int = 1
+    on_cpu: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    reduce_bucket: int | None = None
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.kind.startswith("zero")
+
+    @property
+    def shards_parameters(self) -> bool:
+        return self.kind in ("zero3", "fsdp2")
+
+    @property
+    def shards_gradients(self) -> bool:
+        return self.kind in ("zero2", "zero3", "fsdp2")
+
+    @property
+    def shards_optimizer(self) -> bool:
+        return self.is_deepspeed or self.kind == "fsdp2"
+
+    def __str__(self) -> str:
+        offload = [name for name in ("optimizer", "parameters") if getattr(self, f"offload_{name}")]
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return f"{self.kind}, {processes}" + (f", {' and '.join(offload)} in host memory" if offload else "")
+
+
+def read_engine(accelerate_config: str | Path = "single", num_processes: int | None = None) -> Engine:
+    """The engine of an accelerate config, by name or path.
+
+    Args:
+        num_processes: replaces the config's number.
+
+    Raises:
+        UserError: for layouts that cannot be planned, by name.
+    """
+    path = resolve_accelerate_config(accelerate_config)
+    config = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    if config.get("parallelism_config") or config.get("use_parallelism_config"):
+        raise UserError(f"{accelerate_config}: plan serves data parallelism (DDP, ZeRO, FSDP2); take its sequence or "
+                        "tensor parallelism (parallelism_config) out and divide the tokens by its size yourself.")
+    kind = str(config.get("distributed_type", "NO")).upper()
+    engine = Engine(processes=num_processes or config.get("num_processes", 1), on_cpu=bool(config.get("use_cpu")))
+    if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        return replace(engine, kind="ddp" if engine.processes > 1 else "single")
+    if kind == "FSDP":
+        fsdp = config.get("fsdp_config") or {}
+        if int(fsdp.get("fsdp_version", 1)) != 2 or fsdp.get("fsdp_reshard_after_forward") is False:
+            raise UserError(
+                f"{accelerate_config}: of FSDP, plan serves fsdp_version 2 with fsdp_reshard_after_forward true."
+            )
+        offload = bool(fsdp.get("fsdp_offload_params"))
+        return replace(engine, kind="fsdp2", offload_optimizer=offload, offload_parameters=offload)
+    if kind == "DEEPSPEED":
+        return _deepspeed(engine, config.get("deepspeed_config") or {})
+    raise UserError(
+        f"{accelerate_config}: distributed_type {kind} cannot be planned; accepted are NO, MULTI_GPU, DEEPSPEED and FSDP."
+    )
+
+
+def _deepspeed(engine: Engine, settings: dict) -> Engine:
+    if file := settings.get("deepspeed_config_file"):
+        zero = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+        bucket = zero.get("reduce_bucket_size", 500_000_000)
+        stage, devices = zero.get("stage", 0), [zero.get(f"offload_{what}", {}) for what in ("optimizer", "param")]
+        optimizer, parameters = (device.get("device", "none") for device in devices)
+    else:
+        stage, bucket = settings.get("zero_stage", 2), "auto"
+        optimizer = settings.get("offload_optimizer_device", "none")
+        parameters = settings.get("offload_param_device", "none")
+    return replace(
+        engine,
+        kind=f"zero{stage}" if stage else "ddp",
+        offload_optimizer=optimizer != "none",
+        offload_parameters=parameters != "none",
+        reduce_bucket=None if bucket == "auto" else int(bucket),
+    )

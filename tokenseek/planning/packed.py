@@ -1,0 +1,58 @@
+"""Linear layers whose weight is packed in 4 or 8 bits, for planning: the bytes of bitsandbytes without its kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from tokenseek.config import ModelConfig
+
+# bitsandbytes' block sizes: one scale for 64 weights; under double quantisation one byte, with a scale for 256 of them.
+_BLOCK, _DOUBLE_BLOCK = 64, 256
+
+
+class PackedLinear(nn.Linear):
+    """Takes the place of a linear layer; unpacks its weight for the product, and once more in the backward pass."""
+
+    def __init__(self, like: nn.Linear, model: ModelConfig):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.dtype = getattr(torch, model.dtype)
+        self.weight = nn.Parameter(torch.empty(_packed_bytes(like, model), dtype=torch.uint8), requires_grad=False)
+        self.bias = like.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = _PackedProduct.apply(x.to(self.dtype), self.weight, self.out_features)
+        # PEFT copies what a 4-bit layer returns.
+        return (output if self.bias is None else output + self.bias).to(x.dtype).clone()
+
+
+def pack_linear_layers(model: PreTrainedModel, settings: ModelConfig) -> None:
+    """Replace every linear layer but the head, as Transformers does with `quantization`."""
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and child is not head:
+                setattr(module, name, PackedLinear(child, settings))
+
+
+def _packed_bytes(layer: nn.Linear, model: ModelConfig) -> int:
+    weights = layer.in_features * layer.out_features
+    if model.quantization == "int8":
+        return weights + 4 * layer.out_features
+    blocks = -(-weights // _BLOCK)
+    scales = blocks + 4 * -(-blocks // _DOUBLE_BLOCK) if model.double_quantization else 4 * blocks
+    return -(-weights // 2) + scales
+
+
+class _PackedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, out_features):
+        ctx.shape = (out_features, x.shape[-1])
+        return linear(x, x.new_empty(ctx.shape))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ gradient.new_empty(ctx.shape), None, None

@@ -1,0 +1,322 @@
+"""One training step on fake tensors: they have shapes and no data, so any model's step fits anywhere, in seconds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, masking_utils
+from transformers.initialization import no_init_weights
+
+from tokenseek.config import RunConfig
+from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching.rows import Partition, partition
+from tokenseek.errors import UserError
+from tokenseek.modeling import Decoder, find_decoder
+from tokenseek.planning.engine import Engine
+from tokenseek.planning.ledger import Ledger
+from tokenseek.planning.packed import pack_linear_layers
+from tokenseek.planning.sharding import ShardedState
+from tokenseek.runs.models import add_adapter
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a step trains: on all tokens, or on a share `ratio` of them (None: no token ditching).
+
+    Attributes:
+        recompute: in the backward pass; the whole layer without ditching, its selected rows with it.
+    """
+
+    ratio: float | None = None
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        name = "all tokens" if self.ratio is None else f"TokenSeek r = {self.ratio:g}"
+        return name + (", recomputed" if self.recompute else "")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device at the moment of a step when most are in use.
+
+    Attributes:
+        peak: their sum. What CUDA itself takes (0.3 to 0.8 GiB) and the gaps in its allocator come on top.
+        parts: by category (:data:`~tokenseek.planning.ledger.CATEGORIES`).
+        states: parameters, gradients and optimizer states: what a step has before its first token.
+        tokens: (examples, tokens of each) in a micro batch.
+    """
+
+    method: Method
+    engine: Engine
+    peak: int
+    parts: dict[str, int]
+    states: int
+    tokens: tuple[int, int]
+
+
+def plan_memory(
+    config: RunConfig,
+    method: Method | None = None,
+    engine: Engine | None = None,
+    *,
+    tokens: int | None = None,
+    model_config: PreTrainedConfig | None = None,
+) -> MemoryPlan:
+    """The peak memory of a training step, from the step itself: the model's own code, on fake tensors.
+
+    All examples are taken to be as long as they may be, and all their tokens to carry a loss, so the plan is that of
+    the largest batch.
+
+    Args:
+        config: the run; neither its weights nor its data are read.
+        method: by default what `config` says.
+        engine: one process by default.
+        tokens: of each example; ``data.max_length`` by default.
+        model_config: of the model; by default read from ``model.name_or_path``.
+
+    Raises:
+        UserError: the model has no config that can be read, or the run cannot be planned.
+
+    Example:
+        >>> plan_memory(load_config("llama-3.2-1b"), Method(ratio=0.1)).peak
+    """
+    method, engine = method or method_of(config), engine or Engine()
+    if engine.shards_parameters and config.model.quantization:
+        raise UserError(
+            f"model.quantization: {config.model.quantization} weights cannot be sharded by {engine.kind}; use DDP, "
+            "ZeRO-1 or ZeRO-2, or set model.quantization to null."
+        )
+    config.require_trainable()
+    shape = (config.training.per_device_train_batch_size, tokens or config.data.max_length)
+    model_config = model_config or load_model_config(config)
+    make_optimizer = _optimizer(config, engine)
+    # Which rows are selected is decided on real positions: the sizes of what follows depend on them.
+    parts = warm_up = None
+    if method.ratio is not None:
+        parts = partition(_spread_positions(method.ratio, *shape), None, shape[1])
+        warm_up = partition(_spread_positions(0.5, 1, 2), None, 2)
+    model = _build(config, model_config, method, engine)
+    decoder = find_decoder(model)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _LargestBatch(), Ledger() as ledger:
+            _materialise(model)
+            state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
+            if config.training.gradient_accumulation_steps > 1:
+                state.accumulate_before()
+            if warm_up is not None:
+                _run_first_layer(model, decoder, warm_up)
+            ledger.reset_peak()
+            _train(model, decoder, state, ledger, config, engine, shape, parts)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UserError(
+            f"{type(decoder.causal_lm).__name__} with training.optim={config.training.optim} cannot be planned: the "
+            f"sizes of its tensors depend on the data ({error.func})."
+        ) from error
+    at_peak = ledger.at_peak
+    states = sum(at_peak[name] for name in ("parameters", "gradients", "optimizer"))
+    return MemoryPlan(method, engine, ledger.peak, at_peak, states, shape)
+
+
+def method_of(config: RunConfig, ratio: float | None = None) -> Method:
+    """The method that a run is configured for; with token ditching at `ratio` if one is given."""
+    if ratio is None and not config.training.ditching:
+        return Method(None, bool(config.training.extra.get("gradient_checkpointing")) or config.training.recompute)
+    rule = config.selection.to_rule()
+    if ratio is None:
+        ratio = {"all": 1.0, "bands": sum(high - low for low, high in rule.bands or ())}.get(rule.rule, rule.ratio)
+    recompute = config.training.recompute or bool(config.training.extra.get("gradient_checkpointing"))
+    return Method(ratio, recompute)
+
+
+def load_model_config(config: RunConfig) -> PreTrainedConfig:
+    """The model's ``config.json`` alone; no weight is downloaded.
+
+    Raises:
+        UserError: there is none.
+    """
+    model = config.model
+    try:
+        return AutoConfig.from_pretrained(
+            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path!r} has no config that Transformers can read ({reason}). Give a "
+            "folder with a config.json, or a name on the hub; no weights are needed."
+        ) from error
+
+
+def _spread_positions(ratio: float, batch: int, tokens: int) -> torch.Tensor:
+    """[B, S]: as many positions as a rule selects, spread evenly."""
+    count = max(1, int(ratio * tokens + 0.5))
+    return torch.from_numpy(np.arange(count) * tokens // count).expand(batch, count).contiguous()
+
+
+def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, engine: Engine) -> nn.Module:
+    """The model of a run with its adapter, on the meta device."""
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=config.model.attn_implementation,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if config.model.quantization:
+            pack_linear_layers(model, config.model)
+        if config.peft:
+            model = add_adapter(model, config.peft)
+    precision = _PRECISIONS.get(config.training.mixed_precision)
+    if precision and (engine.is_deepspeed or engine.kind == "fsdp2"):  # these run the model itself in 16 bits
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(precision)
+    if method.ratio is not None:
+        enable_token_ditching(model, recompute=method.recompute)
+    elif method.recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _materialise(model: nn.Module) -> None:
+    """Replace meta tensors by tensors of the mode in force."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    new = torch.empty_like(tensor, device="cpu")
+                    made[tensor] = nn.Parameter(new, tensor.requires_grad) if tensors is module._parameters else new
+                tensors[name] = made[tensor]
+
+
+def _train(model, decoder: Decoder, state: ShardedState, ledger: Ledger, config, engine: Engine, shape, parts) -> None:
+    """Forward, backward and optimizer step of one micro batch, as Transformers' Trainer takes them."""
+    extra = {} if parts is None else {"selected_positions": parts}
+    ids = torch.zeros(shape, dtype=torch.int64)
+    decoder.body.register_forward_hook(lambda module, args, output: _enter_head(ledger, output))
+    precision = _PRECISIONS.get(config.training.mixed_precision)
+    autocasts = precision and not engine.is_deepspeed
+    saved = saved_tensors_hooks(lambda tensor: _save(ledger, tensor), lambda tensor: tensor)
+    with _KeysAndValues(ledger):
+        with saved, torch.autocast("cpu", precision) if autocasts else nullcontext():
+            # As from the collator; and the count that Trainer hands on.
+            inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_items_in_batch=ids.numel())
+            output = model(**inputs, **extra)
+        loss = (convert_outputs_to_fp32(lambda: output)() if autocasts else output)["loss"]
+        del output
+        with state.backward_pass():
+            loss.backward()
+    del loss
+    ledger.region = "workspace"
+    state.step()
+
+
+class _Enough(Exception):
+    pass
+
+
+def _run_first_layer(model: nn.Module, decoder: Decoder, parts: Partition) -> None:
+    """What token ditching learns about a model in its first step, it knows in all that follow."""
+
+    def stop(*args):
+        raise _Enough
+
+    hook = decoder.layers[0].register_forward_hook(stop)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    with torch.no_grad(), suppress(_Enough):
+        model(input_ids=ids, labels=ids, selected_positions=parts)
+    hook.remove()
+
+
+def _enter_head(ledger: Ledger, body_output) -> None:
+    """From here to the gradient of the body's output, what is born belongs to the head."""
+    ledger.region = "logits"
+
+    def leave(gradient):
+        ledger.region = "workspace"
+
+    hidden = body_output[0]
+    if hidden.requires_grad:
+        hidden.register_hook(leave)
+
+
+def _save(ledger: Ledger, tensor: torch.Tensor) -> torch.Tensor:
+    if ledger.category_of(tensor) == "workspace":
+        ledger.track([tensor], "activations")
+    return tensor
+
+
+def _optimizer(config: RunConfig, engine: Engine) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """The optimizer that Trainer would make, as a function of its parameters."""
+    from tokenseek.runs.train import training_arguments
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(config.training.model_copy(update={"mixed_precision": "no"}), folder, 0)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    if not kind.__module__.startswith(("torch.", "transformers.")):
+        raise UserError(
+            f"training.optim: {config.training.optim} cannot be planned, since its kernels need their device; plan with "
+            "adamw_torch, whose states take 8 bytes per trained weight, and correct for yours."
+        )
+    if not engine.on_cpu and not options.get("fused") and "foreach" in kind.__init__.__code__.co_varnames:
+        options["foreach"] = True  # what torch chooses on a GPU; it needs the memory of the gradients once more
+    return lambda parameters: kind(parameters, **options)
+
+
+class _KeysAndValues(TorchFunctionMode):
+    """Tells the ledger which storages attention takes as keys and values; of sdpa alone, eager attention has no name."""
+
+    def __init__(self, ledger: Ledger):
+        super().__init__()
+        self.ledger = ledger
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is scaled_dot_product_attention:
+            for tensor in args[1:3]:
+                # A view of something larger (queries, keys and values in one) is left where it is.
+                if tensor.untyped_storage().nbytes() <= 1.5 * tensor.nbytes:
+                    self.ledger.track([tensor], "keys_values")
+        return func(*args, **(kwargs or {}))
+
+
+class _LargestBatch(TorchDispatchMode):
+    """What code asks of a tensor's data, answered for a batch without padding in which every token carries a loss.
+
+    Results whose size depends on data get the largest that they can have, and a question of truth ("is nothing padded?",
+    "is this no packing of several examples?") is answered yes.
+    """
+
+    def __enter__(self):
+        # Transformers asks nothing of tensors without data, and builds the largest masks then, which no real batch has.
+        self._masks = mock.patch.object(masking_utils, "is_tracing", lambda *args: False)
+        self._masks.start()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self._masks.stop()
+        return super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.nonzero.default:
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
