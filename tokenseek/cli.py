@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tokenseek.config import RunConfig, load_config
@@ -47,6 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("merge", help="merge the shards of parts scored one by one (`score --part`)")
     add_run_arguments(command)
     command.set_defaults(run=_merge)
+
+    command = commands.add_parser(
+        "plan",
+        help="tell the peak memory of a run, without its weights, its data or a GPU",
+        description="tell the peak memory per device of a training step, from its code run on tensors without data",
+    )
+    add_run_arguments(command)
+    command.add_argument(
+        "--accelerate-config",
+        action="append",
+        metavar="NAME|PATH",
+        help=f"may be given again (default: single); shipped: {', '.join(list_resources('accelerate config'))}",
+    )
+    command.add_argument("--num-processes", type=int, metavar="N", help="override the configs' number of processes")
+    command.add_argument("--ratios", default="0.1,0.3,0.5", metavar="R,R", help="shares of the tokens to compare")
+    command.add_argument("--tokens", type=int, metavar="T", help="length of an example (default: data.max_length)")
+    command.add_argument("--budget", metavar="SIZE", help="find the largest share that fits, in 8GiB for one")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the plans, in bytes, here too")
+    command.set_defaults(run=_plan)
 
     command = commands.add_parser("show", help="show an index, and the selected tokens of its examples")
     add_run_arguments(command)
@@ -167,6 +188,51 @@ def _merge(args: argparse.Namespace) -> None:
     path = load_config(args.preset, args.set).index_path
     header = merge(path)
     print(f"{path}: {header.num_examples:,} examples, {header.num_tokens:,} tokens")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = load_config(args.preset, args.set)
+    from tokenseek.planning import (  # late: a mistake in the configuration is told before torch is imported
+        Method,
+        describe_choice,
+        largest_ratio,
+        method_of,
+        parse_size,
+        plan_memory,
+        plan_table,
+        read_engine,
+    )
+
+    budget = args.budget and parse_size(args.budget)
+    engines = [read_engine(name, args.num_processes) for name in args.accelerate_config or ["single"]]
+    plans, status = [], 0
+    for engine in engines:
+        print(
+            f"{engine}; {config.training.per_device_train_batch_size} x {args.tokens or config.data.max_length} tokens"
+        )
+        if budget:
+            choice = largest_ratio(config, budget, engine, tokens=args.tokens)
+            print(describe_choice(choice, budget))
+            found = [choice.plan]
+            status = max(status, int(choice.ratio is None))
+        else:
+            methods = [Method(), Method(recompute=True), *(method_of(config, ratio) for ratio in _ratios(args.ratios))]
+            found = [plan_memory(config, method, engine, tokens=args.tokens) for method in methods]
+        print(plan_table(found), end="\n\n")
+        plans += found
+    if args.json:
+        args.json.write_text(json.dumps([asdict(plan) for plan in plans], indent=1) + "\n", encoding="utf-8")
+    return status
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        ratios = [float(ratio) for ratio in text.split(",")]
+    except ValueError:
+        ratios = [0.0]
+    if not all(0 < ratio <= 1 for ratio in ratios):
+        raise UserError(f"--ratios {text}: accepted are shares in (0, 1] with commas between, such as 0.1,0.5.")
+    return ratios
 
 
 def _show(args: argparse.Namespace) -> None:

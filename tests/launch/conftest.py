@@ -31,7 +31,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 TOKENSEEK = [str(Path(sys.executable).with_name("tokenseek"))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a run left behind."""
 
@@ -39,7 +39,7 @@ class Result:
     out: str
     err: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"exit status {self.status}\n--- stdout ---\n{self.out[-6000:]}\n--- stderr ---\n{self.err[-12000:]}"
 
     def refusal(self) -> str:

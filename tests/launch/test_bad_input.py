@@ -1,6 +1,7 @@
 """Bad input: exit status 2, one message that says what to do, no traceback, and no model is loaded for it."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,21 +11,15 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from tokenseek import cli
+from tokenseek.config import load_config
 from tokenseek.errors import UserError
+from tokenseek.runs.score import score
 
 
 @pytest.fixture(scope="module")
 def index(workspace):
     """An index of the training data; made without the launcher, as all of this file is."""
-    assert cli.guarded(lambda: _score(workspace)) == 0
-    return workspace.folder / "bad" / "index.arrow"
-
-
-def _score(workspace):
-    from tokenseek.config import load_config
-    from tokenseek.runs.score import score
-
-    score(load_config(workspace.training, [f"output_dir={workspace.folder}/bad"]))
+    return score(load_config(workspace.training, [f"output_dir={workspace.folder}/bad"]))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +75,10 @@ def refused(workspace, index, script, monkeypatch):
         ("selection.ratio=0", r"selection.ratio.*\(0, 1\]"),
         ("selection.ratio=1.5", r"selection.ratio.*\(0, 1\]"),
         ("data.sources.0.path=no.jsonl", "data.sources.0.path: no file or folder 'no.jsonl'"),
-        ("data.sources.0.columns.instruction=questoin", "no column 'questoin'.*did you mean question.*question, answer"),
+        (
+            "data.sources.0.columns.instruction=questoin",
+            "no column 'questoin'.*did you mean question.*question, answer",
+        ),
         ("data.sources.0.columns.response=solution", "data.sources.0.columns.response: the data has no column"),
         ("data.sources.0.keep={question: [nothing]}", "drop all 21 rows"),
         ("model.name_or_path=/no/such/folder", "model.name_or_path: there is no folder /no/such/folder"),
@@ -104,8 +102,6 @@ def test_settings_and_data(name, setting, expected, refused, models):
 
 
 def assert_matches(message, expected):
-    import re
-
     assert re.search(expected, message, re.DOTALL), message
 
 
@@ -142,13 +138,13 @@ def test_flipped_bit_in_the_index(refused, index, tmp_path):
     assert_matches(refused(f"scoring.index={damaged}"), r"example '\S+' \(row \d+\) .*checksum.*score again")
 
 
-def test_other_ways_of_scoring(refused, script, workspace, tmp_path):
+def test_other_ways_of_scoring(refused, tmp_path):
     message = refused("scoring.reduction=l2", name="score")
     assert_matches(message, "was scored with other settings:.*reduction: the index has 'abs', this run has 'l2'")
-    monkeyed = f"scoring.index={tmp_path}/new.arrow"
+    other = f"scoring.index={tmp_path}/other.arrow"
     with pytest.raises(AssertionError, match="the model was loaded"):
-        refused(monkeyed, name="score")  # nothing is wrong here; its shard folder is made before the model is loaded
-    message = refused(monkeyed, "scoring.reduction=l2", name="score")
+        refused(other, name="score")  # is in order; the folder of its shards is made before the model is loaded
+    message = refused(other, "scoring.reduction=l2", name="score")
     assert_matches(message, "holds the shards of another scoring run:.*reduction.*Delete the folder")
 
 

@@ -73,7 +73,7 @@ def test_two_processes_equal_one(workspace, alone, config):
         for one, two in zip(expected, got, strict=True):
             assert two == pytest.approx(one, rel=1e-5)
         for whole, resumed in zip(got[4:], steps(folder / f"{kind}-resumed"), strict=True):
-            assert resumed == pytest.approx(whole, rel=1e-7)  # norms of partitions are summed in any order
+            assert resumed == pytest.approx(whole, rel=1e-6)  # norms of partitions are summed in any order
         summaries = [json.loads((f / "summary.json").read_text()) for f in (alone[kind], folder / kind)]
         for name in ("loss_before", "loss_after"):
             assert summaries[1][name] == pytest.approx(summaries[0][name], rel=1e-5)

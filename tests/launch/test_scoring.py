@@ -22,9 +22,7 @@ def index(workspace):
 
 def test_the_index_does_not_depend_on_the_number_of_processes(workspace, index):
     assert len(TokenIndex.open(index)) == NUM_EXAMPLES
-    workspace.launch(
-        "score", "--preset", workspace.preset, "--set", f"output_dir={workspace.folder}/two", processes=2
-    )
+    workspace.launch("score", "--preset", workspace.preset, "--set", f"output_dir={workspace.folder}/two", processes=2)
     assert (workspace.folder / "two" / "index.arrow").read_bytes() == index.read_bytes()
     three = workspace.tokenseek(
         "score", "--accelerate-config", "ddp_cpu", "--num-processes", "3",

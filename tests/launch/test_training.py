@@ -17,8 +17,6 @@ from tokenseek.runs.models import load_tokenizer
 from tokenseek.training import TokenSeekCollator
 from tokenseek.training.sampling import EpochSampler
 
-TWO_PROCESSES = ["--set", "training.per_device_train_batch_size=1"]  # of two examples each, on one
-
 
 @pytest.fixture(scope="module")
 def lora(workspace):
@@ -70,7 +68,7 @@ def test_two_processes_take_the_steps_of_one(workspace, lora, lora_of_two):
     assert_same_steps(lora[0], lora_of_two)
 
 
-def test_two_processes_take_the_steps_of_one_in_full_fine_tuning(workspace, train):
+def test_two_processes_take_the_steps_of_one_in_full_fine_tuning(train):
     full = ["peft=null", "training.save_strategy='no'", "training.learning_rate=1e-3"]
     one = train("full", *full, processes=1)
     two = train("full-two", *full, "training.per_device_train_batch_size=1", processes=2)
@@ -80,7 +78,7 @@ def test_two_processes_take_the_steps_of_one_in_full_fine_tuning(workspace, trai
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_a_resumed_run_takes_the_steps_of_the_whole_one(workspace, lora, lora_of_two, train):
+def test_a_resumed_run_takes_the_steps_of_the_whole_one(workspace, lora_of_two, train):
     whole, resumed = lora_of_two, workspace.folder / "resumed"
     shutil.copytree(whole / "checkpoint-8", resumed / "checkpoint-8")  # in the middle of the second epoch
     shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
@@ -89,16 +87,15 @@ def test_a_resumed_run_takes_the_steps_of_the_whole_one(workspace, lora, lora_of
     shutil.copy(whole / "checkpoint-12" / "adapter_model.safetensors", resumed / "checkpoint-12")
     (resumed / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + '{"step": 12, "lo')
     train("resumed", "training.per_device_train_batch_size=1", processes=2)
-    assert steps(resumed) == steps(whole)
-    assert json.loads((resumed / "summary.json").read_text())["loss_after"] == metrics_after(whole)
-
-
-def metrics_after(run):
-    return json.loads((run / "summary.json").read_text())["loss_after"]
+    # Gradients are summed over buckets, which a resumed run divides anew: norms differ in their last bit.
+    np.testing.assert_allclose(np.array(steps(resumed)), np.array(steps(whole)), rtol=1e-6)
+    before, after = (json.loads((run / "summary.json").read_text()) for run in (whole, resumed))
+    assert after["loss_after"] == pytest.approx(before["loss_after"], rel=1e-6)
+    assert after["loss_before"] is None and after["steps"] == 12
 
 
 def test_a_resumed_run_draws_the_random_selections_of_the_whole_one(workspace, script):
-    # These rules need no index for `random`, and none is made.
+    # This rule needs no index, and none is made.
     settings = ["selection.rule=random", "selection.ratio=0.3", "peft.dropout=0.2"]
     arguments = [word for setting in settings for word in ("--set", setting)]
 
@@ -118,7 +115,7 @@ def test_a_resumed_run_draws_the_random_selections_of_the_whole_one(workspace, s
     assert run(whole, "--set", "training.resume=never") == losses
 
 
-def test_what_a_run_leaves(workspace, lora, script, console):
+def test_what_a_run_leaves(workspace, lora, console):
     output, result = lora
     assert f"There is no index at {output}/index.arrow: scoring the data first." in result.out
     assert "21 examples prepared" in result.out and "7 examples have no token with a loss" in result.out
@@ -134,8 +131,7 @@ def test_what_a_run_leaves(workspace, lora, script, console):
 
     final = {path.name for path in (output / "final").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= final
-    pickles = [name for name in final if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-    assert not pickles
+    assert not [name for name in final if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     card = (output / "final" / "README.md").read_text()
     assert "library_name: peft" in card and "rule `top`, ratio 0.2" in card and "held-out loss after" in card
 

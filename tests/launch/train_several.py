@@ -40,14 +40,15 @@ class Gathers(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.names = {p.ds_id: name for name, p in model.named_parameters()}
         self.micro_batches = []
+
+    def on_step_begin(self, *args, **kwargs):  # an evaluation may have come before
         for counts in self.counts.values():
             counts.clear()
 
     def on_substep_end(self, *args, **kwargs):
         forward, backward = ({self.names[i]: n for i, n in self.counts[way].items()} for way in (True, False))
         self.micro_batches.append({"forward": forward, "backward": backward})
-        for counts in self.counts.values():
-            counts.clear()
+        self.on_step_begin()
 
     on_step_end = on_substep_end
 

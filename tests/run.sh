@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# All tests, from nothing but Python >= 3.10, gcc and PyPI: no GPU, no model hub.
+#
+#   bash tests/run.sh [arguments of pytest]
+#
+# The environment is made in .venv-test (or $TOKENSEEK_TEST_VENV, with $PYTHON) and kept until constraints.txt or
+# pyproject.toml change.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+venv=${TOKENSEEK_TEST_VENV:-$PWD/.venv-test}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")'
+
+wanted="$("$python" --version) $PWD $(cat constraints.txt pyproject.toml | cksum)"
+if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+    echo "== Installing the pinned versions into $venv"
+    "$python" -m venv "$venv"
+    pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
+    "${pip[@]}" torch  # first: others look for it while they are built
+    "${pip[@]}" --editable '.[dev,deepspeed,bitsandbytes,trl,quickstart]'
+    echo "$wanted" > "$venv/installed"
+fi
+
+# One thread each, for there are as many processes as cores; DeepSpeed finds ninja on the PATH to compile an operator.
+export PATH="$venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+ruff check .
+exec python -m pytest -n 2 --dist loadgroup "$@"
