@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 _MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen3", "gpt2", "opt")]
 
 
@@ -77,9 +76,7 @@ def _child(rank: int, ranks: int, folder: str, timeout: float, function: Callabl
     try:
         # A file and not a port: no other process can take it between choosing and using it.
         store = dist.FileStore(f"{folder}/rendezvous", ranks)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
         torch.save({"result": function(rank, *args)}, path)
         dist.barrier()
         dist.destroy_process_group()

@@ -72,7 +72,7 @@ def cut(positions_BA: torch.Tensor, ranks: int, tokens: int) -> Shards:
     owner_BA = owner_of(positions_BA, ranks, tokens)
     count_BP = torch.nn.functional.one_hot(owner_BA, ranks + 1).sum(1)[:, :ranks]
     start_BP = count_BP.cumsum(1) - count_BP
-    slots = int(count_BP.max())
+    slots = max(1, int(count_BP.max()))
     within_BA = torch.arange(rows, device=positions_BA.device) - start_BP.gather(1, owner_BA.clamp(max=ranks - 1))
     target_BA = torch.where(positions_BA >= 0, owner_BA * slots + within_BA, ranks * slots)
     positions = positions_BA.new_full((batch, ranks * slots + 1), -1).scatter_(1, target_BA, positions_BA)

@@ -15,9 +15,9 @@ from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.modeling import Decoder, find_decoder
 from tokenseek.parallel.agreement import require_same
-from tokenseek.parallel.layout import LAYOUTS, shard_heads
+from tokenseek.parallel.layout import LAYOUTS
 from tokenseek.parallel.sharding import LocalPartition, local_arguments, shard
-from tokenseek.parallel.ulysses import query_heads, require_attention_interface
+from tokenseek.parallel.ulysses import query_heads, require_shareable
 
 ENGINES = ("averages", "sums")
 # A fixed list, so that a rank that was given other arguments than the rest still takes part in the same collective.
@@ -62,8 +62,7 @@ def enable_sequence_parallelism(
         if value not in accepted:
             raise UserError(f"{name} is {value!r}; it must be one of {', '.join(accepted)}.")
     decoder = find_decoder(model)
-    require_attention_interface(decoder)
-    shard_heads(query_heads(decoder), query_heads(decoder), group.size())
+    require_shareable(decoder, group)
     if not hasattr(decoder.causal_lm, "_token_ditching"):
         enable_token_ditching(model)
     decoder.causal_lm._token_ditching.sequence = SequenceParallelism(group, layout, engine)

@@ -21,10 +21,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows
 from tokenseek.errors import UserError
 from tokenseek.modeling import Decoder
-from tokenseek.parallel.all_to_all import rows_to_heads
-from tokenseek.parallel.layout import Shards, cut, deal, shard_heads
+from tokenseek.parallel.layout import Shards, cut, deal
 from tokenseek.parallel.regroup import Move, plan_move
-from tokenseek.parallel.ulysses import heads_exchanged
+from tokenseek.parallel.ulysses import heads_exchanged, key_heads_exchanged
 
 
 class LocalRows(Rows):
@@ -75,13 +74,7 @@ class LocalPartition(Partition):
         return self.of_all_ranks
 
     def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keys and values of local rows, all heads -> rows of all ranks, this rank's heads (replicated if need be)."""
-        key_heads = rows_BNRH[0].shape[1]
-        heads = shard_heads(self.query_heads, key_heads, self.group.size())
-        if not heads.is_split(key_heads):
-            index = torch.tensor(heads.key_heads, device=rows_BNRH[0].device)
-            rows_BNRH = tuple(rows.index_select(1, index) for rows in rows_BNRH)
-        return rows_to_heads(self.group, self.selected_shards.interleaved, *rows_BNRH)
+        return key_heads_exchanged(self.query_heads, self.group, self.selected_shards.interleaved, *rows_BNRH)
 
     def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
         return whole_masks(decoder, self.whole.tokens, self.attention_mask_BT, self.position_ids_BT)
@@ -98,16 +91,14 @@ class LocalPartition(Partition):
         return self.out_of_layer[rows](self.group, hidden_BRD) if self.out_of_layer else hidden_BRD
 
 
-def shard(
-    parts: Partition, group: dist.ProcessGroup, query_heads: int, layout: str, arguments: dict
-) -> LocalPartition:
+def shard(parts: Partition, group: dist.ProcessGroup, query_heads: int, layout: str, arguments: dict) -> LocalPartition:
     """This rank's share of the rows of `parts`, dealt as `layout` says.
+
+    Local slots are the selected rows, then the unselected ones, then one more that is in neither (see
+    :func:`local_positions`).
 
     Args:
         arguments: of the decoder's body, for the whole text.
-
-    Local slots are the selected rows, then the unselected ones, then one more that is in neither (see
-    :func:`local_arguments`).
     """
     ranks, rank = group.size(), group.rank()
 
@@ -121,11 +112,22 @@ def shard(
     selected_shards, unselected_shards = dealt(parts.selected, in_layers), dealt(parts.unselected, in_layers)
     fallback_B1 = parts.selected.index_BR[:, :1]  # a token, even where nothing is selected
 
-    def everywhere(shards: Shards | None) -> Rows | None:
-        return shards and Rows(shards.in_text_order, fallback_B1, parts.tokens, padded=True)
+    def everywhere(rows: Rows | None, shards: Shards | None) -> Rows | None:
+        if rows is None:
+            return None
+        positions_BR = shards.in_text_order
+        spans = []
+        if shards.interleaved:  # rows are where they were, with empty slots behind the last
+            *spans, (first, _, keys) = rows.spans
+            spans.append((first, positions_BR.shape[1], keys))
+        return Rows(positions_BR, fallback_B1, parts.tokens, True, spans)
 
     whole = Partition(
-        everywhere(selected_shards), everywhere(unselected_shards), parts.tokens, True, parts.right_padded
+        everywhere(parts.selected, selected_shards),
+        everywhere(parts.unselected, unselected_shards),
+        parts.tokens,
+        True,
+        parts.right_padded,
     )
     selected_BR = selected_shards.positions_BPR[:, rank]
     unselected_BR = None if unselected_shards is None else unselected_shards.positions_BPR[:, rank]

@@ -18,6 +18,7 @@ from tokenseek.attention import attention_replaced
 from tokenseek.errors import UserError
 from tokenseek.modeling import Decoder
 from tokenseek.parallel.all_to_all import heads_to_rows, rows_to_heads
+from tokenseek.parallel.layout import shard_heads
 
 
 class _OfSomeHeads:
@@ -30,16 +31,24 @@ class _OfSomeHeads:
     def __getattr__(self, name: str):
         return _of_heads(getattr(self._module, name), *self._share)
 
+    def __eq__(self, other) -> bool:  # as good as the module itself, for whoever looks for that one
+        return other is self._module
+
+    def __hash__(self) -> int:
+        return hash(self._module)
+
 
 def query_heads(decoder: Decoder) -> int:
     return decoder.causal_lm.config.get_text_config().num_attention_heads
 
 
-def require_attention_interface(decoder: Decoder) -> None:
-    """Raise UserError unless the model's layers look their attention function up by name."""
+def require_shareable(decoder: Decoder, group: dist.ProcessGroup) -> None:
+    """Raise UserError unless the ranks of `group` can share the decoder's attention."""
     modules = {type(module).__module__ for layer in decoder.layers for module in layer.modules()}
-    if not any(hasattr(sys.modules[name], "ALL_ATTENTION_FUNCTIONS") for name in modules):
+    has_none = not any(hasattr(sys.modules[name], "ALL_ATTENTION_FUNCTIONS") for name in modules)
+    if has_none or getattr(decoder.causal_lm.config, "reorder_and_upcast_attn", False):
         raise UserError(_NO_INTERFACE.format(name=decoder.name))
+    shard_heads(query_heads(decoder), query_heads(decoder), group.size())
 
 
 _NO_INTERFACE = (
@@ -47,6 +56,63 @@ _NO_INTERFACE = (
     "parallelism exchanges tokens for heads. Use a model that does, as Llama, Qwen, Mistral, Gemma, Phi-3, GPT-2, "
     "GPT-NeoX and OPT do (for GPT-2, reorder_and_upcast_attn must be off), or train without sequence parallelism."
 )
+
+
+class SharedAttention:
+    """An attention function's part on one rank, between the exchange of rows for heads and the one back.
+
+    Args:
+        original: the attention function, for all rows.
+    """
+
+    def __init__(self, decoder: Decoder, group: dist.ProcessGroup, interleaved: bool, original: Callable):
+        self.name, self.heads = decoder.name, query_heads(decoder)
+        self.group, self.interleaved, self.original = group, interleaved, original
+
+    def share_keys(self, *rows_BKRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See :func:`key_heads_exchanged`."""
+        return key_heads_exchanged(self.heads, self.group, self.interleaved, *rows_BKRH)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query_BNRH: torch.Tensor,
+        key_BkTH: torch.Tensor,
+        value_BkTH: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """Attention of local rows to all keys, which are of this rank's heads already."""
+        heads, ranks, rank = self.heads, self.group.size(), self.group.rank()
+        if query_BNRH.shape[1] != heads:
+            raise UserError(
+                f"{self.name} has a layer of {query_BNRH.shape[1]} query heads where its config says {heads}; "
+                "sequence parallelism does not serve this model."
+            )
+        share = heads, ranks, rank
+        some_heads = _OfSomeHeads(module, heads // ranks // key_BkTH.shape[1], share)
+        if attention_mask is not None and attention_mask.shape[1] == heads > 1:
+            attention_mask = attention_mask.unflatten(1, (ranks, -1))[:, rank]
+        kwargs = {name: _of_heads(value, *share) for name, value in kwargs.items()}
+        # q: (B, N, R, H) -> all-to-all -> (B, N/P, P x R, H)
+        (query_BnAH,) = rows_to_heads(self.group, self.interleaved, query_BNRH)
+        output_BAnH, _ = self.original(some_heads, query_BnAH, key_BkTH, value_BkTH, attention_mask, *args, **kwargs)
+        # o: (B, P x R, N/P, H) -> all-to-all -> (B, R, N, H)
+        return heads_to_rows(self.group, self.interleaved, output_BAnH), None
+
+
+def key_heads_exchanged(
+    query_heads: int, group: dist.ProcessGroup, interleaved: bool, *rows_BKRH: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Keys and values of local rows, all heads -> of all rows, this rank's heads, which are replicated if need be."""
+    key_heads = rows_BKRH[0].shape[1]
+    heads = shard_heads(query_heads, key_heads, group.size())
+    if not heads.is_split(key_heads):
+        index = torch.tensor(heads.key_heads, device=rows_BKRH[0].device)
+        rows_BKRH = tuple(rows.index_select(1, index) for rows in rows_BKRH)
+    # k, v: (B, K, R, H) -> (B, k x P, R, H) -> all-to-all -> (B, k, P x R, H)
+    return rows_to_heads(group, interleaved, *rows_BKRH)
 
 
 @contextmanager
@@ -58,8 +124,7 @@ def heads_exchanged(
 ) -> Iterator[None]:
     """Inside the block, attention takes local rows of queries and gives local rows back, and runs on all rows between.
 
-    Keys and values are those of all rows for this rank's heads already; see
-    :meth:`tokenseek.parallel.sharding.LocalPartition.exchange`.
+    Keys and values are those of all rows for this rank's heads already (:func:`key_heads_exchanged`).
 
     Args:
         replace: attention on all rows runs ``replace(original)`` (see
@@ -68,40 +133,19 @@ def heads_exchanged(
     Raises:
         UserError: on leaving the block, if no attention function was called in it.
     """
-    heads, ranks, rank = query_heads(decoder), group.size(), group.rank()
-    share, called = (heads, ranks, rank), []
+    called = []
 
     def replace_local(original):
-        on_all_rows = replace(original) if replace else original
+        on_all_rows = SharedAttention(decoder, group, interleaved, replace(original) if replace else original)
 
-        def attention(module: nn.Module, query_BNRH, key_BkTH, value_BkTH, attention_mask, *args, **kwargs):
+        def attention(module: nn.Module, *args, **kwargs):
             called.append(module)
-            if query_BNRH.shape[1] != heads:
-                raise UserError(
-                    f"{decoder.name} has a layer of {query_BNRH.shape[1]} query heads where its config says {heads}; "
-                    "sequence parallelism does not serve this model."
-                )
-            some_heads = _OfSomeHeads(module, heads // ranks // key_BkTH.shape[1], share)
-            if attention_mask is not None and attention_mask.shape[1] == heads > 1:
-                attention_mask = attention_mask.unflatten(1, (ranks, -1))[:, rank]
-            kwargs = {name: _of_heads(value, *share) for name, value in kwargs.items()}
-            # q: (B, N, R, H) -> all-to-all -> (B, N/P, P x R, H)
-            (query_BnAH,) = rows_to_heads(group, interleaved, query_BNRH)
-            output_BAnH, _ = on_all_rows(
-                some_heads, query_BnAH, key_BkTH, value_BkTH, attention_mask, *args, **kwargs
-            )
-            # o: (B, P x R, N/P, H) -> all-to-all -> (B, R, N, H)
-            return heads_to_rows(group, interleaved, output_BAnH), None
+            return on_all_rows(module, *args, **kwargs)
 
         return attention
 
     with attention_replaced(decoder.causal_lm, replace_local):
-        try:
-            yield
-        except RuntimeError as error:
-            if not called:  # keys and values of some heads met queries of all
-                raise UserError(_NO_INTERFACE.format(name=decoder.name)) from error
-            raise
+        yield
     if not called:
         raise UserError(_NO_INTERFACE.format(name=decoder.name))
 

@@ -1,0 +1,105 @@
+"""A whole text dealt to ranks, for a plain forward pass in which all tokens are alike; scoring uses it.
+
+Shapes: B batch, T tokens, P ranks, R slots on this rank, N query heads, K key/value heads, k of them on a rank, H head
+dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import pad
+
+from tokenseek.attention import attention_replaced
+from tokenseek.modeling import Decoder
+from tokenseek.parallel.agreement import require_same
+from tokenseek.parallel.layout import deal
+from tokenseek.parallel.sharding import whole_masks
+from tokenseek.parallel.ulysses import SharedAttention
+
+
+class DealtText:
+    """The T tokens of every example of a right-padded batch, every P-th of them on this rank.
+
+    Args:
+        inputs: what all ranks of `group` have to be given alike; among them ``input_ids`` [B, T].
+
+    Raises:
+        UserError: on all ranks, if they were not.
+    """
+
+    def __init__(self, decoder: Decoder, group: dist.ProcessGroup, **inputs: torch.Tensor):
+        require_same(group, **inputs)
+        self.decoder, self.group = decoder, group
+        self.tokens, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
+        # One empty slot more on every rank holds the text's last position, which some rotary embeddings depend on.
+        positions_1A = pad(torch.arange(self.tokens, device=device)[None], (0, group.size()), value=-1)
+        self._positions_PR = deal(positions_1A, group.size()).positions_BPR[0]
+        mine_R = self._positions_PR[group.rank()]
+        self._is_token_R = mine_R >= 0
+        self._mine_R = mine_R.where(self._is_token_R, self.tokens - 1)
+
+    def arguments(self, input_ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the decoder's body is called with."""
+        ids_BR = input_ids_BT[:, self._mine_R]
+        # A mask of ones keeps the model from reading the jumps between positions as borders of packed examples.
+        return dict(
+            input_ids=ids_BR, position_ids=self._mine_R.expand_as(ids_BR), attention_mask=torch.ones_like(ids_BR)
+        )
+
+    def mine(self, values_BT: torch.Tensor, fill) -> torch.Tensor:
+        """[B, R]: of local tokens, `fill` in empty slots."""
+        return values_BT[:, self._mine_R].where(self._is_token_R, fill)
+
+    def gathered(self, values_BR: torch.Tensor) -> torch.Tensor:
+        """[B, T] of all tokens, on every rank, from everybody's own."""
+        everyone = [torch.empty_like(values_BR) for _ in range(self.group.size())]
+        dist.all_gather(everyone, values_BR.contiguous(), group=self.group)
+        # (P, B, R) -> (B, R, P) -> (B, R x P): dealt in turn, so this is the order of the text
+        return torch.stack(everyone, dim=-1).flatten(1)[:, : self.tokens]
+
+    def averaged(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over the ranks."""
+        total = values.clone()
+        dist.all_reduce(total, group=self.group)
+        return total / self.group.size()
+
+    @contextmanager
+    def attention(self, replace: Callable[[Callable], Callable]) -> Iterator[None]:
+        """Inside the block, ``replace(original)`` attends from all T tokens to all, with this rank's heads."""
+
+        def replace_local(original):
+            on_the_text = replace(original)
+
+            def of_all_slots(module, query_BnAH, key_BkTH, value_BkTH, attention_mask, *args, **kwargs):
+                empty = query_BnAH.shape[2] - self.tokens  # behind the last token
+                query_BnTH = query_BnAH[:, :, : self.tokens]
+                output_BTnH, weights = on_the_text(
+                    module, query_BnTH, key_BkTH, value_BkTH, attention_mask, *args, **kwargs
+                )
+                return pad(output_BTnH, (0, 0, 0, 0, 0, empty)), weights
+
+            shared = SharedAttention(self.decoder, self.group, True, of_all_slots)
+
+            def attention(module: nn.Module, query_BNRH, key_BKRH, value_BKRH, *args, **kwargs):
+                key_BkAH, value_BkAH = shared.share_keys(key_BKRH, value_BKRH)
+                return shared(
+                    module,
+                    query_BNRH,
+                    key_BkAH[:, :, : self.tokens],
+                    value_BkAH[:, :, : self.tokens],
+                    *args,
+                    **kwargs,
+                )
+
+            return attention
+
+        with (
+            whole_masks(self.decoder, self.tokens, None, None),
+            attention_replaced(self.decoder.causal_lm, replace_local),
+        ):
+            yield
