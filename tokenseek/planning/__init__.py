@@ -3,7 +3,8 @@
 from tokenseek.planning.budget import Choice, Knob, largest_ratio
 from tokenseek.planning.engine import Engine, read_engine
 from tokenseek.planning.ledger import CATEGORIES
-from tokenseek.planning.step import MemoryPlan, Method, plan_memory
+from tokenseek.planning.report import describe_choice, format_size, parse_size, plan_table
+from tokenseek.planning.step import MemoryPlan, Method, method_of, plan_memory
 
 __all__ = [
     "CATEGORIES",
@@ -12,7 +13,12 @@ __all__ = [
     "Knob",
     "MemoryPlan",
     "Method",
+    "describe_choice",
+    "format_size",
     "largest_ratio",
+    "method_of",
+    "parse_size",
     "plan_memory",
+    "plan_table",
     "read_engine",
 ]

@@ -85,21 +85,26 @@ def _knobs(config: RunConfig, engine: Engine, tokens: int) -> Iterator[tuple[str
     def changed(section: str, **values) -> RunConfig:
         return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
+    if config.training.optim == "adamw_torch" and not engine.on_cpu:
+        yield "--set training.optim=adamw_torch_fused", changed("training", optim="adamw_torch_fused"), engine, tokens
     if not config.training.recompute:
         yield "--set training.recompute=true", changed("training", recompute=True), engine, tokens
     if (batch := config.training.per_device_train_batch_size) > 1:
         steps = config.training.gradient_accumulation_steps * batch
         one = changed("training", per_device_train_batch_size=1, gradient_accumulation_steps=steps)
         yield (
-            "--set training.per_device_train_batch_size=1 "
-            f"--set training.gradient_accumulation_steps={steps}", one, engine, tokens,
+            f"--set training.per_device_train_batch_size=1 --set training.gradient_accumulation_steps={steps}",
+            one,
+            engine,
+            tokens,
         )
     if tokens > 128:
         yield f"--set data.max_length={tokens // 2}", config, engine, tokens // 2
     with_lora = config if config.peft else config.model_copy(update={"peft": PeftSettings(r=8)})
     if not config.peft:
         yield "--set peft.method=lora --set peft.r=8", with_lora, engine, tokens
-    if not config.model.quantization and not engine.shards_parameters:
+    takes_packed = not config.peft or config.peft.method == "lora"
+    if takes_packed and not config.model.quantization and not engine.shards_parameters:
         model = config.model.model_copy(update=dict(quantization="nf4", double_quantization=True))
         how = "--set model.quantization=nf4 --set model.double_quantization=true"
         how += "" if config.peft else " --set peft.method=lora --set peft.r=8"

@@ -20,7 +20,7 @@ class Engine:
         processes: P.
         on_cpu: the processes train on CPUs.
         offload_optimizer, offload_parameters: kept in host memory.
-        reduce_bucket: elements of a bucket of gradients in DeepSpeed; None lets accelerate choose (hidden size squared).
+        reduce_bucket: elements of a bucket of gradients in DeepSpeed; None: as accelerate chooses, hidden size squared.
     """
 
     kind: str = "single"
@@ -64,8 +64,10 @@ def read_engine(accelerate_config: str | Path = "single", num_processes: int | N
     path = resolve_accelerate_config(accelerate_config)
     config = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
     if config.get("parallelism_config") or config.get("use_parallelism_config"):
-        raise UserError(f"{accelerate_config}: plan serves data parallelism (DDP, ZeRO, FSDP2); take its sequence or "
-                        "tensor parallelism (parallelism_config) out and divide the tokens by its size yourself.")
+        raise UserError(
+            f"{accelerate_config}: plan serves data parallelism (DDP, ZeRO, FSDP2); take its sequence or "
+            "tensor parallelism (parallelism_config) out and divide the tokens by its size yourself."
+        )
     kind = str(config.get("distributed_type", "NO")).upper()
     engine = Engine(processes=num_processes or config.get("num_processes", 1), on_cpu=bool(config.get("use_cpu")))
     if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
@@ -81,7 +83,8 @@ def read_engine(accelerate_config: str | Path = "single", num_processes: int | N
     if kind == "DEEPSPEED":
         return _deepspeed(engine, config.get("deepspeed_config") or {})
     raise UserError(
-        f"{accelerate_config}: distributed_type {kind} cannot be planned; accepted are NO, MULTI_GPU, DEEPSPEED and FSDP."
+        f"{accelerate_config}: distributed_type {kind} cannot be planned; accepted are NO, MULTI_GPU, DEEPSPEED "
+        "and FSDP."
     )
 
 

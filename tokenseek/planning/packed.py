@@ -20,7 +20,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
         self.dtype = getattr(torch, model.dtype)
-        self.weight = nn.Parameter(torch.empty(_packed_bytes(like, model), dtype=torch.uint8), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(packed_bytes(like, model), dtype=torch.uint8), requires_grad=False)
         self.bias = like.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def pack_linear_layers(model: PreTrainedModel, settings: ModelConfig) -> None:
                 setattr(module, name, PackedLinear(child, settings))
 
 
-def _packed_bytes(layer: nn.Linear, model: ModelConfig) -> int:
+def packed_bytes(layer: nn.Linear, model: ModelConfig) -> int:
     weights = layer.in_features * layer.out_features
     if model.quantization == "int8":
         return weights + 4 * layer.out_features

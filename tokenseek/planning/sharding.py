@@ -127,11 +127,13 @@ class ShardedState:
         layers = set(decoder.layers)
         inside = {module for layer in layers for module in layer.modules()}
         self._unit_of = {p: layer for layer in layers for p in layer.parameters()}
-        outside = [m for m in model.modules() if m not in inside and next(m.parameters(recurse=False), None) is not None]
+        outside = [
+            m for m in model.modules() if m not in inside and next(m.parameters(recurse=False), None) is not None
+        ]
         if self.engine.kind == "fsdp2":  # what is in no layer is the root's, which stays gathered
-            for module in outside:
-                self._gather(module, self._bytes(module, recurse=False))
-                self._unit_of |= dict.fromkeys(module.parameters(recurse=False))
+            of_root = {p for module in outside for p in module.parameters(recurse=False)}
+            self._gather(model, sum(p.nbytes for p in of_root))
+            self._unit_of |= dict.fromkeys(of_root)
         else:
             for module in outside:
                 self._hook(module, self._bytes(module, recurse=False))

@@ -10,12 +10,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, masking_utils
 from transformers.initialization import no_init_weights
@@ -31,6 +29,7 @@ from tokenseek.planning.packed import pack_linear_layers
 from tokenseek.planning.sharding import ShardedState
 from tokenseek.runs.models import add_adapter
 
+_CPU = torch.device("cpu")
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -113,7 +112,7 @@ def plan_memory(
     model = _build(config, model_config, method, engine)
     decoder = find_decoder(model)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _LargestBatch(), Ledger() as ledger:
+        with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger, _LargestBatch(ledger):
             _materialise(model)
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
             if config.training.gradient_accumulation_steps > 1:
@@ -163,9 +162,10 @@ def load_model_config(config: RunConfig) -> PreTrainedConfig:
 
 
 def _spread_positions(ratio: float, batch: int, tokens: int) -> torch.Tensor:
-    """[B, S]: as many positions as a rule selects, spread evenly."""
+    """[B, S]: as many positions as a rule selects, spread evenly up to the last token: none can be left out then."""
     count = max(1, int(ratio * tokens + 0.5))
-    return torch.from_numpy(np.arange(count) * tokens // count).expand(batch, count).contiguous()
+    positions = np.arange(1, count + 1, dtype=np.int64) * tokens // count - 1
+    return torch.from_numpy(positions).expand(batch, count).contiguous()
 
 
 def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, engine: Engine) -> nn.Module:
@@ -177,6 +177,7 @@ def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, en
             attn_implementation=config.model.attn_implementation,
             trust_remote_code=config.model.trust_remote_code,
         )
+        model.tie_weights()
         if config.model.quantization:
             pack_linear_layers(model, config.model)
         if config.peft:
@@ -215,15 +216,14 @@ def _train(model, decoder: Decoder, state: ShardedState, ledger: Ledger, config,
     precision = _PRECISIONS.get(config.training.mixed_precision)
     autocasts = precision and not engine.is_deepspeed
     saved = saved_tensors_hooks(lambda tensor: _save(ledger, tensor), lambda tensor: tensor)
-    with _KeysAndValues(ledger):
-        with saved, torch.autocast("cpu", precision) if autocasts else nullcontext():
-            # As from the collator; and the count that Trainer hands on.
-            inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_items_in_batch=ids.numel())
-            output = model(**inputs, **extra)
-        loss = (convert_outputs_to_fp32(lambda: output)() if autocasts else output)["loss"]
-        del output
-        with state.backward_pass():
-            loss.backward()
+    # As from the collator, with the count that Trainer hands on.
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_items_in_batch=ids.numel())
+    with saved, torch.autocast("cpu", precision) if autocasts else nullcontext():
+        output = model(**inputs, **extra)
+    loss = (convert_to_fp32(output) if autocasts else output)["loss"]
+    del output
+    with state.backward_pass():
+        loss.backward()
     del loss
     ledger.region = "workspace"
     state.step()
@@ -273,36 +273,24 @@ def _optimizer(config: RunConfig, engine: Engine) -> Callable[[list[nn.Parameter
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     if not kind.__module__.startswith(("torch.", "transformers.")):
         raise UserError(
-            f"training.optim: {config.training.optim} cannot be planned, since its kernels need their device; plan with "
-            "adamw_torch, whose states take 8 bytes per trained weight, and correct for yours."
+            f"training.optim: {config.training.optim} cannot be planned, since its kernels need their device; plan "
+            "with adamw_torch, whose states take 8 bytes per trained weight, and correct for yours."
         )
     if not engine.on_cpu and not options.get("fused") and "foreach" in kind.__init__.__code__.co_varnames:
         options["foreach"] = True  # what torch chooses on a GPU; it needs the memory of the gradients once more
     return lambda parameters: kind(parameters, **options)
 
 
-class _KeysAndValues(TorchFunctionMode):
-    """Tells the ledger which storages attention takes as keys and values; of sdpa alone, eager attention has no name."""
+class _LargestBatch(TorchDispatchMode):
+    """What code asks of a tensor's data, answered for a batch without padding in which every token carries a loss.
+
+    Results whose size depends on data get the largest that they can have, and a question of truth ("is nothing
+    padded?", "is this no packing of several examples?") is answered yes.
+    """
 
     def __init__(self, ledger: Ledger):
         super().__init__()
         self.ledger = ledger
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is scaled_dot_product_attention:
-            for tensor in args[1:3]:
-                # A view of something larger (queries, keys and values in one) is left where it is.
-                if tensor.untyped_storage().nbytes() <= 1.5 * tensor.nbytes:
-                    self.ledger.track([tensor], "keys_values")
-        return func(*args, **(kwargs or {}))
-
-
-class _LargestBatch(TorchDispatchMode):
-    """What code asks of a tensor's data, answered for a batch without padding in which every token carries a loss.
-
-    Results whose size depends on data get the largest that they can have, and a question of truth ("is nothing padded?",
-    "is this no packing of several examples?") is answered yes.
-    """
 
     def __enter__(self):
         # Transformers asks nothing of tensors without data, and builds the largest masks then, which no real batch has.
@@ -315,8 +303,15 @@ class _LargestBatch(TorchDispatchMode):
         return super().__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # asked more often than all else together
+            return _CPU
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            for tensor in args[1:3]:
+                # A view of something larger (queries, keys and values in one) is left where it is.
+                if tensor.untyped_storage().nbytes() <= 1.5 * tensor.nbytes:
+                    self.ledger.track([tensor], "keys_values")
         if func is torch.ops.aten.nonzero.default:
-            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+            return torch.zeros(args[0].numel(), args[0].dim(), dtype=torch.int64)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
         return func(*args, **(kwargs or {}))
