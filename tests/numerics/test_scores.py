@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from tokenseek.errors import UserError
+from tokenseek.head import next_token_labels
 from tokenseek.modeling import find_decoder
 from tokenseek.seeking import TokenScorer
 from tokenseek.seeking.context import attention_received
@@ -89,7 +90,8 @@ def test_scores_are_exact_in_float64(kind, attn, exact_softmax):
     decoder = find_decoder(model)
     with gradient_from(decoder.layers[-1]) as leaves, attention_received(decoder, mask.bool()) as received:
         output = decoder.body(input_ids=ids, use_cache=False)
-        gradient = loss_gradient(decoder, output, leaves[0], labels)
+        targets = next_token_labels(labels)
+        gradient = loss_gradient(decoder, output, leaves[0], targets, targets.ne(-100).sum(1))
     tolerance = FLOAT32_INSIDE.get(kind, 1e-12)
     expected = context_reference(kind, ids, mask, torch.float64)
     torch.testing.assert_close(received[0], expected, atol=tolerance, rtol=0)

@@ -73,7 +73,7 @@ def test_gsm8k_takes_a_model_and_a_file():
 
 def test_accelerate_configs_are_there():
     assert list_resources("accelerate config") == [
-        "ddp", "ddp_cpu", "fsdp2", "single", "zero1", "zero2", "zero3", "zero3_offload"
+        "ddp", "ddp_cpu", "fsdp2", "multinode_ddp", "multinode_zero3", "single", "zero1", "zero2", "zero3", "zero3_offload"
     ]  # fmt: skip
     assert list_resources("DeepSpeed config") == ["zero1", "zero2", "zero3", "zero3_offload"]
 
@@ -91,9 +91,10 @@ def test_accelerate_config_loads_and_owns_the_layout_only(name):
         *own,
         *own.get("deepspeed_config", {}),
     }
+    engine = name.removeprefix("multinode_")
     if loaded.distributed_type == "DEEPSPEED":
-        assert own["deepspeed_config"]["deepspeed_config_file"] == f"ds_configs/{name}.json"
-        assert (assets_root() / "ds_configs" / f"{name}.json").is_file()
+        assert own["deepspeed_config"]["deepspeed_config_file"] == f"ds_configs/{engine}.json"
+        assert (assets_root() / "ds_configs" / f"{engine}.json").is_file()
 
 
 @pytest.mark.parametrize("name", list_resources("DeepSpeed config"))

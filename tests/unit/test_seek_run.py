@@ -1,5 +1,8 @@
 """Scoring a data set: the index does not depend on who scored which shard, nor on how often a run was cut short."""
 
+import os
+import time
+
 import datasets
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from tokenseek.seeking import (
     assigned_shards,
     plan_batches,
     seek,
+    seek_abandoned,
     wait_for_shards,
 )
+from tokenseek.seeking.run import _score_rows as score_rows
 
 
 class CountingScorer:
@@ -170,3 +175,61 @@ def test_waiting_ends_when_nobody_works_any_more(scorer, dataset, plan, tmp_path
     wait_for_shards(store, [0, 1])
     with pytest.raises(UserError, match="missing: 2, 3.*run scoring again"):
         wait_for_shards(store, stall_seconds=0.05, poll_seconds=0.01)
+
+
+def test_a_shard_whose_process_died_is_taken_over_by_one_other(scorer, dataset, plan, expected, tmp_path, caplog):
+    dead, one, two = (make_store(tmp_path, plan) for _ in range(3))
+    assert dead.claim(1, "run")
+    for store in (one, two):
+        seek(scorer, dataset, store, plan, run_id="run")
+        assert store.take_over(1, "run", lease_seconds=0.2) is None  # the time is the observer's own
+    assert one.finished() == set(range(len(plan.shards))) - {1}
+    dead.renew(1)
+    time.sleep(0.3)
+    assert one.take_over(1, "run", lease_seconds=0.2) is None  # it gave a sign since
+    counting = CountingScorer(scorer)
+    options = dict(run_id="run", lease_seconds=0.2, poll_seconds=0.01)
+    assert seek_abandoned(counting, dataset, one, plan, **options) == 1
+    assert counting.examples == sum(map(len, plan.shards[1]))
+    assert f"Shard 1 is scored anew: process {os.getpid()} on" in caplog.text
+    assert seek_abandoned(counting, dataset, two, plan, **options) == 0
+    assert merged_bytes(tmp_path) == expected
+
+
+def test_one_of_many_takes_over_and_then_it_may_be_taken_over_itself(plan, tmp_path):
+    stores = [make_store(tmp_path, plan) for _ in range(8)]
+    assert [store.claim(0, "run") for store in stores].count(True) == 1
+    for _ in range(2):
+        assert not any(store.take_over(0, "run", 0.05) for store in stores)
+        time.sleep(0.1)
+        assert [store.take_over(0, "run", 0.05) is not None for store in stores].count(True) == 1
+
+
+def test_a_process_that_was_believed_dead_does_no_harm(scorer, dataset, plan, expected, tmp_path):
+    """Both write the shard at once, and in the end one whole file is there."""
+    slow, fast = make_store(tmp_path, plan), make_store(tmp_path, plan)
+    seek(scorer, dataset, slow, plan, run_id="run", shards=range(1, len(plan.shards)))
+    assert slow.claim(0, "run")
+    examples = [example for rows in plan.shards[0] for example in score_rows(scorer, dataset, rows)]
+
+    def interrupted():
+        yield examples[0]
+        assert seek_abandoned(scorer, dataset, fast, plan, run_id="run", lease_seconds=0.01, poll_seconds=0.02) == 1
+        yield from examples[1:]
+
+    slow.write(0, interrupted())
+    assert merged_bytes(tmp_path) == expected
+
+
+def test_a_slow_process_gives_others_as_much_time_as_it_takes_itself(plan, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    slow, other = make_store(tmp_path, plan), make_store(tmp_path, plan)
+    assert slow.claim(0, "run") and other.claim(1, "run")
+    now[0] = 20.0
+    slow.renew(0)  # 20 seconds for a batch
+    assert slow.take_over(1, "run") is None
+    now[0] += 190
+    assert slow.take_over(1, "run") is None
+    now[0] += 20
+    assert slow.take_over(1, "run")

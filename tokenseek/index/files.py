@@ -3,6 +3,7 @@
 A shard and a merged index have the same format, an uncompressed Arrow IPC file, which `pandas.read_feather` reads.
 """
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,20 @@ from tokenseek.index.schema import SCHEMA, IndexHeader, ScoredExample, record_ba
 
 
 @contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Turns the errors of a disk that has no room for `path` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"There is no room to write {path}: {os.strerror(error.errno)}. Free some space and run the same command "
+            "again: what was finished is kept."
+        ) from error
+
+
+@contextmanager
 def durable_file(path: Path, incomplete: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file that gets its name `path` only once all of it is on the disk.
 
@@ -25,11 +40,12 @@ def durable_file(path: Path, incomplete: Path | None = None) -> Iterator[BinaryI
     """
     incomplete = incomplete or path.with_name(path.name + ".incomplete")
     try:
-        with open(incomplete, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(incomplete, path)
+        with full_disk_told(path):
+            with open(incomplete, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(incomplete, path)
     except BaseException:
         incomplete.unlink(missing_ok=True)
         raise
@@ -41,10 +57,12 @@ def durable_file(path: Path, incomplete: Path | None = None) -> Iterator[BinaryI
         os.close(directory)
 
 
-def write_examples(path: Path, header: IndexHeader, examples: Iterable[ScoredExample]) -> None:
+def write_examples(
+    path: Path, header: IndexHeader, examples: Iterable[ScoredExample], incomplete: Path | None = None
+) -> None:
     """Write examples, in the order given, holding one record batch in memory at a time."""
     schema = SCHEMA.with_metadata(header.to_metadata())
-    with durable_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+    with durable_file(path, incomplete) as file, pa.ipc.new_file(file, schema) as writer:
         for batch in record_batches(examples):
             writer.write_batch(batch)
 

@@ -3,14 +3,22 @@
 import json
 import os
 import re
+import socket
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenseek.errors import UserError
-from tokenseek.index.files import durable_file, write_examples
+from tokenseek.index.files import durable_file, full_disk_told, write_examples
 from tokenseek.index.schema import IndexHeader, ScoredExample, differences
+
+
+# A claim that its holder has not renewed for so long is given up, or for ten times as long as this process has ever
+# taken between two renewals of its own, should that be longer.
+LEASE_SECONDS = 30.0
+_LEASE_IN_RENEWALS = 10
 
 
 class ShardStore:
@@ -40,6 +48,9 @@ class ShardStore:
         if num_shards < 1:
             raise UserError(f"num_shards is {num_shards}; an index needs at least 1 shard. Is the data set empty?")
         self.directory, self.header, self.num_shards = Path(directory), header, num_shards
+        self._held: tuple[int, Path, float] | None = None  # shard, claim and time of the last renewal
+        self._longest_silence = 0.0  # between two renewals, of this process itself
+        self._seen: dict[Path, tuple[int, float]] = {}  # a claim's time of change, and since when it is known
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "plan.json"
         if not path.exists():
@@ -79,8 +90,11 @@ class ShardStore:
         return self.path(shard).exists()
 
     def finished(self) -> set[int]:
-        """Numbers of the shards that are on the disk, whole."""
-        names = (re.fullmatch(r"shard-(\d{5,})\.arrow", path.name) for path in self.directory.iterdir())
+        """Numbers of the shards that are on the disk, whole; all, once they have been merged and the folder removed."""
+        try:
+            names = [re.fullmatch(r"shard-(\d{5,})\.arrow", name) for name in os.listdir(self.directory)]
+        except FileNotFoundError:
+            return set(range(self.num_shards))
         return {int(match[1]) for match in names if match and int(match[1]) < self.num_shards}
 
     def claim(self, shard: int, run_id: str) -> bool:
@@ -95,12 +109,57 @@ class ShardStore:
             raise UserError(f"run_id is {run_id!r}; it names a folder: use letters, digits, '.', '_' and '-'.")
         if self.is_finished(shard):
             return False
-        folder = self.directory / "claims" / run_id
-        folder.mkdir(parents=True, exist_ok=True)
+        return self._create_claim(shard, run_id, 0)
+
+    def take_over(self, shard: int, run_id: str, lease_seconds: float | None = None) -> str | None:
+        """Claim a shard whose holder, a process of this run, has given no sign for so long that it must be dead.
+
+        Time is taken on this process's own clock, from when it first asked. A holder that lives after all and writes
+        the shard writes the same scores.
+
+        Returns:
+            The host and process that held it; None where it is not to be had (yet).
+        """
+        lease = lease_seconds or max(LEASE_SECONDS, _LEASE_IN_RENEWALS * self._longest_silence)
+        times_taken = 0
+        while self._claim_path(shard, run_id, times_taken + 1).exists():
+            times_taken += 1
+        path = self._claim_path(shard, run_id, times_taken)
         try:
-            os.close(os.open(folder / f"{shard:05d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return False
+            changed, holder = path.stat().st_mtime_ns, path.read_text()
+        except FileNotFoundError:
+            return None
+        known, since = self._seen.get(path, (None, 0.0))
+        if changed != known:
+            self._seen[path] = (changed, time.monotonic())
+            return None
+        if time.monotonic() - since < lease or self.is_finished(shard):
+            return None
+        return holder if self._create_claim(shard, run_id, times_taken + 1) else None
+
+    def renew(self, shard: int) -> None:
+        """Show the others that this process is still at work on the shard that it has claimed last."""
+        if self._held and self._held[0] == shard:
+            _, path, renewed = self._held
+            os.utime(path)
+            now = time.monotonic()
+            self._longest_silence = max(self._longest_silence, now - renewed)
+            self._held = (shard, path, now)
+
+    def _claim_path(self, shard: int, run_id: str, times_taken: int) -> Path:
+        suffix = f".{times_taken}" if times_taken else ""
+        return self.directory / "claims" / run_id / f"{shard:05d}{suffix}"
+
+    def _create_claim(self, shard: int, run_id: str, times_taken: int) -> bool:
+        path = self._claim_path(shard, run_id, times_taken)
+        with full_disk_told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(path, "x", encoding="utf-8") as file:
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            except FileExistsError:
+                return False
+        self._held = (shard, path, time.monotonic())
         return True
 
     def write(self, shard: int, examples: Iterable[ScoredExample]) -> None:
@@ -116,7 +175,9 @@ class ShardStore:
                     "Scores that are not finite come from the model's own output: check its weights, or score in "
                     "float32 or bfloat16."
                 )
-        write_examples(path, self.header, examples)
+        # Another file than that of the process it was taken over from, which may be writing after all.
+        taken = self._held[1].suffix if self._held and self._held[0] == shard else ""
+        write_examples(path, self.header, examples, path.with_name(f"{path.name}{taken}.incomplete"))
 
 
 def _read_plan(path: Path) -> tuple[IndexHeader, int]:

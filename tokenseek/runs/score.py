@@ -28,8 +28,12 @@ from tokenseek.seeking import (
     assigned_shards,
     plan_batches,
     seek,
+    seek_abandoned,
     wait_for_shards,
 )
+
+# The main process reads all shards before it begins to write.
+_MERGE_SECONDS = 1800.0
 
 
 def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[int, int] | None = None) -> Path:
@@ -82,7 +86,7 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
         if len(kept) < len(shards):
             _seek(config, prepared, store, plan, run_id, shards, progress, state)
         if not state.is_main_process:
-            return _wait_for_file(path) if part is None else path
+            return _wait_for_merge(path) if part is None else path
         wait_for_shards(store, shards, progress=progress)
     tokens = sum(plan.shard_tokens(shard) for shard in set(shards) - kept)
     seconds = time.perf_counter() - began
@@ -152,7 +156,8 @@ def _seek(
             reduction=config.scoring.reduction,
             loss_scope=config.scoring.loss_scope,
         )
-        seek(scorer, prepared.dataset, store, plan, run_id=run_id, shards=shards, progress=progress)
+        for work in (seek, seek_abandoned):
+            work(scorer, prepared.dataset, store, plan, run_id=run_id, shards=shards, progress=progress)
     del model, scorer
     gc.collect()
     if torch.cuda.is_available():
@@ -169,8 +174,17 @@ def _cpu_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _wait_for_file(path: Path) -> Path:
-    """Until the main process has merged; it may still wait for shards of others. If it dies, the launcher ends us."""
+def _wait_for_merge(path: Path) -> Path:
+    """Until the main process has merged. If it dies on this machine, the launcher ends us."""
+    incomplete, last, since = path.with_name(path.name + ".incomplete"), None, time.monotonic()
     while not path.exists():
+        changed = incomplete.stat().st_mtime_ns if incomplete.exists() else None
+        if changed != last:
+            last, since = changed, time.monotonic()
+        elif time.monotonic() - since > _MERGE_SECONDS:
+            raise UserError(
+                f"All shards of {path} are finished, but the main process has not merged them: it is dead or hangs. "
+                "Run the same command again, or `tokenseek merge`."
+            )
         time.sleep(0.5)
     return path

@@ -9,8 +9,8 @@ Shapes: B batch, T tokens, N query heads, K key/value heads, H channels of a val
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -21,13 +21,20 @@ from tokenseek.modeling import Decoder
 
 
 @contextmanager
-def attention_received(decoder: Decoder, valid_BT: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+def attention_received(
+    decoder: Decoder,
+    valid_BT: torch.Tensor,
+    replaced: Callable[[Callable[[Callable], Callable]], AbstractContextManager[None]] | None = None,
+) -> Iterator[list[torch.Tensor]]:
     """Records Eq. 3, I1[j] = sum_i A[i, j] averaged over the heads of the last layer, from a forward pass in the block.
 
     Gradients must be enabled while the last layer runs. Its output and its own gradients are unchanged.
 
     Args:
         valid_BT: True at tokens, False at padding; rows of A at padding do not count.
+        replaced: replaces the attention function by one that attends from all T tokens, if the model's own alone does
+            not: where ranks share a text (:meth:`tokenseek.parallel.text.DealtText.attention`). Heads are then those
+            of one rank.
 
     Yields:
         A list that holds the scores [B, T], at least float32, once the last layer has run.
@@ -50,7 +57,7 @@ def attention_received(decoder: Decoder, valid_BT: torch.Tensor) -> Iterator[lis
 
         return attention
 
-    with attention_replaced(decoder.causal_lm, replace):
+    with replaced(replace) if replaced else attention_replaced(decoder.causal_lm, replace):
         yield received
     if not received:
         raise UserError(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from tokenseek.head import at_least_float32, head_logits, next_token_labels, rows_per_chunk
+from tokenseek.head import at_least_float32, head_logits, rows_per_chunk
 from tokenseek.labels import IGNORED
 from tokenseek.modeling import Decoder
 
@@ -48,7 +48,9 @@ def gradient_from(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
-def loss_gradient(decoder: Decoder, body_output, leaf_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+def loss_gradient(
+    decoder: Decoder, body_output, leaf_BTD: torch.Tensor, targets_BT: torch.Tensor, supervised_B: torch.Tensor
+) -> torch.Tensor:
     """G [B, T, D] of Eq. 4: the gradient of each example's mean cross-entropy over its supervised positions.
 
     It has the leaf's precision, but at least float32. The mean is taken per example, so that scores do not depend on
@@ -56,12 +58,12 @@ def loss_gradient(decoder: Decoder, body_output, leaf_BTD: torch.Tensor, labels_
 
     Args:
         body_output: what the decoder's body returned, with a graph back to `leaf_BTD`.
-        labels_BT: Hugging Face's convention: not shifted, -100 where a token carries no loss.
+        targets_BT: the token that each position predicts, -100 where it carries no loss.
+        supervised_B: how many positions of each example carry one; more than are here, where ranks share a text.
     """
-    targets_BT = next_token_labels(labels_BT)
-    supervised_BT = targets_BT.ne(IGNORED)
-    if not supervised_BT.any():
+    if not supervised_B.any():
         return at_least_float32(torch.zeros_like(leaf_BTD))
+    supervised_BT = targets_BT.ne(IGNORED)
 
     # The head is the widest part of the model, so it is taken a few rows at a time down to its input; the layers once.
     hidden_BTD = body_output.last_hidden_state
@@ -72,11 +74,12 @@ def loss_gradient(decoder: Decoder, body_output, leaf_BTD: torch.Tensor, labels_
         strict=True,
     )
     head_gradient_BTD = torch.zeros_like(hidden_BTD)
-    head_gradient_BTD[supervised_BT] = torch.cat([_head_gradient(decoder, body_output, *chunk) for chunk in chunks])
+    if supervised_BT.any():
+        head_gradient_BTD[supervised_BT] = torch.cat([_head_gradient(decoder, body_output, *chunk) for chunk in chunks])
     (gradient_BTD,) = torch.autograd.grad(hidden_BTD, leaf_BTD, head_gradient_BTD)
 
     # Sums of losses until here: dividing last, in float32, keeps small numbers from vanishing in 16 bits.
-    return at_least_float32(gradient_BTD) / supervised_BT.sum(1).clamp(min=1)[:, None, None]
+    return at_least_float32(gradient_BTD) / supervised_B.clamp(min=1)[:, None, None]
 
 
 def _head_gradient(decoder: Decoder, body_output, hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
@@ -84,4 +87,3 @@ def _head_gradient(decoder: Decoder, body_output, hidden_CD: torch.Tensor, targe
     logits_CV = head_logits(decoder, body_output, hidden_CD[None])[0]
     loss = cross_entropy(at_least_float32(logits_CV), targets_C, reduction="sum")
     return torch.autograd.grad(loss, hidden_CD)[0]
-

@@ -1,11 +1,13 @@
 """Scoring a data set on any number of processes that never wait for one another.
 
 Processes share nothing but the shard folder: each takes the next shard that nobody has taken, scores and writes it. A
-slow process takes fewer, one that dies loses a single shard, and none sits behind a collective with a timeout.
+slow process takes fewer, the shard of one that dies is taken over by another, and none sits behind a collective with a
+timeout.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # scoring itself needs no data sets library
     from datasets import Dataset
 
 _POLL_SECONDS = 1.0
+_log = logging.getLogger(__name__)
 
 
 def assigned_shards(plan: ScoringPlan, part: int = 0, num_parts: int = 1) -> range:
@@ -111,18 +114,64 @@ def seek(
         )
     scored = 0
     for shard in range(len(plan.shards)) if shards is None else shards:
-        if not store.claim(shard, run_id):
-            continue
-        examples = []
-        for rows in plan.shards[shard]:
-            examples += _score_rows(scorer, dataset, rows)
-            if progress:
-                progress.advance(int(plan.lengths[rows].sum()))
-        store.write(shard, examples)
-        scored += 1
-        if progress:
-            progress.shard_done()
+        if store.claim(shard, run_id):
+            _score_shard(scorer, dataset, store, plan, shard, progress)
+            scored += 1
     return scored
+
+
+def seek_abandoned(
+    scorer: TokenScorer,
+    dataset: Dataset,
+    store: ShardStore,
+    plan: ScoringPlan,
+    *,
+    run_id: str,
+    shards: Iterable[int] | None = None,
+    progress: SeekingProgress | None = None,
+    lease_seconds: float | None = None,
+    poll_seconds: float = _POLL_SECONDS,
+) -> int:
+    """After :func:`seek`: wait until all shards are finished, and score those of processes that died or hang.
+
+    Args:
+        lease_seconds: how long a process may give no sign (:meth:`ShardStore.take_over`).
+
+    Returns:
+        How many shards this process took over.
+    """
+    everything = set(range(len(plan.shards)) if shards is None else shards)
+    taken = 0
+    while left := everything - store.finished():
+        if progress:
+            progress.poll()
+        for shard in sorted(left):
+            if holder := store.take_over(shard, run_id, lease_seconds):
+                _log.warning("Shard %d is scored anew: %s, which had it, gives no sign any more.", shard, holder)
+                _score_shard(scorer, dataset, store, plan, shard, progress)
+                taken += 1
+        time.sleep(poll_seconds)
+    return taken
+
+
+def _score_shard(
+    scorer: TokenScorer,
+    dataset: Dataset,
+    store: ShardStore,
+    plan: ScoringPlan,
+    shard: int,
+    progress: SeekingProgress | None,
+) -> None:
+    examples = []
+    for rows in plan.shards[shard]:
+        examples += _score_rows(scorer, dataset, rows)
+        store.renew(shard)
+        if progress:
+            progress.advance(int(plan.lengths[rows].sum()))
+    if not store.is_finished(shard):  # another process may have believed this one to be dead
+        store.write(shard, examples)
+    if progress:
+        progress.shard_done()
 
 
 def wait_for_shards(

@@ -10,11 +10,15 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tokenseek.errors import UserError
+from tokenseek.head import next_token_labels
 from tokenseek.labels import IGNORED
 from tokenseek.modeling import find_decoder, keep_4bit_differentiable
+from tokenseek.parallel.text import DealtText
+from tokenseek.parallel.ulysses import require_shareable
 from tokenseek.seeking.context import attention_received
 from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, loss_gradient
 
@@ -44,6 +48,8 @@ class TokenScorer:
         gradient_layer: k takes the gradient at the input of layer N-k+1 of N; 1 is the last layer (Eq. 4, Table S14).
         reduction: of the gradient's D entries: "abs" sums magnitudes, "signed" the entries, "l2" is their norm.
         loss_scope: "response" trusts the labels; "sequence" takes every token as its own label.
+        group: ranks that score the same batches together, each computing a part of the tokens and of the heads, for
+            examples too long for one; every rank is given whole batches and gets whole scores.
 
     Example:
         >>> scorer = TokenScorer(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"))
@@ -51,9 +57,17 @@ class TokenScorer:
     """
 
     def __init__(
-        self, model: nn.Module, *, gradient_layer: int = 1, reduction: str = "abs", loss_scope: str = "response"
+        self,
+        model: nn.Module,
+        *,
+        gradient_layer: int = 1,
+        reduction: str = "abs",
+        loss_scope: str = "response",
+        group: dist.ProcessGroup | None = None,
     ):
-        self.model, self.decoder = model, find_decoder(model)
+        self.model, self.decoder, self.group = model, find_decoder(model), group
+        if group is not None:
+            require_shareable(self.decoder, group)
         if not 1 <= gradient_layer <= len(self.decoder.layers):
             raise UserError(
                 f"gradient_layer is {gradient_layer}; it counts layers from the end, from 1 (the last) to "
@@ -85,28 +99,40 @@ class TokenScorer:
 
         Raises:
             UserError: padding that is not on the right; a model that computes attention in code of its own, or whose
-                layers pass on several hidden states per token.
+                layers pass on several hidden states per token; on all ranks of a group, other batches on some.
         """
         valid = attention_mask.bool()
         if (valid[:, 1:] > valid[:, :-1]).any():
             raise UserError("attention_mask has padding before or between tokens; pad on the right to score.")
         labels = (input_ids if self.loss_scope == "sequence" else labels).masked_fill(~valid, IGNORED)
+        targets = next_token_labels(labels)
+        supervised = targets.ne(IGNORED).sum(1)
+        text, replaced = None, None
+        # Causal attention never looks at padding on the right: without a mask, kernels for plain causality serve.
+        arguments = dict(input_ids=input_ids)
+        if self.group is not None:
+            text = DealtText(
+                self.decoder, self.group, input_ids=input_ids, attention_mask=attention_mask, labels=labels
+            )
+            arguments, targets, replaced = text.arguments(input_ids), text.mine(targets, IGNORED), text.attention
         layer = self.decoder.layers[-self.gradient_layer]
         with (
             _frozen(self.model),
             gradient_from(layer) as leaves,
-            attention_received(self.decoder, valid) as received,
+            attention_received(self.decoder, valid, replaced) as received,
         ):
-            # Causal attention never looks at padding on the right: without a mask, kernels for plain causality serve.
-            output = self.decoder.body(input_ids=input_ids, use_cache=False, return_dict=True)
-            if leaves[0].shape[:-1] != input_ids.shape:
+            output = self.decoder.body(**arguments, use_cache=False, return_dict=True)
+            if leaves[0].shape[:-1] != targets.shape:
                 raise UserError(
                     f"The layers of {self.decoder.name} pass on hidden states of shape {tuple(leaves[0].shape)} for "
-                    f"{tuple(input_ids.shape)} tokens: several per token, of which Eq. 4 knows nothing. Use a model "
+                    f"{tuple(targets.shape)} tokens: several per token, of which Eq. 4 knows nothing. Use a model "
                     "whose layers pass on one, [B, T, D]."
                 )
-            gradient = REDUCTIONS[self.reduction](loss_gradient(self.decoder, output, leaves[0], labels))
-        return Scores(received[0].float(), gradient.masked_fill(~valid, 0).float())
+            gradient = REDUCTIONS[self.reduction](loss_gradient(self.decoder, output, leaves[0], targets, supervised))
+        context = received[0]
+        if text is not None:
+            context, gradient = text.averaged(context), text.gathered(gradient)
+        return Scores(context.float(), gradient.masked_fill(~valid, 0).float())
 
 
 @contextmanager

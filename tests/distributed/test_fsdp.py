@@ -1,0 +1,124 @@
+"""FSDP2: torch's `fully_shard` on every decoder layer, over gloo; gradients exact, and one gather for the two passes.
+
+accelerate runs DDP instead of FSDP where there is no GPU, so that it cannot be tested through the launcher here.
+"""
+
+import copy
+
+import pytest
+import torch
+from distributed.spawn import spawn
+from numerics.dense_reference import dense_loss
+from tiny_models import VOCAB, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenseek import enable_token_ditching
+from tokenseek.modeling import find_decoder
+
+RANKS, TOKENS = 2, 12
+# Rank 1 has fewer selected tokens than rank 0, and in the second case none that carries a loss.
+SELECTED = {"uneven": [[[1, 4, 5, 11], [0, 7, 8, -1]], [[3, -1], [5, 9]]], "none": [[[1, 4], [0, 7]], [[11], [-1]]]}
+
+
+def batch(rank, selected):
+    ids = torch.randint(3, VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(rank))
+    labels = ids.clone()
+    labels[:, :2] = -100
+    return dict(input_ids=ids, labels=labels, selected_positions=torch.tensor(SELECTED[selected][rank]))
+
+
+def num_items(selected):
+    """Selected positions of both ranks whose next token carries a loss."""
+    positions = torch.cat([torch.tensor(rows).flatten() for rows in SELECTED[selected]])
+    return int(((positions >= 1) & (positions < TOKENS - 1)).sum())
+
+
+def expected_gradients(model, selected):
+    for rank in range(RANKS):
+        dense_loss(model, **batch(rank, selected), num_items_in_batch=num_items(selected)).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def shard(model, mesh, **options):
+    for layer in find_decoder(model).layers:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+class Gathers(TorchDispatchMode):
+    """Counts all-gathers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "c10d" and "allgather" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(model, rank, selected):
+    """Full gradients on every rank, and the number of all-gathers in the forward and in the backward pass."""
+    with Gathers() as forward:
+        loss = model(**batch(rank, selected), num_items_in_batch=num_items(selected)).loss
+    with Gathers() as backward:
+        (loss * RANKS).backward()  # FSDP divides by the number of ranks
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}, (forward.count, backward.count)
+
+
+def exact(rank, selected):
+    mesh = init_device_mesh("cpu", (RANKS,))
+    plain = tiny_model("llama", dtype=torch.float64)
+    expected = expected_gradients(copy.deepcopy(plain), selected)
+    layers = len(find_decoder(plain).layers)
+    found = []
+    for sharded_first in (False, True):
+        for reshard in (True, False):
+            for recompute in (False, True):
+                model = copy.deepcopy(plain).train()
+                if sharded_first:
+                    shard(model, mesh, reshard_after_forward=reshard)
+                enable_token_ditching(model, recompute=recompute)
+                if not sharded_first:
+                    shard(model, mesh, reshard_after_forward=reshard)
+                got, gathers = gradients(model, rank, selected)
+                for name, gradient in expected.items():
+                    error = (got[name] - gradient).norm() / gradient.norm()
+                    assert error < 1e-12, (sharded_first, reshard, recompute, name, error)
+                # One of the root, which keeps embeddings and head, and one of each layer; the backward pass gathers
+                # again what the forward pass has let go.
+                found.append((reshard, gathers))
+                assert gathers[0] == layers + 1, gathers
+                assert gathers[1] == (layers + 1 if reshard else 0), (reshard, gathers)
+    return found
+
+
+@pytest.mark.parametrize("selected", SELECTED)
+def test_gradients_are_exact_and_layers_gathered_once(selected):
+    assert len(spawn(RANKS, exact, selected)) == RANKS
+
+
+def mixed(rank):
+    mesh = init_device_mesh("cpu", (RANKS,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    plain = tiny_model("llama").train()
+    low = copy.deepcopy(plain)
+    for parameter in low.parameters():
+        parameter.data = parameter.data.bfloat16()
+    enable_token_ditching(low)
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in low.named_parameters()}
+    for other in range(RANKS):
+        low.zero_grad()
+        low(**batch(other, "uneven"), num_items_in_batch=num_items("uneven")).loss.backward()
+        for name, parameter in low.named_parameters():
+            sums[name] += parameter.grad.float()
+    model = shard(enable_token_ditching(plain), mesh, mp_policy=policy)
+    got, gathers = gradients(model, rank, "uneven")
+    assert gathers[0] == len(find_decoder(model).layers) + 1
+    for name, gradient in sums.items():
+        assert got[name].dtype == torch.float32
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_mixed_precision_computes_what_a_bfloat16_model_does():
+    spawn(RANKS, mixed)
