@@ -53,8 +53,12 @@ class Tally:
         return text
 
 
-def make_workspace(folder: Path) -> Path:
-    """A preset on a tiny model; scoring has many shards, training many checkpoints."""
+def make_workspace(folder: Path, examples: int = 60, **model: int) -> Path:
+    """A preset on a tiny model; scoring has many shards, training many checkpoints.
+
+    Args:
+        model: values of its config.
+    """
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from helpers import tiny_tokenizer, write_jsonl
     from tiny_models import tiny_model
@@ -62,9 +66,10 @@ def make_workspace(folder: Path) -> Path:
     from tokenseek.data.toy import make_word_problems
 
     tokenizer = tiny_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder / "model")
+    model = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, **model}
+    tiny_model("llama", **model).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    data = write_jsonl(folder / "data.jsonl", make_word_problems(60))
+    data = write_jsonl(folder / "data.jsonl", make_word_problems(examples))
     preset = {
         "model": {"name_or_path": str(folder / "model"), "dtype": "float32"},
         "data": {"sources": [{"path": str(data), "columns": {"instruction": "question", "response": "answer"}}]},
@@ -84,9 +89,9 @@ def make_workspace(folder: Path) -> Path:
     return path
 
 
-def start(script: str, preset: Path, output: Path, *settings: str) -> subprocess.Popen:
+def start(script: str, preset: Path, output: Path, *settings: str, processes: int = PROCESSES) -> subprocess.Popen:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/ddp_cpu.yaml"]
-    command += ["--main_process_port", "0", "--num_processes", str(PROCESSES), f"launch/{script}.py"]
+    command += ["--main_process_port", "0", "--num_processes", str(processes), f"launch/{script}.py"]
     command += ["--preset", str(preset), "--set", f"output_dir={output}"]
     command += [word for setting in settings for word in ("--set", setting)]
     cache = {"HF_DATASETS_CACHE": str(preset.parent / "cache"), "TOKENIZERS_PARALLELISM": "false"}

@@ -72,7 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("show", help="show an index, and the selected tokens of its examples")
     add_run_arguments(command)
     command.add_argument("--row", type=int, action="append", metavar="N", help="an example; may be given again")
+    command.add_argument("--random", type=int, default=0, metavar="N", help="add N examples at random")
     command.add_argument("--no-color", action="store_true", help="mark with brackets instead of colours")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write one page with sliders for r, alpha and beta")
+    command.add_argument("--figures", type=Path, metavar="FOLDER", help="write attention and gradient maps as PNG, SVG")
+    command.add_argument(
+        "--run",
+        dest="run_folder",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="a training run to compare in figures; may be given again",
+    )
     command.set_defaults(run=_show)
 
     command = commands.add_parser("merge-adapter", help="merge a trained adapter into its base model")
@@ -236,28 +247,20 @@ def _ratios(text: str) -> list[float]:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from tokenseek.data import prepare_dataset
-    from tokenseek.index import TokenIndex
-    from tokenseek.reporting import describe_index, render_example
-    from tokenseek.runs.models import load_tokenizer
-    from tokenseek.runs.score import run_fingerprints
-    from tokenseek.training import TokenSeekCollator
+    if args.run_folder and not args.figures:
+        raise UserError("--run compares training runs in figures: give --figures FOLDER too.")
+    if args.run_folder and not args.preset and not args.set:  # figures of the runs alone
+        from tokenseek.runs.show import show_runs
 
+        show_runs(args.run_folder, args.figures)
+        return
     config = load_config(args.preset, args.set)
-    index = TokenIndex.open(config.index_path)
-    print(describe_index(index))
-    tokenizer = load_tokenizer(config.model)
-    prepared = prepare_dataset(config.data, tokenizer)
-    index.require(run_fingerprints(config, prepared))
-    collator = TokenSeekCollator(index, rule=config.selection.to_rule())
-    for row in args.row or [0]:
-        if not 0 <= row < len(index):
-            raise UserError(f"--row {row}: the index has rows 0 to {len(index) - 1}.")
-        example = prepared.dataset[row]
-        selected = collator.select(example)
-        print(f"\nrow {row}, {len(example['input_ids'])} tokens, {len(selected)} selected")
-        color = sys.stdout.isatty() and not args.no_color
-        print(render_example(tokenizer, example["input_ids"], example["labels"], selected, color))
+    from tokenseek.runs.show import show, show_runs  # late: mistakes are told before torch is imported
+
+    color = sys.stdout.isatty() and not args.no_color
+    show(config, args.row or [], args.random, html=args.html, figures=args.figures, color=color)
+    if args.run_folder:
+        show_runs(args.run_folder, args.figures)
 
 
 def _merge_adapter(args: argparse.Namespace) -> None:

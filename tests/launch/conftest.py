@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import psutil
 import pytest
+import torch
 import yaml
 from helpers import tiny_tokenizer, write_jsonl
 from tiny_models import tiny_model
@@ -146,7 +147,9 @@ class Workspace:
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Workspace:
     folder = tmp_path_factory.mktemp("launch")
-    datasets.config.HF_DATASETS_CACHE = folder / "cache-of-pytest"  # of runs inside this process
+    # For runs inside this process.
+    datasets.config.HF_DATASETS_CACHE = folder / "cache-of-pytest"
+    torch.set_num_threads(1)  # more of them only wait for each other, on models so small
     return Workspace(folder)
 
 

@@ -1,4 +1,4 @@
-"""Two machines, made of network namespaces: launch/multinode.sh scores and trains over them, one of them dying midway."""
+"""Two machines, made of network namespaces: launch/multinode.sh scores and trains over them, one dying midway."""
 
 import os
 import shutil

@@ -104,7 +104,8 @@ def test_all_tokens_selected_is_ordinary_training(kind):
 def test_many_selected_tokens(kind, lengths):
     """Enough rows for several spans of them, which attend to the keys up to their own end."""
     batch = make_batch(lengths)
-    per_example = [torch.randperm(n, generator=torch.Generator().manual_seed(n))[: n // 2].sort().values for n in lengths]
+    seeded = [(n, torch.Generator().manual_seed(n)) for n in lengths]
+    per_example = [torch.randperm(n, generator=generator)[: n // 2].sort().values for n, generator in seeded]
     selected = torch.nn.utils.rnn.pad_sequence(per_example, batch_first=True, padding_value=-1)
     model = tokenseek.enable_token_ditching(tiny_model(kind, dtype=torch.float64))
     assert_same(model, batch, selected, FLOAT32_INSIDE.get(kind, 1e-12))

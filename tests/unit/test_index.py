@@ -279,7 +279,8 @@ def test_disk_that_fills_up_at_the_sync_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(UserError, match="(?s)no room to write .*shard-00000.*No space left.*run the same command again"):
+    message = "(?s)no room to write .*shard-00000.*No space left.*run the same command again"
+    with pytest.raises(UserError, match=message):
         store.write(0, [example(0)])
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 

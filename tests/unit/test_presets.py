@@ -73,7 +73,8 @@ def test_gsm8k_takes_a_model_and_a_file():
 
 def test_accelerate_configs_are_there():
     assert list_resources("accelerate config") == [
-        "ddp", "ddp_cpu", "fsdp2", "multinode_ddp", "multinode_zero3", "single", "zero1", "zero2", "zero3", "zero3_offload"
+        "ddp", "ddp_cpu", "fsdp2", "multinode_ddp", "multinode_zero3", "single",
+        "zero1", "zero2", "zero3", "zero3_offload",
     ]  # fmt: skip
     assert list_resources("DeepSpeed config") == ["zero1", "zero2", "zero3", "zero3_offload"]
 

@@ -3,6 +3,8 @@
 import os
 import time
 
+import shutil
+
 import datasets
 import numpy as np
 import pytest
@@ -89,6 +91,13 @@ def test_the_index_holds_the_scores_of_every_example(scorer, dataset, plan, expe
         np.testing.assert_allclose(gradient, alone.gradient[0], rtol=1e-5, atol=1e-6)
         assert index.example_id(row) == example["example_id"]
         assert index.tokens_crc(row) == tokens_crc(example["input_ids"])
+
+
+def test_a_process_that_comes_after_the_merge_finds_nothing_to_do(dataset, plan, tmp_path):
+    store = make_store(tmp_path / "shards", plan)  # before the others finished, merged and removed all
+    shutil.rmtree(tmp_path / "shards")
+    assert seek(None, dataset, store, plan, run_id="run") == 0
+    assert store.finished() == set(range(len(plan.shards))) and not list(tmp_path.iterdir())
 
 
 def test_three_workers_in_turns_make_the_same_index(scorer, dataset, plan, expected, tmp_path):

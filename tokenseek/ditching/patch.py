@@ -206,7 +206,7 @@ def _partition(arguments: dict, selected_positions: torch.Tensor | Partition) ->
 
 
 def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | None = None, **kwargs):
-    """The body's output with hidden states of the selected rows, [B, S, D]; everything, [B, T, D], when none are given."""
+    """The body's output with hidden states of the selected rows, [B, S, D]; of all rows, [B, T, D], without them."""
     ditching: Ditching = self._token_ditching
     if selected_positions is None:
         return _original_forward(self)(*args, **kwargs)
@@ -348,7 +348,7 @@ def _without_own_checkpointing(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _autocast_cache(enabled: bool) -> Iterator[None]:
-    """Autocast remembers the low-precision copy of a weight; one made without gradient must not serve the other pass."""
+    """Autocast keeps the low-precision copy of a weight; one made without gradient must not serve the other pass."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(enabled)
     try:

@@ -14,7 +14,6 @@ from tokenseek.errors import UserError
 from tokenseek.index.files import durable_file, full_disk_told, write_examples
 from tokenseek.index.schema import IndexHeader, ScoredExample, differences
 
-
 # A claim that its holder has not renewed for so long is given up, or for ten times as long as this process has ever
 # taken between two renewals of its own, should that be longer.
 LEASE_SECONDS = 30.0
@@ -87,7 +86,8 @@ class ShardStore:
         return self.directory / f"shard-{shard:05d}.arrow"
 
     def is_finished(self, shard: int) -> bool:
-        return self.path(shard).exists()
+        """Whether a shard is on the disk, whole; true of all, once they have been merged and the folder removed."""
+        return self.path(shard).exists() or not self.directory.exists()
 
     def finished(self) -> set[int]:
         """Numbers of the shards that are on the disk, whole; all, once they have been merged and the folder removed."""
@@ -153,11 +153,12 @@ class ShardStore:
     def _create_claim(self, shard: int, run_id: str, times_taken: int) -> bool:
         path = self._claim_path(shard, run_id, times_taken)
         with full_disk_told(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                for folder in (path.parent.parent, path.parent):  # not the store's own, which is gone after a merge
+                    folder.mkdir(exist_ok=True)
                 with open(path, "x", encoding="utf-8") as file:
                     file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            except FileExistsError:
+            except (FileExistsError, FileNotFoundError):
                 return False
         self._held = (shard, path, time.monotonic())
         return True

@@ -55,8 +55,8 @@ def require_engine(state: PartialState, quantization: str | None) -> None:
     fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if fsdp and state.device.type == "cpu":
         raise UserError(
-            "FSDP was asked for, and there are no GPUs: accelerate would silently run DDP, with the whole model in every "
-            "process. Launch with ddp_cpu.yaml, or with zero3.yaml, which splits parameters on CPUs too."
+            "FSDP was asked for, and there are no GPUs: accelerate would silently run DDP, with the whole model in "
+            "every process. Launch with ddp_cpu.yaml, or with zero3.yaml, which splits parameters on CPUs too."
         )
     if quantization and (fsdp or zero_stage() == 3):
         engine = "FSDP" if fsdp else "ZeRO-3"

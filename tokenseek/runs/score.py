@@ -101,8 +101,14 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
 
 def merge(path: Path) -> IndexHeader:
     """Merge the shards of an index into `path` and remove them."""
-    header = merge_shards(shard_folder(path), path)
-    shutil.rmtree(shard_folder(path))
+    folder = shard_folder(path)
+    header = merge_shards(folder, path)
+    # Gone at once for processes that come late: they must not see some shards and take the others for unfinished.
+    removed = folder.with_name(folder.name + ".merged")
+    if removed.exists():
+        shutil.rmtree(removed)
+    folder.rename(removed)
+    shutil.rmtree(removed)
     return header
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-IGNORED = -100
+from tokenseek.labels import IGNORED
 
 
 class EpochSampler(Sampler[int]):

@@ -55,7 +55,8 @@ class TokenSeekTrainer(Trainer):
         gather_layers_once(find_decoder(model))  # `args` may have brought ZeRO-3 only now
         args.remove_unused_columns = False  # example_id is for the collator
         super().__init__(model, args, data_collator=data_collator, **kwargs)
-        self.add_callback(_NewEpoch(data_collator))
+        self._new_epoch = _NewEpoch(data_collator)
+        self.add_callback(self._new_epoch)
 
     def get_train_dataloader(self) -> DataLoader:
         plain, random = self.train_dataset, self.args.train_sampling_strategy == "random"
@@ -65,7 +66,7 @@ class TokenSeekTrainer(Trainer):
         blanks = 0 if self.args.dataloader_drop_last else -len(plain) % per_round
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = EpochSampler(len(plain), blanks, seed if random else None)
-        self.add_callback(_NewEpoch(sampler))
+        self._new_epoch.sampler = sampler
         return self._get_dataloader(
             dataset=WithBlanks(plain, blanks),
             description="Training",
@@ -94,8 +95,12 @@ class TokenSeekTrainer(Trainer):
 class _NewEpoch(TrainerCallback):
     """Tells the epoch to what draws by it; accelerate does not reach the sampler of a run that resumes mid-epoch."""
 
-    def __init__(self, target: TokenSeekCollator | EpochSampler):
-        self.target = target
+    def __init__(self, collator: TokenSeekCollator):
+        self.collator = collator
+        self.sampler: EpochSampler | None = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.target.set_epoch(int(state.epoch or 0))
+        epoch = int(state.epoch or 0)
+        self.collator.set_epoch(epoch)
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)

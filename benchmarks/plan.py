@@ -1,0 +1,125 @@
+"""The planner's peaks against those of real training steps on the CPU, over methods and architectures.
+
+    python -m benchmarks.plan
+
+Both count the storages alive, by two counters that share no code: the planner's on a step without data, and
+benchmarks/memory.py on the real one. "Above states" leaves out parameters, gradients and optimizer states.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from accelerate.utils import convert_to_fp32
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from benchmarks.memory import LiveStorages, storage_bytes
+from tokenseek.config import RunConfig, load_config
+from tokenseek.ditching import enable_token_ditching
+from tokenseek.planning import Engine, Method, plan_memory
+from tokenseek.runs.models import add_adapter
+
+LORA = ("peft.method=lora", "peft.r=8")
+ACCUMULATED, BF16 = "training.gradient_accumulation_steps=2", "training.mixed_precision=bf16"
+# name -> (model_type, method, settings)
+CASES: dict[str, tuple[str, Method, tuple[str, ...]]] = {
+    "llama, all tokens": ("llama", Method(), ()),
+    "llama, all tokens, LoRA, recomputed": ("llama", Method(recompute=True), LORA),
+    "gpt2, all tokens, 2 micro batches": ("gpt2", Method(), (ACCUMULATED,)),
+    "llama, all tokens, bf16 autocast": ("llama", Method(), (BF16,)),
+    "llama, r = 0.1, LoRA": ("llama", Method(0.1), LORA),
+    "qwen2, r = 0.5, LoRA, B = 2": ("qwen2", Method(0.5), (*LORA, "training.per_device_train_batch_size=2")),
+    "qwen3, r = 0.3, LoRA, recomputed": ("qwen3", Method(0.3, recompute=True), LORA),
+    "llama, r = 0.2, 2 micro batches": ("llama", Method(0.2), (ACCUMULATED,)),
+    "gpt2, r = 0.2": ("gpt2", Method(0.2), ()),
+    "llama, r = 0.2, LoRA, bf16 autocast": ("llama", Method(0.2), (*LORA, BF16)),
+    "llama, r = 1, LoRA": ("llama", Method(1.0), LORA),
+}
+
+
+def model_config(kind: str, *, hidden: int, layers: int, vocab: int, tokens: int) -> PreTrainedConfig:
+    if kind == "gpt2":
+        values = dict(n_embd=hidden, n_layer=layers, n_head=4, n_positions=tokens)
+    else:
+        heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4)
+        sizes = dict(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers)
+        values = heads | sizes | dict(max_position_embeddings=tokens, tie_word_embeddings=True)
+    return AutoConfig.for_model(kind, vocab_size=vocab, bos_token_id=0, eos_token_id=0, pad_token_id=0, **values)
+
+
+def run_config(tokens: int, *settings: str) -> RunConfig:
+    needed = ["model.name_or_path=none", "model.dtype=float32", "data.sources.0.path=none", "output_dir=none"]
+    return load_config(None, [*needed, f"data.max_length={tokens}", *settings])
+
+
+def measured_peak(config: RunConfig, method: Method, shape: PreTrainedConfig, model: nn.Module | None = None) -> int:
+    """Bytes of all storages alive at the peak of a real optimizer step, taken as Trainer takes it."""
+    torch.manual_seed(0)
+    training = config.training
+    if model is None:
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa")
+    if config.peft:
+        model = add_adapter(model, config.peft)
+    model.train()
+    if method.ratio is not None:
+        enable_token_ditching(model, recompute=method.recompute)
+    elif method.recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    inputs = _inputs(training.per_device_train_batch_size, config.data.max_length, shape.vocab_size, method.ratio)
+    bf16 = training.mixed_precision == "bf16"
+
+    def step():
+        for _ in range(training.gradient_accumulation_steps):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                output = model(**inputs)
+            loss = (convert_to_fp32(output) if bf16 else output)["loss"]  # as accelerate does
+            del output
+            loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # which makes the optimizer's states
+    states = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+    kept = [*model.parameters(), *model.buffers(), *states]
+    with LiveStorages().ignore([*kept, *(x for x in inputs.values() if torch.is_tensor(x))]) as live:
+        step()
+    return storage_bytes(kept) + live.peak
+
+
+def _inputs(batch: int, tokens: int, vocab: int, ratio: float | None) -> dict:
+    ids = torch.randint(0, vocab, (batch, tokens))
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_items_in_batch=ids.numel())
+    if ratio is not None:
+        # The last token among them: those behind the last selected one are left out, and the plan counts on none.
+        others = torch.randperm(tokens - 1)[: round(ratio * tokens) - 1]
+        selected = torch.cat([others, torch.tensor([tokens - 1])]).sort().values
+        inputs["selected_positions"] = selected.expand(batch, -1).contiguous()
+    return inputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in dict(hidden=256, layers=6, vocab=8192, tokens=512).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    sizes = vars(parser.parse_args())
+    print(
+        "| | planned MiB | measured MiB | planned / measured | the same above states |\n| --- | ---: | ---: | ---: | ---: |"
+    )
+    for name, (kind, method, settings) in CASES.items():
+        config, shape = run_config(sizes["tokens"], *settings), model_config(kind, **sizes)
+        plan = plan_memory(config, method, Engine(on_cpu=True), model_config=shape)
+        measured = measured_peak(config, method, shape)
+        above = (plan.peak - plan.states) / (measured - plan.states)
+        print(
+            f"| {name} | {plan.peak / 2**20:.1f} | {measured / 2**20:.1f} | {plan.peak / measured:.4f} | {above:.4f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
