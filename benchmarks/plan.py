@@ -107,9 +107,8 @@ def main() -> None:
     for name, value in dict(hidden=256, layers=6, vocab=8192, tokens=512).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     sizes = vars(parser.parse_args())
-    print(
-        "| | planned MiB | measured MiB | planned / measured | the same above states |\n| --- | ---: | ---: | ---: | ---: |"
-    )
+    print("| | planned MiB | measured MiB | planned / measured | the same above states |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for name, (kind, method, settings) in CASES.items():
         config, shape = run_config(sizes["tokens"], *settings), model_config(kind, **sizes)
         plan = plan_memory(config, method, Engine(on_cpu=True), model_config=shape)

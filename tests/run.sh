@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # All tests, from nothing but Python >= 3.10, gcc and PyPI: no GPU, no model hub.
 #
-#   bash tests/run.sh [arguments of pytest]
+#   bash tests/run.sh             everything but the slow tests
+#   bash tests/run.sh -m slow     the slow ones: ZeRO, two machines, Slurm, random kills, a browser
+#   bash tests/run.sh ARGUMENTS   of pytest
 #
 # The environment is made in .venv-test (or $TOKENSEEK_TEST_VENV, with $PYTHON) and kept until constraints.txt or
 # pyproject.toml change.
@@ -25,4 +27,5 @@ fi
 # One thread each, for there are as many processes as cores; DeepSpeed finds ninja on the PATH to compile an operator.
 export PATH="$venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 ruff check .
+[ $# -gt 0 ] || set -- -m "not slow"
 exec python -m pytest -n 2 --dist loadgroup "$@"

@@ -6,108 +6,32 @@ import json
 
 import pytest
 import torch
-from accelerate.utils import convert_to_fp32
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from benchmarks.memory import LiveStorages, storage_bytes
+import benchmarks.plan
+from benchmarks.plan import CASES, LORA, measured_peak, model_config
 from tokenseek.cli import main
-from tokenseek.config import load_config
-from tokenseek.ditching import enable_token_ditching
 from tokenseek.errors import UserError
 from tokenseek.planning import CATEGORIES, Engine, Method, largest_ratio, plan_memory, read_engine
 from tokenseek.planning.ledger import Ledger
 from tokenseek.planning.packed import packed_bytes
-from tokenseek.runs.models import add_adapter, load_model
+from tokenseek.runs.models import load_model
 
-TOKENS = 384
-LLAMA = dict(
-    vocab_size=1000,
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=TOKENS,
-    tie_word_embeddings=True,
-)
-GPT2 = dict(vocab_size=1000, n_embd=128, n_layer=2, n_head=4, n_positions=TOKENS)
-LORA = ["peft.method=lora", "peft.r=8"]
+SIZES = dict(hidden=128, layers=2, vocab=1000, tokens=384)
+LLAMA = model_config("llama", **SIZES)
 CPU = Engine(on_cpu=True)
 
 
-def run_config(*overrides: str):
-    base = ["model.name_or_path=none", "model.dtype=float32", "data.sources.0.path=none", "output_dir=none"]
-    return load_config(None, [*base, f"data.max_length={TOKENS}", *overrides])
-
-
-def measured_peak(config, method: Method, model_config, model=None) -> int:
-    """Bytes of all storages alive at the peak of a real optimizer step, taken as Trainer takes it."""
-    torch.manual_seed(0)
-    settings = config.training
-    if model is None:
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation="sdpa")
-    if config.peft:
-        model = add_adapter(model, config.peft)
-    model.train()
-    if method.ratio is not None:
-        enable_token_ditching(model, recompute=method.recompute)
-    elif method.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    bf16 = settings.mixed_precision == "bf16"
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    batch = settings.per_device_train_batch_size
-    ids = torch.randint(0, 1000, (batch, config.data.max_length))
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_items_in_batch=ids.numel())
-    if method.ratio is not None:
-        count = round(method.ratio * ids.shape[1])
-        # The last token among them: those behind the last selected one are left out, and the plan counts on none.
-        others = torch.randperm(ids.shape[1] - 1)[: count - 1]
-        selected = torch.cat([others, torch.tensor([ids.shape[1] - 1])]).sort().values
-        inputs["selected_positions"] = selected.expand(batch, -1).contiguous()
-
-    def step():
-        for _ in range(settings.gradient_accumulation_steps):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                output = model(**inputs)
-            # accelerate does this to what autocast gave
-            loss = (convert_to_fp32(output) if bf16 else output)["loss"]
-            del output
-            loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    states = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-    kept = [*model.parameters(), *model.buffers(), *states]
-    with LiveStorages().ignore([*kept, *(x for x in inputs.values() if torch.is_tensor(x))]) as live:
-        step()
-    return storage_bytes(kept) + live.peak
-
-
-CASES = {
-    "all tokens": ("llama", LLAMA, Method(), []),
-    "all tokens, recomputed": ("llama", LLAMA, Method(recompute=True), LORA),
-    "all tokens, gpt2, accumulated": ("gpt2", GPT2, Method(), ["training.gradient_accumulation_steps=2"]),
-    "all tokens, bf16": ("llama", LLAMA, Method(), ["training.mixed_precision=bf16"]),
-    "r = 0.1, LoRA": ("llama", LLAMA, Method(0.1), LORA),
-    "r = 0.5, LoRA, B = 2": ("qwen2", LLAMA, Method(0.5), [*LORA, "training.per_device_train_batch_size=2"]),
-    "r = 0.3, recomputed": ("qwen3", LLAMA | {"head_dim": 32}, Method(0.3, recompute=True), LORA),
-    "r = 0.2, all weights": ("llama", LLAMA, Method(0.2), ["training.gradient_accumulation_steps=2"]),
-    "r = 0.2, gpt2": ("gpt2", GPT2, Method(0.2), []),
-    "r = 0.2, bf16": ("llama", LLAMA, Method(0.2), [*LORA, "training.mixed_precision=bf16"]),
-    "r = 1": ("llama", LLAMA, Method(1.0), LORA),
-}
+def run_config(*settings: str):
+    return benchmarks.plan.run_config(SIZES["tokens"], *settings)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_plan_agrees_with_a_real_step(case):
-    kind, shape, method, overrides = CASES[case]
-    config, model_config = run_config(*overrides), AutoConfig.for_model(kind, **shape)
-    planned = plan_memory(config, method, CPU, model_config=model_config)
-    measured = measured_peak(config, method, model_config)
+    kind, method, settings = CASES[case]
+    config, shape = run_config(*settings), model_config(kind, **SIZES)
+    planned = plan_memory(config, method, CPU, model_config=shape)
+    measured = measured_peak(config, method, shape)
     assert planned.peak == pytest.approx(measured, rel=0.03)
     # Weights and their states, which are easily counted, must not hide an error in the rest.
     assert planned.peak - planned.states == pytest.approx(measured - planned.states, rel=0.05)
@@ -118,8 +42,7 @@ def test_plan_agrees_with_a_real_step(case):
 def test_packed_weights_take_the_bytes_of_bitsandbytes(tmp_path, monkeypatch, quantization):
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    model_config = AutoConfig.for_model("llama", **LLAMA)
-    AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32).save_pretrained(tmp_path)
     kind, _, double = quantization.partition(", ")
     overrides = [f"model.quantization={kind}", f"model.double_quantization={str(bool(double)).lower()}"]
     config = run_config(*LORA, *overrides, f"model.name_or_path={tmp_path}")
@@ -130,33 +53,29 @@ def test_packed_weights_take_the_bytes_of_bitsandbytes(tmp_path, monkeypatch, qu
     else:
         state = layer.weight.quant_state
         held += state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
-    assert packed_bytes(torch.nn.Linear(LLAMA["hidden_size"], LLAMA["intermediate_size"]), config.model) == held
+    assert packed_bytes(torch.nn.Linear(layer.in_features, layer.out_features), config.model) == held
 
 
 def test_plan_agrees_with_a_real_step_on_4_bit_weights(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    model_config = AutoConfig.for_model("llama", **LLAMA)
-    AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32).save_pretrained(tmp_path)
     config = run_config(*LORA, "model.quantization=nf4", f"model.name_or_path={tmp_path}")
     method = Method(0.2)
     planned = plan_memory(config, method, CPU)
-    measured = measured_peak(config, method, model_config, load_model(config.model))
+    measured = measured_peak(config, method, LLAMA, load_model(config.model))
     assert planned.peak == pytest.approx(measured, rel=0.1)
-
-
-LLAMA_CONFIG = AutoConfig.for_model("llama", **LLAMA)
 
 
 def full_plan(kind: str, processes: int = 4, **options):
     config = run_config("model.dtype=bfloat16", "training.gradient_accumulation_steps=2")
-    return plan_memory(config, Method(0.25), Engine(kind, processes, **options), model_config=LLAMA_CONFIG).parts
+    return plan_memory(config, Method(0.25), Engine(kind, processes, **options), model_config=LLAMA).parts
 
 
 def test_engines_keep_what_they_shard():
     """Against arithmetic: N weights in 2 bytes, P processes; Adam has two moments, DeepSpeed a float32 master copy."""
-    weights = AutoModelForCausalLM.from_config(LLAMA_CONFIG).num_parameters()
-    bucket = 2 * 2 * LLAMA["hidden_size"] ** 2
+    weights = AutoModelForCausalLM.from_config(LLAMA).num_parameters()
+    bucket = 2 * 2 * LLAMA.hidden_size**2
     single, ddp = full_plan("single", 1), full_plan("ddp")
     assert single["parameters"] == pytest.approx(2 * weights, rel=0.01)
     assert single["gradients"] == ddp["gradients"] / 2 == 2 * weights
@@ -215,25 +134,25 @@ def test_other_layouts_are_refused(tmp_path, text, message):
 
 def test_what_cannot_be_planned_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be sharded by zero3"):
-        plan_memory(run_config(*LORA, "model.quantization=nf4"), engine=Engine("zero3", 2), model_config=LLAMA_CONFIG)
+        plan_memory(run_config(*LORA, "model.quantization=nf4"), engine=Engine("zero3", 2), model_config=LLAMA)
     with pytest.raises(UserError, match="no config that Transformers can read"):
         plan_memory(run_config(f"model.name_or_path={tmp_path}"))
 
 
 def test_largest_ratio_is_the_largest_that_fits():
     config = run_config(*LORA)
-    peaks = [plan_memory(config, Method(r / 100), CPU, model_config=LLAMA_CONFIG).peak for r in (37, 38)]
-    choice = largest_ratio(config, (peaks[0] + peaks[1]) // 2, CPU, model_config=LLAMA_CONFIG)
+    peaks = [plan_memory(config, Method(r / 100), CPU, model_config=LLAMA).peak for r in (37, 38)]
+    choice = largest_ratio(config, (peaks[0] + peaks[1]) // 2, CPU, model_config=LLAMA)
     assert choice.ratio == 0.37
     assert choice.plan.peak == peaks[0]
-    assert largest_ratio(config, 2**40, CPU, model_config=LLAMA_CONFIG).ratio == 1
+    assert largest_ratio(config, 2**40, CPU, model_config=LLAMA).ratio == 1
 
 
 def test_where_nothing_fits_other_knobs_are_told():
     batch = "training.per_device_train_batch_size=2"
     config = run_config(batch)
-    budget = plan_memory(run_config(*LORA, batch), Method(0.01), CPU, model_config=LLAMA_CONFIG).peak
-    choice = largest_ratio(config, budget, CPU, model_config=LLAMA_CONFIG)
+    budget = plan_memory(run_config(*LORA, batch), Method(0.01), CPU, model_config=LLAMA).peak
+    choice = largest_ratio(config, budget, CPU, model_config=LLAMA)
     assert choice.ratio is None
     lora = next(knob for knob in choice.knobs if knob.how.startswith("--set peft.method=lora"))
     assert lora.fits and lora.plan.peak == budget
@@ -242,7 +161,7 @@ def test_where_nothing_fits_other_knobs_are_told():
 
 
 def test_the_command(tmp_path, capsys):
-    LLAMA_CONFIG.save_pretrained(tmp_path)
+    LLAMA.save_pretrained(tmp_path)
     settings = {"model.name_or_path": tmp_path, "data.max_length": 64, "output_dir": tmp_path / "run"}
     command = ["plan", "--preset", "llama-3.2-1b-loha", *(f"--set={key}={value}" for key, value in settings.items())]
     assert main([*command, "--ratios", "0.2", "--accelerate-config", "zero2", "--json", str(tmp_path / "p.json")]) == 0

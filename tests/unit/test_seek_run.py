@@ -1,9 +1,8 @@
 """Scoring a data set: the index does not depend on who scored which shard, nor on how often a run was cut short."""
 
 import os
-import time
-
 import shutil
+import time
 
 import datasets
 import numpy as np

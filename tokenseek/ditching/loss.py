@@ -6,6 +6,8 @@ Shapes: B batch, T tokens, S selected, R supervised rows, D hidden, V vocabulary
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
@@ -42,6 +44,12 @@ def selected_loss(
 
     rows = rows_per_chunk(decoder)
     chunks = list(zip(hidden_RD[None].split(rows, dim=1), labels_R.split(rows), strict=True))
+    if _is_partitioned(decoder.causal_lm.get_output_embeddings()):
+        # Every chunk gathers the head's weights, and a gather needs all ranks: those with fewer chunks join in.
+        most = torch.tensor(len(chunks), device=labels_R.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        without_loss = hidden_RD[None, :1], torch.full_like(labels_R[:1], IGNORED)
+        chunks += [without_loss] * (int(most) - len(chunks))
     if recompute or len(chunks) > 1:
         total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
     else:
@@ -50,3 +58,7 @@ def selected_loss(
         num_items_in_batch = labels_R.ne(IGNORED).sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
+
+def _is_partitioned(module: nn.Module) -> bool:
+    """By ZeRO-3, which gathers the parameters of a module for the length of each call."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())

@@ -235,8 +235,8 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
         output.last_hidden_state = rows.take(output.last_hidden_state, 1)
     if (shape := output.last_hidden_state.shape[:2]) != rows.index_BR.shape:
         raise UserError(
-            f"{ditching.decoder.name} returned hidden states of {list(shape)} rows for {list(rows.index_BR.shape)} selected "
-            "ones: it changes the token axis after its layers; this model is not served."
+            f"{ditching.decoder.name} returned hidden states of {list(shape)} rows for {list(rows.index_BR.shape)} "
+            "selected ones: it changes the token axis after its layers; this model is not served."
         )
     return output
 

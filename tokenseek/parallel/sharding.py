@@ -214,7 +214,7 @@ def local_arguments(arguments: dict, parts: LocalPartition) -> dict:
         local[name] = value
     position_ids_BT = position_ids_BT.to(positions_BL.device).expand(len(positions_BL), -1)
     local["position_ids"] = position_ids_BT.gather(1, positions_BL)
-    local["position_ids"][:, -1] = 0
+    local["position_ids"][:, -1] = position_ids_BT.amax(1)
     # Every slot holds a token; what is padding in the text is known to `whole` and to the masks of `whole_masks`.
     local["attention_mask"] = torch.ones_like(positions_BL)
     return local

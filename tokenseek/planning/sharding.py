@@ -124,7 +124,7 @@ class ShardedState:
 
     def _hook_units(self, model: nn.Module, decoder: Decoder) -> None:
         """Gather a unit when its forward or backward pass begins, and let it go when the pass ends."""
-        layers = set(decoder.layers)
+        self._layers = layers = set(decoder.layers)
         inside = {module for layer in layers for module in layer.modules()}
         self._unit_of = {p: layer for layer in layers for p in layer.parameters()}
         outside = [
@@ -156,7 +156,7 @@ class ShardedState:
             self._release(unit)
             hidden = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
-                hidden.register_hook(lambda gradient: self._gather(unit, nbytes))
+                hidden.register_hook(lambda gradient: self._gather_next(unit, nbytes))
 
         unit.register_forward_pre_hook(before, with_kwargs=True)
         unit.register_forward_hook(after)
@@ -165,6 +165,12 @@ class ShardedState:
         if unit not in self._gathered:
             self._gathered[unit] = nbytes
             self.ledger.add("parameters", nbytes)
+
+    def _gather_next(self, unit: nn.Module, nbytes: int) -> None:
+        """In the backward pass: the gradient of a layer's input, which is that of the output below it, is the last."""
+        for layer in self._layers & set(self._gathered):
+            self._release(layer)
+        self._gather(unit, nbytes)
 
     def _release(self, unit: nn.Module) -> None:
         self.ledger.add("parameters", -self._gathered.pop(unit, 0))

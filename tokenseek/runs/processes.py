@@ -61,10 +61,9 @@ def require_engine(state: PartialState, quantization: str | None) -> None:
     if quantization and (fsdp or zero_stage() == 3):
         engine = "FSDP" if fsdp else "ZeRO-3"
         raise UserError(
-            f"model.quantization: {engine} splits parameters over the processes, and {quantization} weights cannot be "
-            "split: their scales are no parameters and would not go with them. Launch with ddp.yaml or zero2.yaml, "
-            "which keep the small quantised weights whole and split the optimizer's states, or set model.quantization "
-            "to null."
+            f"model.quantization: {engine} splits parameters over the processes, and TokenSeek does not split packed "
+            f"{quantization} weights, whose scales are no parameters. Launch with ddp.yaml or zero2.yaml, which keep "
+            "the small quantised weights whole and split the optimizer's states, or set model.quantization to null."
         )
 
 
@@ -72,7 +71,7 @@ def require_engine(state: PartialState, quantization: str | None) -> None:
 def whole_models() -> Iterator[None]:
     """Models that are loaded inside are whole in every process, whatever engine the launch will train with.
 
-    ZeRO-3 would split their parameters; FSDP would leave the weights of all processes but one to be filled in later.
+    ZeRO-3 would split their parameters; FSDP's way of loading counts on the first process to fill in the others.
     """
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     fsdp_loading = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
