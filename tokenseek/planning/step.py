@@ -54,7 +54,7 @@ class MemoryPlan:
     """Bytes on one device at the moment of a step when most are in use.
 
     Attributes:
-        peak: their sum. What CUDA itself takes (0.3 to 0.8 GiB) and the gaps in its allocator come on top.
+        peak: their sum. What CUDA itself takes, and the gaps in its allocator, come on top.
         parts: by category (:data:`~tokenseek.planning.ledger.CATEGORIES`).
         states: parameters, gradients and optimizer states: what a step has before its first token.
         tokens: (examples, tokens of each) in a micro batch.
