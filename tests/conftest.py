@@ -8,6 +8,7 @@ import pytest
 STARTING_PROCESSES = ("launch", "distributed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if not config.pluginmanager.hasplugin("xdist"):
         return

@@ -53,7 +53,7 @@ def show(
     index.require(run_fingerprints(config, prepared))
     if html:
         examples = [shown_example(tokenizer, row, prepared.dataset[row], index.scores(row)) for row in rows]
-        subtitle = f"{config.model.name_or_path}: {len(rows)} of {len(index):,} examples in {index.path}"
+        subtitle = f"{config.model.name_or_path}: {len(rows)} of {len(index):,} examples in {config.index_path}"
         if rule.rule != "top":
             subtitle += f'; the run itself selects by rule "{rule.rule}", this page by rule "top"'
         html.write_text(render_page(examples, rule, subtitle), encoding="utf-8")
