@@ -268,3 +268,7 @@ def _merge_adapter(args: argparse.Namespace) -> None:
 
     merge_adapter(args.adapter, args.output, args.dtype, args.base)
     print(f"merged model: {args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
