@@ -2,11 +2,11 @@
 # All tests, from nothing but Python >= 3.10, gcc and PyPI: no GPU, no model hub.
 #
 #   bash tests/run.sh             everything but the slow tests
-#   bash tests/run.sh -m slow     the slow ones: ZeRO, two machines, Slurm, random kills, a browser
+#   bash tests/run.sh -m slow     the slow ones: two machines, Slurm, random kills, a browser
 #   bash tests/run.sh ARGUMENTS   of pytest
 #
-# The environment is made in .venv-test (or $TOKENSEEK_TEST_VENV, with $PYTHON) and kept until constraints.txt or
-# pyproject.toml change.
+# The environment is made in .venv-test (or $TOKENSEEK_TEST_VENV, with $PYTHON) and kept until constraints.txt,
+# pyproject.toml or this file change.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,13 +14,13 @@ python=${PYTHON:-python3}
 venv=${TOKENSEEK_TEST_VENV:-$PWD/.venv-test}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")'
 
-wanted="$("$python" --version) $PWD $(cat constraints.txt pyproject.toml | cksum)"
+wanted="$("$python" --version) $PWD $(cat constraints.txt pyproject.toml tests/run.sh | cksum)"
 if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
     echo "== Installing the pinned versions into $venv"
     "$python" -m venv "$venv"
     pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
     "${pip[@]}" torch  # first: others look for it while they are built
-    "${pip[@]}" --editable '.[dev,deepspeed,bitsandbytes,trl,quickstart]'
+    "${pip[@]}" --editable '.[dev,deepspeed,bitsandbytes,trl,quickstart,report]'
     echo "$wanted" > "$venv/installed"
 fi
 

@@ -88,7 +88,6 @@ def train(rank: int, stage: int, data_parallel: int) -> tuple[float, float]:
     return worst_loss, worst_weight
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage,ranks,data_parallel", [(2, 2, 1), (3, 2, 1), (2, 4, 2), (3, 4, 2)])
 def test_training_equals_one_process(stage, ranks, data_parallel):
     for loss, weight in spawn(ranks, train, stage, data_parallel, timeout=200):
@@ -122,7 +121,6 @@ def uneven_chunks(rank: int) -> list[float]:
     return losses
 
 
-@pytest.mark.slow
 def test_ranks_with_different_numbers_of_supervised_rows_under_zero3():
     for losses in spawn(2, uneven_chunks, timeout=100):
         assert losses == pytest.approx([1, 1], rel=1e-5)

@@ -13,7 +13,6 @@ from tokenseek.resources import find_resource
 from tokenseek.runs.train import train
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.slow
 
 FULL = ["peft=null", "training.learning_rate=1e-3"]
 KINDS = {"full": FULL, "lora": []}
