@@ -4,10 +4,12 @@ import pickle
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_run import tiny_dataset, write_index
 from torch.utils.data import DataLoader
 
 from tokenseek import PaddingCollator, SelectionRule, TokenIndex, TokenSeekCollator, UserError
+from tokenseek.runs.train import selection_report
 from tokenseek.selection import select_positions
 
 
@@ -180,3 +182,11 @@ def test_columns_of_numbers_in_any_form_do(dataset, path):
     for form in ("numpy", "torch"):
         batch = collator(list(dataset.with_format(form)))
         assert all(torch.equal(batch[name], expected[name]) for name in expected), form
+
+
+def test_a_selection_without_any_loss_is_told():
+    collator = TokenSeekCollator(None, rule="all")
+    examples = {"example_id": ["a", "b"], "input_ids": [[5, 6, 7], [5, 6]], "labels": [[-100, -100, 7], [-100, -100]]}
+    assert "5 of 5 tokens, 20% of which carry a loss" in selection_report(collator, Dataset.from_dict(examples))
+    examples["labels"][0] = [5, -100, -100]
+    assert "WARNING: no selected token carries a loss" in selection_report(collator, Dataset.from_dict(examples))

@@ -20,6 +20,7 @@ from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
+from tokenseek.labels import IGNORED
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.memory import peak_memory_bytes
 from tokenseek.runs.metrics import MetricsFile, held_out_loss
@@ -95,6 +96,7 @@ def train(config: RunConfig) -> TrainingSummary:
     if config.training.ditching:
         enable_token_ditching(model, recompute=config.training.recompute)
         collator = TokenSeekCollator(index, rule=rule, pad_token_id=tokenizer.pad_token_id)
+        state.print(selection_report(collator, prepared.dataset))
         trainer = TokenSeekTrainer(model, data_collator=collator, **common)
     else:
         trainer = Trainer(model, data_collator=PaddingCollator(tokenizer.pad_token_id), **common)
@@ -172,6 +174,27 @@ def _index(config: RunConfig, prepared: PreparedData, state: PartialState) -> To
         return index
 
     return first_on_main(state, open_index)
+
+
+def selection_report(collator: TokenSeekCollator, dataset: Dataset, examples: int = 256) -> str:
+    """How many tokens of the first examples are selected, and how many of those carry a loss."""
+    first = dataset.select(range(min(examples, len(dataset))))
+    selected = supervised = 0
+    for example in first:
+        batch = collator([example])
+        selected += batch["selected_positions"].shape[1]
+        supervised += int(batch["shift_labels"].ne(IGNORED).sum())
+    tokens = sum(map(len, first["input_ids"]))
+    report = (
+        f"Selection in the first {len(first)} examples: {selected:,} of {tokens:,} tokens, {supervised / selected:.0%} "
+        "of which carry a loss."
+    )
+    if not supervised:
+        report += (
+            "\nWARNING: no selected token carries a loss, so that nothing is learned from them. Raise selection.ratio "
+            "or selection.beta, or set selection.scope=supervised."
+        )
+    return report
 
 
 def state_max(trainer: Trainer, value: int) -> float:
