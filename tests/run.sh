@@ -20,7 +20,7 @@ if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
     "$python" -m venv "$venv"
     pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
     "${pip[@]}" torch  # first: others look for it while they are built
-    "${pip[@]}" --editable '.[dev,deepspeed,bitsandbytes,trl,quickstart,report]'
+    "${pip[@]}" --editable '.[dev,deepspeed,bitsandbytes,trl,quickstart,report,eval]'
     echo "$wanted" > "$venv/installed"
 fi
 

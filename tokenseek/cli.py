@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tokenseek.config import RunConfig, load_config
 from tokenseek.errors import UserError
+from tokenseek.evaluation.benchmarks import BENCHMARKS, HELD_OUT_LOSS, TABLE_1, require_runnable, split_tasks
+from tokenseek.evaluation.subject import Subject, find_subject
 from tokenseek.resources import find_resource, list_resources, resolve_accelerate_config
 
 USAGE_ERROR = 2
@@ -37,13 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_run_arguments(command)
         if name == "score":
             add_part_argument(command)
-        command.add_argument(
-            "--accelerate-config",
-            default="single",
-            metavar="NAME|PATH",
-            help=f"processes and engine (default: single); shipped: {', '.join(list_resources('accelerate config'))}",
-        )
-        command.add_argument("--num-processes", type=int, metavar="N", help="override the config's number of processes")
+        _add_launch_arguments(command)
         command.set_defaults(run=_launch)
 
     command = commands.add_parser("merge", help="merge the shards of parts scored one by one (`score --part`)")
@@ -86,6 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(run=_show)
 
+    command = commands.add_parser(
+        "evaluate",
+        help="evaluate a run, an adapter or a model on the paper's benchmarks",
+        description="evaluate on the paper's benchmarks; starts `accelerate launch` underneath",
+    )
+    add_evaluate_arguments(command)
+    _add_launch_arguments(command)
+    command.set_defaults(run=_evaluate)
+
     command = commands.add_parser("merge-adapter", help="merge a trained adapter into its base model")
     command.add_argument("adapter", type=Path, help="folder of the adapter, such as RUN/final")
     command.add_argument("output", type=Path, help="folder for the merged model")
@@ -100,11 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: args.run(args))
 
 
-def run_script(name: str, run: Callable[[argparse.Namespace, RunConfig], object]) -> int:
+def run_script(name: str, run: Callable[[argparse.Namespace, RunConfig | Subject], object]) -> int:
     """What a script in ``launch/`` does: parse its arguments, load the configuration, run."""
     parser = argparse.ArgumentParser(
         prog=f"accelerate launch launch/{name}.py", description=f"tokenseek {name}, inside `accelerate launch`"
     )
+    if name == "evaluate":
+        add_evaluate_arguments(parser)
+        args = parser.parse_args()
+        return guarded(lambda: run(args, _subject(args)))
     add_run_arguments(parser)
     if name == "score":
         add_part_argument(parser)
@@ -112,11 +121,58 @@ def run_script(name: str, run: Callable[[argparse.Namespace, RunConfig], object]
     return guarded(lambda: run(args, load_config(args.preset, args.set)))
 
 
+def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accelerate-config",
+        default="single",
+        metavar="NAME|PATH",
+        help=f"processes and engine (default: single); shipped: {', '.join(list_resources('accelerate config'))}",
+    )
+    parser.add_argument("--num-processes", type=int, metavar="N", help="override the config's number of processes")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", metavar="NAME|PATH", help="a shipped preset (`tokenseek presets`) or a YAML file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=VALUE", help="change one setting; may be given again"
     )
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a run's folder, an adapter's or a model's, or a model's name on the hub")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="an adapter to put on the model")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        help="change a setting of model or eval_data, such as model.dtype=float32; may be given again",
+    )
+    parser.add_argument(
+        "--tasks",
+        default=",".join(TABLE_1),
+        metavar="A,B",
+        help=f"accepted are {', '.join([*BENCHMARKS, HELD_OUT_LOSS])}; NAME:SHOTS changes the number of solved "
+        "examples before each question (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="read local files instead of the hub's data sets; may be given again, the first folder with a file wins",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="first N examples of each task, of each MMLU subject")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="of each process (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="of drawing solved examples (default: %(default)s)")
+    parser.add_argument(
+        "--allow-code-execution", action="store_true", help="run programs that the model writes (humaneval)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the scores here (default: evaluation.json in a run's folder)"
+    )
+    parser.add_argument("--samples", type=Path, metavar="FOLDER", help="write every prompt and answer here")
 
 
 def add_part_argument(parser: argparse.ArgumentParser) -> None:
@@ -154,24 +210,45 @@ def _part(text: str) -> tuple[int, int]:
 
 def _launch(args: argparse.Namespace) -> int:
     load_config(args.preset, args.set)  # tell of mistakes before any process is started
-    command = ["--config_file", str(resolve_accelerate_config(args.accelerate_config))]
-    if args.num_processes:
-        command += ["--num_processes", str(args.num_processes)]
-    command.append(str(find_resource("launch script", args.command)))
-    if args.preset:
-        command += ["--preset", args.preset]
+    words = ["--preset", args.preset] if args.preset else []
     for override in args.set:
-        command += ["--set", override]
+        words += ["--set", override]
     if getattr(args, "part", None):
-        command += ["--part", "{}/{}".format(*args.part)]
-    return _accelerate_launch(command)
+        words += ["--part", "{}/{}".format(*args.part)]
+    return _accelerate_launch(args, words)
 
 
-def _accelerate_launch(command: list[str]) -> int:
-    """`accelerate launch` in this process, which keeps the exit status of the launched ones; the command loses it."""
+def _evaluate(args: argparse.Namespace) -> int:
+    _subject(args)  # tell of mistakes before any process is started
+    require_runnable(split_tasks(args.tasks)[0], args.data, args.allow_code_execution)
+    words = [args.model, "--tasks", args.tasks, "--batch-size", str(args.batch_size), "--seed", str(args.seed)]
+    for option in ("adapter", "limit", "json", "samples"):
+        if (value := getattr(args, option)) is not None:
+            words += [f"--{option}", str(value)]
+    for option in ("set", "data"):
+        for value in getattr(args, option):
+            words += [f"--{option}", str(value)]
+    if args.allow_code_execution:
+        words.append("--allow-code-execution")
+    return _accelerate_launch(args, words)
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    return find_subject(args.model, args.adapter, args.set)
+
+
+def _accelerate_launch(args: argparse.Namespace, words: list[str]) -> int:
+    """`accelerate launch` of a command's script with these words, and the exit status of the launched processes.
+
+    It runs in this process: accelerate's own command loses the status.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    command = ["--config_file", str(resolve_accelerate_config(args.accelerate_config))]
+    if args.num_processes:
+        command += ["--num_processes", str(args.num_processes)]
+    command += [str(find_resource("launch script", args.command)), *words]
     try:
         launch_command(launch_command_parser().parse_args(command))
     except subprocess.CalledProcessError as error:  # of a single process

@@ -6,9 +6,10 @@ at once and each with its dotted path, before a model is loaded.
 
 import re
 import types
+from collections.abc import Iterable
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +25,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 CellValue = str | int | float | bool | None
+SchemaT = TypeVar("SchemaT", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -330,6 +332,13 @@ class RunConfig(_Section):
             )
 
 
+class EvaluatedConfig(_Section):
+    """The sections of a model that no run of ours made: itself, and the data of its held-out loss."""
+
+    model: ModelConfig
+    eval_data: DataConfig | None = None
+
+
 def load_config(preset: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A checked configuration from a preset (name or path) and `a.b=value` overrides, which are parsed as YAML.
 
@@ -344,12 +353,21 @@ def load_config(preset: str | Path | None = None, overrides: list[str] | tuple[s
     if preset is not None:
         origin = str(preset)
         values = _read_preset(find_resource("preset", preset), including=())
+    return _checked(RunConfig, values, overrides, origin)
+
+
+def load_evaluated(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> EvaluatedConfig:
+    """The checked sections of a model to evaluate; `overrides` and errors are those of :func:`load_config`."""
+    return _checked(EvaluatedConfig, {"model": {"name_or_path": name_or_path}}, overrides, "command line")
+
+
+def _checked(schema: type[SchemaT], values: dict[str, Any], overrides: Iterable[str], origin: str) -> SchemaT:
     for override in overrides:
         _apply_override(values, override)
     try:
-        return RunConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        problems = _explain(error, values)
+        problems = _explain(error, values, schema)
         raise UserError(f"{origin}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems)) from error
 
 
@@ -414,14 +432,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node = node[step]
 
 
-def _explain(error: ValidationError, values: dict[str, Any]) -> list[str]:
+def _explain(error: ValidationError, values: dict[str, Any], schema: type[BaseModel]) -> list[str]:
     """One line per violation. The members of a union that all refuse one value share a line."""
     problems: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         loc = item["loc"]
         if item["type"] in ("extra_forbidden", "missing"):
             *parents, key = loc
-            accepted = sorted(_section_at(parents).model_fields)
+            accepted = sorted(_section_at(parents, schema).model_fields)
             message = (
                 f"unknown key; accepted keys: {', '.join(accepted)}{did_you_mean(key, accepted)}"
                 if item["type"] == "extra_forbidden"
@@ -454,8 +472,7 @@ def _steps_in(values: Any, loc: tuple[int | str, ...]) -> list[int | str]:
     return steps
 
 
-def _section_at(loc: list[int | str]) -> type[BaseModel]:
-    section: type[BaseModel] = RunConfig
+def _section_at(loc: list[int | str], section: type[BaseModel]) -> type[BaseModel]:
     for step in loc:
         if isinstance(step, str):
             section = _section_in(section.model_fields[step].annotation)

@@ -16,6 +16,7 @@ import tokenseek
 import tokenseek.cli
 from tokenseek.data.toy import make_word_problems
 from tokenseek.errors import UserError
+from tokenseek.evaluation.benchmarks import split_tasks
 from tokenseek.resources import resolve_accelerate_config
 from tokenseek.runs.score import run_fingerprints
 
@@ -131,9 +132,12 @@ def _check_settings(words):
     parser.add_argument("--preset")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--accelerate-config")
+    parser.add_argument("--tasks")
     args, _ = parser.parse_known_args(words)
     if args.preset:
         tokenseek.load_config(args.preset, args.set)
+    if args.tasks:
+        split_tasks(args.tasks)
     if args.accelerate_config:
         resolve_accelerate_config(args.accelerate_config)
 
@@ -163,6 +167,8 @@ def test_commands_parse(page, monkeypatch):
         "tokenseek merge-adapter runs/x/final merged",
         "accelerate launch --config_file accelerate_configs/ddp.yaml launch/train.py --preset gsm8k",
         "cd x && accelerate launch launch/score.py \\\n  --preset gsm8k --set selection.ratio=0.2",
+        "tokenseek evaluate runs/x --tasks mmlu:0,held_out_loss --set model.dtype=float32",
+        "accelerate launch launch/evaluate.py runs/x --limit 3",
         "bash launch/quickstart.sh; echo done",
         "pip install -c constraints.txt -e .",
     ],
@@ -186,6 +192,8 @@ def test_good_commands_are_let_through(command, monkeypatch):
         ("accelerate launch launch/no_such_script.py", FileNotFoundError),
         ("accelerate launch launch/train.py --preset no-such-preset", UserError),
         ("accelerate launch launch/train.py --part 0/2", SystemExit),
+        ("tokenseek evaluate runs/x --tasks arc", UserError),
+        ("accelerate launch launch/evaluate.py runs/x --preset gsm8k", SystemExit),
         ("cd x && A=1 bash launch/no-such.sh", FileNotFoundError),
         ("pip install -c no-such.txt .", FileNotFoundError),
     ],

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,10 +23,15 @@ from tokenseek.errors import UserError
 Result = TypeVar("Result")
 
 
-def join_processes() -> PartialState:
-    """Join the process group of this launch, on the devices that its accelerate config names."""
+def join_processes(patience: timedelta | None = None) -> PartialState:
+    """Join the process group of this launch, on the devices that its accelerate config names.
+
+    Args:
+        patience: how long processes wait for each other in a collective; torch's own default if None.
+    """
     # Told nothing, PartialState finds no GPU and makes each of several CPU processes believe that it is alone.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, **({"timeout": patience} if patience else {}))
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != launched:
         raise UserError(

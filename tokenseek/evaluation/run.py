@@ -1,0 +1,187 @@
+"""`tokenseek evaluate`: from a model and an adapter to scores."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from tokenseek.config import DataConfig, ModelConfig
+from tokenseek.data import prepare_dataset
+from tokenseek.errors import UserError
+from tokenseek.evaluation.benchmarks import HELD_OUT_LOSS, TABLE_1, Chosen, local_files, require_runnable, split_tasks
+from tokenseek.evaluation.result import EvaluationResult, Score
+from tokenseek.evaluation.subject import Subject
+from tokenseek.runs.metrics import held_out_loss
+from tokenseek.runs.models import load_model, load_tokenizer, require_decoder
+from tokenseek.runs.processes import first_on_main, join_processes, whole_models
+from tokenseek.training import PaddingCollator
+
+# Processes with longer examples finish later than others, which wait for them; the launcher ends all when one dies.
+_PATIENCE = timedelta(days=7)
+_PACKAGES = ("tokenseek", "lm_eval", "torch", "transformers", "peft", "datasets")
+
+
+def evaluate(
+    model: ModelConfig,
+    adapter: Path | None = None,
+    tasks: str | Sequence[str] = TABLE_1,
+    *,
+    data: Sequence[Path] = (),
+    held_out: DataConfig | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 1234,
+    allow_code_execution: bool = False,
+    samples: bool = False,
+    label: str | None = None,
+) -> EvaluationResult:
+    """Evaluate a model with an adapter; every process of a launch calls this and gets the same result.
+
+    The scores do not depend on the number of processes, but for rounding where other examples share a batch, and
+    for the standard error of BLEU, which is bootstrapped.
+
+    Args:
+        model: the base model, in the number format to evaluate it in.
+        adapter: folder of a PEFT adapter on it.
+        tasks: names of :data:`BENCHMARKS` (`name:shots` changes the paper's number of solved examples) and
+            `held_out_loss`; a list, or one string with commas between.
+        data: folders of local files, searched in order; empty takes all data from the hub.
+        held_out: the data of `held_out_loss`.
+        limit: the first so many examples of each task (of each subject of MMLU) instead of all.
+        batch_size: prompts in a batch of one process.
+        seed: of drawing solved examples; 1234 is the harness's own.
+        allow_code_execution: run programs that the model writes (HumanEval).
+        samples: keep every prompt and answer in the result.
+        label: how tables call the model; its name by default.
+
+    Raises:
+        UserError: before the model is loaded, for tasks, data or a model that there are not.
+    """
+    began = time.perf_counter()
+    chosen, with_loss = split_tasks(tasks)
+    require_runnable(chosen, data, allow_code_execution)
+    if with_loss and held_out is None:
+        raise UserError(
+            f"{HELD_OUT_LOSS} needs data: an eval_data section, such as that of a run, or --set eval_data.sources..."
+        )
+    if limit is not None and limit < 1 or batch_size < 1:
+        raise UserError(f"limit {limit}, batch size {batch_size}: both are at least 1")
+    state = join_processes(_PATIENCE)
+    require_decoder(model)
+    tokenizer = load_tokenizer(model)
+    loaded: dict[str, dict[str, Any]] = {}
+    if chosen:
+        from tokenseek.evaluation.harness import ProcessLM, load_tasks, run_tasks  # late: the loss needs no harness
+
+        loaded = first_on_main(state, lambda: load_tasks(chosen, data, seed))
+    held_out_data = None
+    if with_loss:
+        held_out_data = first_on_main(state, lambda: prepare_dataset(held_out, tokenizer, "eval_data")).dataset
+        if limit:
+            held_out_data = held_out_data.select(range(min(limit, len(held_out_data))))
+
+    network = _load(model, adapter, state)
+    scores: dict[str, Score] = {}
+    answers: dict[str, list] | None = None
+    if chosen:
+        lm = ProcessLM(network, tokenizer, state, batch_size)
+        found = run_tasks(lm, loaded, chosen, local=bool(data), limit=limit, samples=samples)
+        (found,) = broadcast_object_list([found])
+        scores, answers = found
+    if held_out_data is not None:
+        scores[HELD_OUT_LOSS] = _loss(network, tokenizer, held_out_data, batch_size)
+    return EvaluationResult(
+        scores=scores,
+        model={
+            "label": label or str(adapter or model.name_or_path),
+            "adapter": str(adapter) if adapter else None,
+            **model.model_dump(mode="json"),
+        },
+        settings={
+            "limit": limit,
+            "batch_size": batch_size,
+            "seed": seed,
+            "processes": state.num_processes,
+            "device": str(state.device.type),
+            "data": {item.benchmark.name: _digests(item, data) for item in chosen} if data else "hub",
+            "eval_data": held_out.model_dump(mode="json") if with_loss else None,
+        },
+        versions={package: version(package) for package in _PACKAGES if package != "lm_eval" or chosen},
+        seconds=round(time.perf_counter() - began, 1),
+        samples=answers if samples else None,
+    )
+
+
+def evaluate_subject(
+    subject: Subject, tasks: str, *, json: Path | None = None, samples: Path | None = None, **settings: Any
+) -> None:
+    """:func:`evaluate`, and then print its table and write its files; every process of a launch calls this.
+
+    Args:
+        json: the file for the scores; ``evaluation.json`` in the folder of a run by default.
+        samples: a folder for every prompt and answer.
+        settings: as for :func:`evaluate`.
+    """
+    result = evaluate(
+        subject.model,
+        subject.adapter,
+        tasks,
+        held_out=subject.held_out,
+        samples=samples is not None,
+        label=str(subject.run) if subject.run else None,
+        **settings,
+    )
+    if PartialState().is_main_process:
+        print(f"\n{result.table()}")
+        if json := json or (subject.run and subject.run / "evaluation.json"):
+            result.save(json)
+            print(f"\nscores: {json}")
+        if samples:
+            result.save_samples(samples)
+            print(f"prompts and answers: {samples}")
+
+
+def _load(model: ModelConfig, adapter: Path | None, state: PartialState) -> PreTrainedModel | PeftModel:
+    with whole_models():
+        network = load_model(model)
+        if not model.quantization:
+            network.to(state.device)
+        if adapter:
+            try:
+                network = PeftModel.from_pretrained(network, adapter)
+            except (RuntimeError, ValueError, OSError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise UserError(f"the adapter {adapter} does not fit {model.name_or_path}: {reason}") from error
+    return network.eval()
+
+
+def _loss(
+    network: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, batch_size: int
+) -> Score:
+    arguments = TrainingArguments(
+        per_device_eval_batch_size=batch_size,
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = Trainer(network, arguments, data_collator=PaddingCollator(tokenizer.pad_token_id))
+    loss = held_out_loss(trainer, dataset)
+    return Score("nats per response token", loss, None, len(dataset), None, {})
+
+
+def _digests(item: Chosen, folders: Sequence[Path]) -> dict[str, str]:
+    """Of every file that a benchmark read, its SHA-256."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in local_files(item, folders) if path}

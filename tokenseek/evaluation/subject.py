@@ -1,0 +1,72 @@
+"""What is evaluated: the folder of a run, an adapter, or a model. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenseek.config import DataConfig, ModelConfig, load_config, load_evaluated
+from tokenseek.errors import UserError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, an adapter on it, and the data of its held-out loss.
+
+    Attributes:
+        run: the folder of the run that made it, if any.
+    """
+
+    model: ModelConfig
+    adapter: Path | None = None
+    held_out: DataConfig | None = None
+    run: Path | None = None
+
+
+def find_subject(name_or_path: str, adapter: Path | None = None, overrides: Sequence[str] = ()) -> Subject:
+    """What a user means by the folder of a run (or its `final/`), of an adapter or of a model, or a name on the hub.
+
+    Of a run, model and held-out data are those of its `config.yaml`.
+
+    Args:
+        adapter: folder of an adapter to put on a model.
+        overrides: `model.*` and `eval_data.*` settings as for :func:`load_config`.
+
+    Raises:
+        UserError: the run has not finished, an adapter is given for an adapter, or there is none in the folder.
+    """
+    path = Path(name_or_path).expanduser()
+    run = path.parent if path.name == "final" and (path.parent / "config.yaml").is_file() else path
+    if not (run / "config.yaml").is_file():
+        run = None
+    final = run / "final" if run else path
+    if run and not final.is_dir():
+        raise UserError(f"{run} has no folder final: its training has not finished, see `tokenseek train`")
+    is_adapter = _is_adapter(final)
+    if adapter and (run or is_adapter):
+        kind = "the folder of a run" if run else "an adapter itself"
+        raise UserError(f"--adapter {adapter}: {name_or_path} is {kind}; give a model to put the adapter on")
+    if adapter and not _is_adapter(adapter):
+        raise UserError(f"--adapter {adapter} holds no adapter_config.json; give the folder of an adapter")
+    if run:
+        config = load_config(run / "config.yaml", overrides)
+        model = config.model
+        if not is_adapter:
+            model = model.model_copy(update={"name_or_path": str(final), "revision": None})
+        return Subject(model, final if is_adapter else None, config.eval_data, run)
+    base = _base_of(path) if is_adapter else name_or_path
+    config = load_evaluated(base, overrides)
+    return Subject(config.model, path if is_adapter else adapter, config.eval_data)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _base_of(adapter: Path) -> str:
+    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter} does not name its base model; give the model, and this folder with --adapter")
+    return base
