@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenseek.errors import UserError
+from tokenseek.modeling import Decoder
 
 # Backends that take a mask of any shape, which selected tokens need: a flash kernel only knows "causal".
 MASKED_BACKENDS = ("sdpa", "eager")
@@ -28,6 +29,13 @@ def require_masked_backend(model: PreTrainedModel) -> None:
             f"attn_implementation={backend!r} cannot attend from selected tokens alone. Load the model with "
             "attn_implementation='sdpa' (its memory-efficient kernels are used), or 'eager'."
         )
+
+
+def has_attention_interface(decoder: Decoder) -> bool:
+    """Whether the decoder's attention is looked up at every call, so that it can be replaced."""
+    modules = {type(module).__module__ for layer in decoder.layers for module in layer.modules()}
+    looks_up = any(hasattr(sys.modules[name], "ALL_ATTENTION_FUNCTIONS") for name in modules)
+    return looks_up and not getattr(decoder.causal_lm.config, "reorder_and_upcast_attn", False)
 
 
 class _Replacement:

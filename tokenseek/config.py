@@ -190,11 +190,13 @@ class TrainingConfig(_Section):
     """Training, in the names of `transformers.TrainingArguments`; `extra` forwards any other of its fields.
 
     `ditching: false` is ordinary fine-tuning on all tokens. `recompute` recomputes the selected pass in the backward
-    pass. `resume` is `auto` (from the newest checkpoint in output_dir, if any), `never`, or the path of a checkpoint.
+    pass. `packing` lays the examples of a micro batch in one row instead of padding them; losses and gradients are the
+    same. `resume` is `auto` (from the newest checkpoint in output_dir, if any), `never`, or the path of a checkpoint.
     """
 
     ditching: bool = True
     recompute: bool = False
+    packing: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     per_device_train_batch_size: PositiveInt = 1
     per_device_eval_batch_size: PositiveInt = 1
@@ -228,6 +230,12 @@ class TrainingConfig(_Section):
     report_to: list[str] = ["tensorboard"]
     resume: str = "auto"
     extra: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check_packing(self):
+        if self.packing and not self.ditching:
+            raise ValueError("packing: true needs ditching: true; ordinary fine-tuning pads its batches")
+        return self
 
     @field_validator("extra")
     @classmethod

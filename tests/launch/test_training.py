@@ -68,6 +68,22 @@ def test_two_processes_take_the_steps_of_one(workspace, lora, lora_of_two):
     assert_same_steps(lora[0], lora_of_two)
 
 
+def test_packed_batches_take_the_steps_of_padded_ones(workspace, lora, train, script):
+    """On two processes, with blank examples at the end; the same number of tokens is told for both."""
+    two = train("packed-two", "training.packing=true", "training.gradient_accumulation_steps=1", processes=2)
+    assert_same_steps(lora[0], two)
+    output = workspace.folder / "packed"
+    settings = [f"output_dir={output}", f"scoring.index={lora[0]}/index.arrow", "training.packing=true"]
+    result = script(
+        "train", "--preset", workspace.training, *(word for setting in settings for word in ("--set", setting))
+    )
+    assert result.status == 0, result
+    assert_same_steps(lora[0], output)
+    padded, packed = (json.loads((run / "summary.json").read_text()) for run in (lora[0], output))
+    assert packed["tokens"] == padded["tokens"]
+    assert packed["loss_after"] == pytest.approx(padded["loss_after"], rel=1e-5)
+
+
 def test_two_processes_take_the_steps_of_one_in_full_fine_tuning(train):
     full = ["peft=null", "training.save_strategy='no'", "training.learning_rate=1e-3"]
     one = train("full", *full, processes=1)

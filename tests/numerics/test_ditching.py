@@ -9,6 +9,7 @@ import pytest
 import torch
 from numerics.dense_reference import dense_loss
 from tiny_models import EAGER_ONLY, KINDS, VOCAB, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tokenseek
 from tokenseek.errors import UserError
@@ -68,6 +69,20 @@ def test_every_architecture(kind, attn, recompute):
     model = tokenseek.enable_token_ditching(tiny_model(kind, attn=attn, dtype=torch.float64), recompute=recompute)
     expected = assert_same(model, make_batch(), SELECTED, FLOAT32_INSIDE.get(kind, 1e-12))
     assert sum(g.norm() > 0 for g in expected.values() if g is not None) > 10
+
+
+@pytest.mark.parametrize(
+    "model_type,values",
+    [
+        ("gptj", dict(n_embd=16, n_layer=2, n_head=2, rotary_dim=4)),
+        ("gpt_neo", dict(hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]])),
+    ],
+)
+def test_old_decoders_whose_layers_return_tuples(model_type, values):
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, **values)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    assert_same(tokenseek.enable_token_ditching(model), make_batch(), SELECTED, 1e-6)  # a softmax in float32
 
 
 @pytest.mark.parametrize("lengths,left", [((13,), False), ((5, 13, 1), False), ((13, 9), True), ((7, 7), False)])

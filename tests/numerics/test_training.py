@@ -163,6 +163,20 @@ def test_every_loop_takes_the_same_steps(loop, build, checkpointing, dataset, in
     assert update_error(model, before, expected) < (2e-6 if loop is by_sft_trainer else 1e-12)
 
 
+@pytest.mark.parametrize("loop", [by_hand, by_tokenseek_trainer, by_plain_trainer, by_sft_trainer])
+def test_packed_batches_take_the_same_steps(loop, dataset, index, tmp_path):
+    model = lora_model()
+    before = trainable(model)
+    expected_losses, expected = dense_training(copy.deepcopy(model), dataset, TokenSeekCollator(index, ratio=0.3))
+    shapes = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, __: shapes.append(args[0].shape))
+    losses = loop(model, dataset, TokenSeekCollator(index, ratio=0.3, packing=True), tmp_path)
+    hook.remove()
+    assert sorted(shapes) == sorted((1, len(a) + len(b)) for a, b in chunks(dataset["input_ids"], BATCH))
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    assert update_error(model, before, expected) < (2e-6 if loop is by_sft_trainer else 1e-12)
+
+
 def test_a_mean_of_means_is_another_step(dataset, index):
     """What the tests above would miss if the micro batches happened to hold equal numbers of losses."""
     model, collator = plain_model(), TokenSeekCollator(index, ratio=0.3)

@@ -89,9 +89,32 @@ def test_pad_to_multiple_of(dataset, path, multiple, tokens):
     assert (batch["labels"][:, 21:] == -100).all() and batch["selected_positions"].shape[1] == 6
 
 
+def test_packed_examples_stand_one_behind_the_other(dataset, path):
+    examples = list(dataset)[2:5]
+    padded, packed = (TokenSeekCollator(path, ratio=0.3, packing=packing)(examples) for packing in (False, True))
+    assert packed.keys() == {"input_ids", "position_ids", "labels", "selected_positions", "shift_labels"}
+    is_token, is_chosen = padded["attention_mask"].bool(), padded["selected_positions"] >= 0
+    for name, kept in (("input_ids", is_token), ("labels", is_token), ("shift_labels", is_chosen)):
+        assert torch.equal(packed[name], padded[name][kept][None]), name
+    assert packed["position_ids"].tolist() == [[*range(14), *range(6), *range(17)]]
+    moved = padded["selected_positions"] + torch.tensor([[0], [14], [20]])
+    assert torch.equal(packed["selected_positions"], moved[is_chosen][None])
+    # No example's first token is predicted, whatever its label.
+    first = TokenSeekCollator(None, rule="all", packing=True)([{**e, "labels": e["input_ids"]} for e in examples])
+    assert first["labels"][0, [0, 14, 20]].tolist() == [-100] * 3
+    assert first["shift_labels"][0, [13, 19, 36]].tolist() == [-100] * 3
+
+
+def test_packing_pads_nothing(path):
+    with pytest.raises(UserError, match="pad_to_multiple_of=8, but packing=True"):
+        TokenSeekCollator(path, packing=True, pad_to_multiple_of=8)
+
+
 def test_evaluation_sees_all_labels(dataset, path):
     collator = TokenSeekCollator(path, ratio=0.3, pad_token_id=9, pad_to_multiple_of=8).without_selection()
     batch = collator(list(dataset)[:2])
+    packing = TokenSeekCollator(path, packing=True).without_selection()
+    assert packing(list(dataset)[:2]).keys() == batch.keys()
     assert type(collator) is PaddingCollator and batch.keys() == {"input_ids", "attention_mask", "labels"}
     assert batch["labels"][0].tolist() == dataset[0]["labels"] + [-100] * 15
     assert batch["input_ids"][0, 9:].tolist() == [9] * 15

@@ -77,6 +77,7 @@ def test_configurations_are_checked_without_heavy_imports():
         ("training.extra.max_steps=1", ["training.extra: max_steps is set as training.max_steps"]),
         ("training.extra.bf16=true", ["training.extra: bf16 is set as training.mixed_precision"]),
         ("training.extra.adam_beta=1", ["training.extra: adam_beta is not a field", "did you mean adam_beta"]),
+        ("training={packing: true, ditching: false}", ["training: packing: true needs ditching: true"]),
         ("training.eval_strategy=steps", ["training.eval_strategy is steps, but there is no eval_data section"]),
     ],
 )
@@ -232,7 +233,7 @@ def test_training_fields_are_those_of_training_arguments():
 
     from tokenseek.config import TrainingConfig
 
-    ours = {"ditching", "recompute", "mixed_precision", "resume", "extra"}
+    ours = {"ditching", "recompute", "packing", "mixed_precision", "resume", "extra"}
     assert set(TrainingConfig.model_fields) - ours <= {field.name for field in fields(TrainingArguments)}
 
 

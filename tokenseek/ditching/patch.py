@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 
 import torch
@@ -25,6 +25,7 @@ from tokenseek.attention import require_masked_backend
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
 from tokenseek.ditching.loss import selected_loss
+from tokenseek.ditching.packing import MaskedPartition, PackedPartition, partition_by_example
 from tokenseek.ditching.rows import Partition, Rows, partition
 from tokenseek.ditching.zero3 import gather_layers_once, ungather_layers
 from tokenseek.errors import UserError
@@ -159,7 +160,7 @@ def _causal_lm_forward(causal_lm: nn.Module):
         arguments.pop("logits_to_keep", None)
         if sequence:
             selected_positions = sequence.agreed_positions(arguments, selected_positions, labels, shift_labels)
-        parts = _partition(arguments, selected_positions)
+        parts = _partition(ditching, arguments, selected_positions)
         labels_BS = _labels_of(parts.selected, labels, shift_labels) if has_labels else None
         if sequence:
             if num_items_in_batch is None:
@@ -197,12 +198,16 @@ def _labels_of(rows: Rows, labels: torch.Tensor | None, shift_labels: torch.Tens
     return shift_labels.masked_fill(~rows.valid_BR, IGNORED)
 
 
-def _partition(arguments: dict, selected_positions: torch.Tensor | Partition) -> Partition:
+def _partition(ditching: Ditching, arguments: dict, selected_positions: torch.Tensor | Partition) -> Partition:
     if isinstance(selected_positions, Partition):  # made before, where its positions could be read (see planning)
         return selected_positions
     tokens = arguments.get("input_ids")
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
-    return partition(selected_positions.to(tokens.device), arguments.get("attention_mask"), tokens.shape[1])
+    selected_positions = selected_positions.to(tokens.device)
+    mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
+    if mask is None and position_ids is not None and not ditching.sequence:
+        return partition_by_example(ditching.decoder, selected_positions, position_ids)
+    return partition(selected_positions, mask, tokens.shape[1])
 
 
 def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | None = None, **kwargs):
@@ -219,10 +224,13 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
     if not isinstance(parts, Partition):
         if ditching.sequence:
             raise UserError("under sequence parallelism call the causal LM with labels: hidden states stay apart.")
-        parts = _partition(arguments, selected_positions)
+        parts = _partition(ditching, arguments, selected_positions)
     if parts.right_padded and arguments.get("position_ids") is None:
         # No token looks at padding behind it: causality is all the mask that is needed.
         arguments.pop("attention_mask", None)
+    if isinstance(parts, MaskedPartition | PackedPartition):
+        # Its masks are made by example; with a mask of its own the model does not do so once more.
+        arguments["attention_mask"] = parts.selected.index_BR.new_ones(len(parts.selected.index_BR), parts.tokens)
 
     ditching.step = Step(parts)
     try:
@@ -261,15 +269,14 @@ def _layer_forward(self, *args, **kwargs):
             step.unselected_BUD = parts.enter_layer(parts.unselected, step.unselected_BUD)
     is_last = self is ditching.decoder.layers[-1]
     output = _run_both_passes(self, ditching, hidden, arguments, is_last)
+    hidden = _hidden_states(output)
     if not is_last:
-        hidden = parts.leave_layer(parts.selected, _hidden_states(output))
+        hidden = parts.leave_layer(parts.selected, hidden)
         if parts.unselected is not None:
             step.unselected_BUD = parts.leave_layer(parts.unselected, step.unselected_BUD)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-    if ditching.returns_all_rows:
-        hidden = _hidden_states(output)
-        output = parts.assemble(None, hidden[:, None])[:, 0]
-    return output
+    elif ditching.returns_all_rows:
+        hidden = parts.assemble(None, hidden[:, None])[:, 0]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.Tensor, arguments: dict, is_last: bool):
@@ -287,7 +294,8 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
 
     def run_selected(hidden, keys, values):
         cache = SelectedCache(parts, keys, values)
-        output = run(hidden, parts.selected, cache, ditching.attention(parts, selected_attention(parts.whole.selected)))
+        replace = parts.replacement(parts.whole.selected, selected_attention)
+        output = run(hidden, parts.selected, cache, ditching.attention(parts, replace))
         _require_updated(cache, layer, ditching)
         return output, cache.keys, cache.values
 
@@ -304,7 +312,9 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
     unselected_BUD = step.unselected_BUD.to(selected_BSD)
     with torch.no_grad(), _autocast_cache(False):
         try:
-            replace = unselected_attention(parts.whole.unselected, ditching.note_attention)
+            replace = parts.replacement(
+                parts.whole.unselected, partial(unselected_attention, on_call=ditching.note_attention)
+            )
             attention = ditching.attention(parts, replace)
             step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, seam, attention))
             _require_updated(seam, layer, ditching)

@@ -180,7 +180,8 @@ class Partition:
         self.selected.put(buffer, selected_BNSH)
         return buffer[:, : self.tokens].transpose(1, 2)
 
-    # What follows is trivial here, and not where ranks share a text (`tokenseek.parallel.sharding`).
+    # What follows is trivial here, and not where ranks share a text (`tokenseek.parallel.sharding`) or a row holds
+    # several (`tokenseek.ditching.packing`).
 
     @property
     def whole(self) -> Partition:
@@ -194,6 +195,10 @@ class Partition:
     def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
         """What the decoder's body, which makes the masks, runs in."""
         return nullcontext()
+
+    def replacement(self, rows: Rows, make: Callable[[Rows], Callable]) -> Callable[[Callable], Callable]:
+        """What attention is replaced with in the pass of `rows`, made by `make` of rows of one text."""
+        return make(rows)
 
     def attention(
         self, decoder: Decoder, replace: Callable[[Callable], Callable] | None

@@ -10,14 +10,14 @@ dim, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
+from tokenseek.ditching.masks import whole_masks
 from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows
 from tokenseek.errors import UserError
 from tokenseek.modeling import Decoder
@@ -218,48 +218,3 @@ def local_arguments(arguments: dict, parts: LocalPartition) -> dict:
     # Every slot holds a token; what is padding in the text is known to `whole` and to the masks of `whole_masks`.
     local["attention_mask"] = torch.ones_like(positions_BL)
     return local
-
-
-@contextmanager
-def whole_masks(
-    decoder: Decoder, tokens: int, attention_mask_BT: torch.Tensor | None, position_ids_BT: torch.Tensor | None
-) -> Iterator[None]:
-    """Inside the block, the masks that the model builds are [.., T, T] for the whole text and not for its local rows.
-
-    Transformers' rules are followed: examples packed in one row are told apart by jumps in their `position_ids`, unless
-    there is an `attention_mask`.
-    """
-    backend = decoder.causal_lm.config.get_text_config()._attn_implementation
-    make_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
-    packed_BT = None
-    if attention_mask_BT is None and position_ids_BT is not None:
-        example_BT = (position_ids_BT.diff(dim=1, prepend=position_ids_BT[:, :1] - 1) != 1).cumsum(1)
-        packed_BT = example_BT if example_BT[:, -1].any() else None
-
-    def function(*, batch_size, mask_function, q_length, kv_length, attention_mask, allow_is_causal_skip=True, **more):
-        if packed_BT is not None:
-            examples, positions = packed_BT.expand(batch_size, -1), position_ids_BT.expand(batch_size, -1)
-            by_text = mask_function
-
-            def same_example(batch, head, query, key):
-                return examples[batch, query] == examples[batch, key]
-
-            def within_example(batch, head, query, key):
-                return by_text(batch, head, positions[batch, query], positions[batch, key])
-
-            mask_function, allow_is_causal_skip = and_masks(same_example, within_example), False
-        return make_mask(
-            batch_size=batch_size,
-            q_length=tokens,
-            kv_length=tokens,
-            mask_function=mask_function,
-            attention_mask=None if attention_mask_BT is None else attention_mask_BT.bool(),
-            allow_is_causal_skip=allow_is_causal_skip,
-            **more,
-        )
-
-    ALL_MASK_ATTENTION_FUNCTIONS[backend] = function
-    try:
-        yield
-    finally:
-        ALL_MASK_ATTENTION_FUNCTIONS[backend] = make_mask

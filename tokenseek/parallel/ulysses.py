@@ -6,7 +6,6 @@ H head dim.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tokenseek.attention import attention_replaced
+from tokenseek.attention import attention_replaced, has_attention_interface
 from tokenseek.errors import UserError
 from tokenseek.modeling import Decoder
 from tokenseek.parallel.all_to_all import heads_to_rows, rows_to_heads
@@ -44,9 +43,7 @@ def query_heads(decoder: Decoder) -> int:
 
 def require_shareable(decoder: Decoder, group: dist.ProcessGroup) -> None:
     """Raise UserError unless the ranks of `group` can share the decoder's attention."""
-    modules = {type(module).__module__ for layer in decoder.layers for module in layer.modules()}
-    has_none = not any(hasattr(sys.modules[name], "ALL_ATTENTION_FUNCTIONS") for name in modules)
-    if has_none or getattr(decoder.causal_lm.config, "reorder_and_upcast_attn", False):
+    if not has_attention_interface(decoder):
         raise UserError(_NO_INTERFACE.format(name=decoder.name))
     shard_heads(query_heads(decoder), query_heads(decoder), group.size())
 

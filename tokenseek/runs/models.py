@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tokenseek.config import ModelConfig, PeftSettings
+from tokenseek.ditching.packing import require_packable
 from tokenseek.errors import UserError
 from tokenseek.modeling import find_decoder, keep_4bit_differentiable
 from tokenseek.runs.processes import whole_models
@@ -105,11 +106,12 @@ def _sample_tensors(path: Path) -> dict[str, list]:
     return tensors
 
 
-def require_decoder(model: ModelConfig) -> None:
+def require_decoder(model: ModelConfig, packing: bool = False) -> None:
     """Refuse a model that cannot be scored or trained, by its configuration: no weight is read.
 
     Raises:
-        UserError: it is not a causal decoder whose every layer keeps keys and values, or lacks the attention asked for.
+        UserError: it is not a causal decoder whose every layer keeps keys and values, or lacks the attention asked for,
+            or with `packing` cannot keep attention inside each of several examples in a row.
     """
     folder, trust = model_folder(model), {"trust_remote_code": model.trust_remote_code}
     try:
@@ -124,7 +126,9 @@ def require_decoder(model: ModelConfig) -> None:
             f"model.trust_remote_code={str(model.trust_remote_code).lower()}: {reason}"
         ) from error
     try:
-        find_decoder(skeleton)
+        decoder = find_decoder(skeleton)
+        if packing:
+            require_packable(decoder)
     except UserError as error:
         raise UserError(f"model.name_or_path: {folder}: {error}") from error
 

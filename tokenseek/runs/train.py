@@ -68,7 +68,7 @@ def train(config: RunConfig) -> TrainingSummary:
     if state.is_main_process:
         save_resolved(config, output / "config.yaml")
 
-    require_decoder(config.model)
+    require_decoder(config.model, packing=config.training.packing)
     tokenizer = load_tokenizer(config.model)
     prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
     held_out = None
@@ -95,7 +95,8 @@ def train(config: RunConfig) -> TrainingSummary:
     )
     if config.training.ditching:
         enable_token_ditching(model, recompute=config.training.recompute)
-        collator = TokenSeekCollator(index, rule=rule, pad_token_id=tokenizer.pad_token_id)
+        options = dict(pad_token_id=tokenizer.pad_token_id, packing=config.training.packing)
+        collator = TokenSeekCollator(index, rule=rule, **options)
         state.print(selection_report(collator, prepared.dataset))
         trainer = TokenSeekTrainer(model, data_collator=collator, **common)
     else:
@@ -131,7 +132,7 @@ def train(config: RunConfig) -> TrainingSummary:
 
 def training_arguments(training: TrainingConfig, output: Path, seed: int) -> TrainingArguments:
     """Transformers' arguments of a run; what is not set here keeps Transformers' default."""
-    own = training.model_dump(exclude={"ditching", "recompute", "mixed_precision", "resume", "extra"})
+    own = training.model_dump(exclude={"ditching", "recompute", "packing", "mixed_precision", "resume", "extra"})
     return TrainingArguments(
         output_dir=str(output),
         seed=seed,
@@ -139,7 +140,7 @@ def training_arguments(training: TrainingConfig, output: Path, seed: int) -> Tra
         fp16=training.mixed_precision == "fp16",
         use_cpu=not torch.accelerator.is_available(),  # or each of several CPU processes would train alone
         remove_unused_columns=False,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="all" if training.packing else "non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
         **own,
         **training.extra,

@@ -1,6 +1,7 @@
 """From examples and their scores to batches that say which tokens are trained on.
 
-Shapes: B batch, T tokens of the longest example, S selected tokens of the example that has most.
+Shapes: B batch, T tokens of the longest example, S selected tokens of the example that has most. Packed, B is 1 and T
+and S are those of all examples together.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,20 @@ class PaddingCollator:
         }
 
 
+def pack_rows(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Examples one behind the other in one row, ``input_ids``, ``position_ids`` and ``labels`` [1, T].
+
+    Positions begin anew with every example, which is how models tell them apart, and no label stands where the end of
+    one example would predict the beginning of the next.
+    """
+    labels = [np.append(IGNORED, row[1:]) for row in labels]
+    return {
+        "input_ids": pad_rows([np.concatenate(input_ids)], 0),
+        "position_ids": pad_rows([np.concatenate([np.arange(len(ids)) for ids in input_ids])], 0),
+        "labels": pad_rows([np.concatenate(labels)], IGNORED),
+    }
+
+
 class TokenSeekCollator(PaddingCollator):
     """Pads examples as :class:`PaddingCollator` does and adds ``selected_positions`` [B, S], chosen from an index, and
     ``shift_labels`` [B, S], the token that each of them has to predict (for TRL, which applies the head itself).
@@ -59,6 +75,8 @@ class TokenSeekCollator(PaddingCollator):
         index: the scores, an open :class:`TokenIndex` or its path; None for rules without scores ("random", "all").
         ratio: share of each example's tokens that are trained on, in (0, 1].
         rule: name of a rule, or a whole :class:`SelectionRule` (`ratio` and `options` then replace its fields).
+        packing: lay the examples of a batch behind each other in one row instead of padding them: no ``attention_mask``
+            then but ``position_ids`` that begin anew with every example. The batch has the same loss and gradients.
         options: other fields of :class:`SelectionRule`: alpha, beta, explore, bands, seed, scope, ...
 
     Random rules draw anew in every epoch: call :meth:`set_epoch` at its start (:class:`TokenSeekTrainer` does).
@@ -75,9 +93,13 @@ class TokenSeekCollator(PaddingCollator):
         *,
         pad_token_id: int = 0,
         pad_to_multiple_of: int = 1,
+        packing: bool = False,
         **options,
     ):
         super().__init__(pad_token_id, pad_to_multiple_of)
+        if packing and pad_to_multiple_of > 1:
+            raise UserError(f"pad_to_multiple_of={pad_to_multiple_of}, but packing=True pads nothing; leave one out.")
+        self.packing = packing
         if ratio is not None:
             options["ratio"] = ratio
         self.rule = replace(rule, **options) if isinstance(rule, SelectionRule) else SelectionRule(rule, **options)
@@ -95,7 +117,7 @@ class TokenSeekCollator(PaddingCollator):
         self._epoch.fill_(epoch)
 
     def without_selection(self) -> PaddingCollator:
-        """The same padding over all tokens, for evaluation."""
+        """Padding over all tokens, for evaluation."""
         return PaddingCollator(self.pad_token_id, self.pad_to_multiple_of)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -106,7 +128,14 @@ class TokenSeekCollator(PaddingCollator):
             kept = np.full(len(feature["labels"]) + 1, IGNORED)
             kept[positions + 1] = target
             labels.append(kept[:-1])
-        batch = self.pad([f["input_ids"] for f in features], labels)
+        input_ids = [f["input_ids"] for f in features]
+        if self.packing:
+            batch = pack_rows(input_ids, labels)
+            starts = accumulate(map(len, input_ids[:-1]), initial=0)
+            selected = [np.concatenate([positions + start for positions, start in zip(selected, starts, strict=True)])]
+            targets = [np.concatenate(targets)]
+        else:
+            batch = self.pad(input_ids, labels)
         batch["selected_positions"] = pad_rows(selected, -1)
         batch["shift_labels"] = pad_rows(targets, IGNORED)
         return batch

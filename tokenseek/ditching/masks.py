@@ -1,0 +1,75 @@
+"""The masks of attention, made for another text than the rows that the model sees.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
+
+from tokenseek.errors import UserError
+from tokenseek.modeling import Decoder
+
+
+@contextmanager
+def whole_masks(
+    decoder: Decoder, tokens: int, attention_mask_BT: torch.Tensor | None, position_ids_BT: torch.Tensor | None
+) -> Iterator[None]:
+    """Inside the block, the masks that the model builds are [.., T, T] for the text given here, whatever rows it sees.
+
+    Transformers' rules are followed: examples packed in one row are told apart by jumps in their `position_ids`, unless
+    there is an `attention_mask`. The model itself has to be given an `attention_mask`, or it would tell them apart too.
+
+    Raises:
+        UserError: on leaving the block, if no mask was built in it.
+    """
+    backend = decoder.causal_lm.config.get_text_config()._attn_implementation
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
+    packed_BT, made = None, []
+    if attention_mask_BT is None and position_ids_BT is not None:
+        example_BT = begins_anew(position_ids_BT).cumsum(1)
+        packed_BT = example_BT if example_BT[:, -1].any() else None
+
+    def function(*, batch_size, mask_function, q_length, kv_length, attention_mask, allow_is_causal_skip=True, **more):
+        made.append(mask_function)
+        if packed_BT is not None:
+            examples, positions = packed_BT.expand(batch_size, -1), position_ids_BT.expand(batch_size, -1)
+            by_text = mask_function
+
+            def same_example(batch, head, query, key):
+                return examples[batch, query] == examples[batch, key]
+
+            def within_example(batch, head, query, key):
+                return by_text(batch, head, positions[batch, query], positions[batch, key])
+
+            mask_function, allow_is_causal_skip = and_masks(same_example, within_example), False
+        return make_mask(
+            batch_size=batch_size,
+            q_length=tokens,
+            kv_length=tokens,
+            mask_function=mask_function,
+            attention_mask=None if attention_mask_BT is None else attention_mask_BT.bool(),
+            allow_is_causal_skip=allow_is_causal_skip,
+            **more,
+        )
+
+    ALL_MASK_ATTENTION_FUNCTIONS[backend] = function
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS[backend] = make_mask
+    if not made:
+        raise UserError(
+            f"{decoder.name} makes its attention masks in code of its own and not in Transformers' masking_utils; they "
+            "cannot be made for examples packed in one row, or for a text shared by ranks. Pad the examples "
+            "(training.packing: false), or train without sequence parallelism."
+        )
+
+
+def begins_anew(position_ids_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T] bool: another example begins here. The first one of a row does not count."""
+    return position_ids_BT.diff(dim=1, prepend=position_ids_BT[:, :1] - 1) != 1

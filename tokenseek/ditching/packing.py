@@ -1,0 +1,219 @@
+"""Several examples in one row: attention stays inside each of them, at the cost of each of them alone.
+
+Examples are told apart by `position_ids` that begin anew. Transformers does so by a mask of the whole row: attention
+then costs the square of all their tokens. Here each example attends by itself, as in a row of its own, and
+everything else (norms, projections, MLPs, the head) sees one row without padding.
+
+Shapes: T tokens of the row, M of its longest example, R rows of one pass (selected or unselected), N query heads, K
+key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tokenseek.attention import attention_replaced, has_attention_interface
+from tokenseek.ditching.masks import begins_anew, whole_masks
+from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows, partition
+from tokenseek.errors import UserError
+from tokenseek.modeling import Decoder
+
+
+def partition_by_example(decoder: Decoder, selected_positions: torch.Tensor, position_ids: torch.Tensor) -> Partition:
+    """The partition of a batch without padding, in whose rows `position_ids` [B | 1, T] may tell examples apart.
+
+    Raises:
+        UserError: as :func:`tokenseek.ditching.rows.partition` does; for several examples in a row, where the decoder
+            takes no position_ids.
+    """
+    tokens = position_ids.shape[-1]
+    # One transfer; what follows is decided on the host.
+    joined = torch.cat([selected_positions.flatten(), position_ids.flatten()]).cpu()
+    positions_BS = joined[: selected_positions.numel()].view(selected_positions.shape)
+    is_first_BT = begins_anew(joined[selected_positions.numel() :].view(-1, tokens))
+    if not is_first_BT.any():
+        return partition(selected_positions, None, tokens)
+    _require_position_ids(decoder)
+    whole = partition(positions_BS, None, tokens)  # for its checks
+    by_mask = decoder.causal_lm.config.get_text_config()._attn_implementation != "sdpa"
+    if by_mask or len(positions_BS) > 1 or not whole.selected.valid_BR.any() or not has_attention_interface(decoder):
+        parts = partition(selected_positions, None, tokens)
+        return MaskedPartition(parts.selected, parts.unselected, tokens, parts.padded, True, position_ids)
+    borders = [0, *is_first_BT[0].nonzero().squeeze(1).tolist(), tokens]
+    return _partition_row(positions_BS[0], borders, selected_positions.device)
+
+
+def _partition_row(positions_S: torch.Tensor, borders: list[int], device: torch.device) -> PackedPartition:
+    """
+    Args:
+        positions_S: selected positions in the row, on the host.
+        borders: where examples begin, and the row's end.
+    """
+    positions_S = positions_S[positions_S >= 0]
+    examples, selected, unselected = [], [], []
+    for first, end in zip(borders, borders[1:], strict=False):
+        own_1S = positions_S[(positions_S >= first) & (positions_S < end)][None] - first
+        if not own_1S.numel():  # no row of this example is seen by a selected one
+            examples.append(None)
+            continue
+        parts = partition(own_1S, None, end - first)
+        selected.append(parts.selected.index_BR + first)
+        if parts.unselected is not None:
+            unselected.append(parts.unselected.index_BR + first)
+        examples.append((_moved(parts.selected, device), parts.unselected and _moved(parts.unselected, device)))
+    lengths = tuple(end - first for first, end in zip(borders, borders[1:], strict=False))
+    return PackedPartition(
+        selected=_row(selected, borders[-1], device),
+        unselected=_row(unselected, borders[-1], device) if unselected else None,
+        tokens=borders[-1],
+        padded=False,
+        right_padded=True,
+        lengths=lengths,
+        examples=tuple(examples),
+    )
+
+
+def _moved(rows: Rows, device: torch.device) -> Rows:
+    index_BR = rows.index_BR.to(device, non_blocking=True)
+    return Rows(index_BR, index_BR[:, :1], rows.tokens, rows.padded, rows.spans)
+
+
+def _row(index_1R: list[torch.Tensor], tokens: int, device: torch.device) -> PackedRows:
+    index = torch.cat(index_1R, dim=1).to(device, non_blocking=True)
+    return PackedRows(index, index[:, :1], tokens, padded=False)
+
+
+class PackedRows(Rows):
+    """The rows of one pass of all examples. Masks are left as they are: each example cuts them by its own rows."""
+
+    def shrink(self, name: str, value, keep_causality: bool = False):
+        if name.partition(".")[0] in MASK_ARGUMENTS and (value is None or isinstance(value, torch.Tensor)):
+            return value
+        return super().shrink(name, value, keep_causality)
+
+
+@dataclass(frozen=True)
+class MaskedPartition(Partition):
+    """Of rows whose examples a mask of the whole row tells apart: where attention is not sdpa's, or B > 1."""
+
+    position_ids_BT: torch.Tensor
+
+    def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
+        return whole_masks(decoder, self.tokens, None, self.position_ids_BT)
+
+
+@dataclass(frozen=True)
+class PackedPartition(Partition):
+    """Of one row of several examples.
+
+    Attributes:
+        lengths: tokens of each example.
+        examples: selected and unselected rows of each, counted from its first token; None where nothing is selected.
+    """
+
+    lengths: tuple[int, ...]
+    examples: tuple[tuple[Rows, Rows | None] | None, ...]
+
+    def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
+        """[.., M, M], or None where causality, which the kernels know, is all that they would say."""
+        return whole_masks(decoder, max(self.lengths), None, None)
+
+    def replacement(self, rows: Rows, make: Callable[[Rows], Callable]) -> Callable[[Callable], Callable]:
+        is_selected = rows is self.selected
+        own = [None if example is None else example[0 if is_selected else 1] for example in self.examples]
+        counts = [0 if rows is None else rows.index_BR.shape[1] for rows in own]
+
+        def replace(original):
+            attend = [rows and make(rows)(original) for rows in own]
+
+            def attention(module: nn.Module, query_1NRH, key_1KTH, value_1KTH, attention_mask, *args, **kwargs):
+                if kwargs.get("position_bias") is not None:
+                    raise UserError("attention with a position_bias cannot be kept inside packed examples; pad them.")
+                queries, keys, values = (
+                    x.split(sizes, dim=2)
+                    for x, sizes in ((query_1NRH, counts), (key_1KTH, self.lengths), (value_1KTH, self.lengths))
+                )
+                outputs = []
+                for rows, attend_one, *qkv in zip(own, attend, queries, keys, values, strict=True):
+                    if rows is not None:
+                        mask = _mask_of(rows, attention_mask, keep_causality=not is_selected)
+                        outputs.append(attend_one(module, *qkv, mask, *args, **kwargs)[0])
+                return torch.cat(outputs, dim=1), None
+
+            return attention
+
+        return replace
+
+    @contextmanager
+    def attention(self, decoder: Decoder, replace: Callable[[Callable], Callable] | None) -> Iterator[None]:
+        called = []
+
+        def noted(original):
+            attend = replace(original)
+
+            def attention(module: nn.Module, *args, **kwargs):
+                called.append(module)
+                return attend(module, *args, **kwargs)
+
+            return attention
+
+        with attention_replaced(decoder.causal_lm, noted):
+            yield
+        if not called:
+            raise UserError(
+                f"a layer of {decoder.name} computes attention in code of its own and not through Transformers' "
+                "AttentionInterface, so that it cannot be kept inside packed examples. Pad them (training.packing: "
+                "false)."
+            )
+
+
+def _mask_of(rows: Rows, mask_11MM: torch.Tensor | None, keep_causality: bool) -> torch.Tensor | None:
+    """The mask of one example's rows [1, 1, rows, its tokens], a corner of that of the longest, once a step."""
+    if mask_11MM is None:
+        return rows.shrink("attention_mask", None, keep_causality)
+    corner = mask_11MM[:, :, : rows.tokens, : rows.tokens]
+    return rows._once("corner", mask_11MM, lambda: rows.shrink("attention_mask", corner))
+
+
+class _FirstLayer(Exception):
+    pass
+
+
+def require_packable(decoder: Decoder) -> None:
+    """Refuse a model whose attention cannot be kept inside packed examples; its tensors may be without data.
+
+    Raises:
+        UserError: it takes no position_ids, or makes its masks itself.
+    """
+    _require_position_ids(decoder)
+    weight = decoder.causal_lm.get_input_embeddings().weight
+    position_ids = torch.arange(2, device=weight.device)[None]
+
+    def stop(*args):
+        raise _FirstLayer
+
+    hook = decoder.layers[0].register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad(), whole_masks(decoder, 2, None, None), suppress(_FirstLayer):
+            decoder.body(
+                inputs_embeds=weight.new_zeros(1, 2, weight.shape[-1]),
+                attention_mask=torch.ones_like(position_ids),
+                position_ids=position_ids,
+                use_cache=False,
+            )
+    finally:
+        hook.remove()
+
+
+def _require_position_ids(decoder: Decoder) -> None:
+    if "position_ids" not in inspect.signature(type(decoder.body).forward).parameters:
+        raise UserError(
+            f"{decoder.name} takes no position_ids, which tell examples in one row apart, so that it cannot be trained "
+            "on packed examples. Pad them (training.packing: false)."
+        )
