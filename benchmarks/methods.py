@@ -18,11 +18,12 @@ from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.loss import selected_loss
 from tokenseek.head import next_token_labels
 from tokenseek.modeling import find_decoder, keep_4bit_differentiable
+from tokenseek.training import PaddingCollator, TokenSeekCollator
 
 _OPTIONS = {
     "full": {"checkpoint", "chunked-ce", "lora", "qlora"},
     "algorithm1": {"lora", "qlora"},
-    "tokenseek": {"recompute", "lora", "qlora"},
+    "tokenseek": {"recompute", "lora", "qlora", "packed"},
 }
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]  # where the paper puts its adapters (section S1.7)
 
@@ -88,10 +89,26 @@ def make_batch(
     return {name: x.to(device) for name, x in dict(input_ids=ids, labels=ids, selected_positions=selected).items()}
 
 
-def _fused_head_loss(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def make_ragged_batch(
+    method: Method, lengths: list[int], vocab: int, device: str, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random examples of these lengths, padded or packed, with random selected positions; all tokens carry a loss."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]
+    examples = [{"example_id": str(row), "input_ids": row_ids, "labels": row_ids} for row, row_ids in enumerate(ids)]
+    batch = TokenSeekCollator(None, method.ratio, "random", packing="packed" in method.options)(examples)
+    del batch["shift_labels"]
+    if method.base == "full":
+        batch["labels"] = PaddingCollator()(examples)["labels"]
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+def _fused_head_loss(
+    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Ordinary training's loss, without ever holding the logits of all tokens: Liger's kernel on CUDA, else our own."""
     decoder = find_decoder(model)
-    output = decoder.body(input_ids=input_ids, use_cache=False)
+    output = decoder.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     hidden_BTD, targets_BT = output.last_hidden_state, next_token_labels(labels)
     if input_ids.is_cuda and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.memory import LiveStorages, SavedActivations, storage_bytes
-from benchmarks.methods import DEFAULT_METHODS, Method, build, make_batch
+from benchmarks.methods import DEFAULT_METHODS, Method, build, make_batch, make_ragged_batch
 from tokenseek.modeling import find_decoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ MIB = 2**20
 
 def measure(
     method: str,
-    tokens: int,
+    tokens: int | str,
     *,
     shape: str,
     batch: int,
@@ -43,12 +43,19 @@ def measure(
     threads: int = 0,
     memory: bool = True,
 ) -> dict:
-    """Seconds of each step and, with `memory`, bytes: saved, stored, peak, states. A process should measure once."""
+    """Seconds of each step and, with `memory`, bytes: saved, stored, peak, states. A process should measure once.
+
+    Args:
+        tokens: of each of `batch` examples, or those of unequal ones as in ``256+512``.
+    """
     if threads:
         torch.set_num_threads(threads)
     model, loss_of = build(method, shape, DTYPES[dtype], device)
     vocab = find_decoder(model).causal_lm.config.vocab_size
-    inputs = make_batch(Method.parse(method).ratio, batch, tokens, vocab, device)
+    if isinstance(tokens, str):
+        inputs = make_ragged_batch(Method.parse(method), [int(n) for n in tokens.split("+")], vocab, device)
+    else:
+        inputs = make_batch(Method.parse(method).ratio, batch, tokens, vocab, device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
 
@@ -93,7 +100,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def run_all(methods: list[str], lengths: list[int], repeats: int, **options) -> list[dict]:
+def run_all(methods: list[str], lengths: list[int | str], repeats: int, **options) -> list[dict]:
     """One row per (length, method); a method that fails (memory, a missing package) is a row that says so."""
     rows = {
         (tokens, method): dict(method=method, tokens=tokens, seconds=[]) for tokens in lengths for method in methods
@@ -176,8 +183,12 @@ def main() -> None:
     parser.add_argument(
         "--methods", default=DEFAULT_METHODS, help="names as in benchmarks/methods.py, with commas between"
     )
-    parser.add_argument("--lengths", default="1024", help="tokens per example, with commas between")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument(
+        "--lengths",
+        default="1024",
+        help="tokens per example, with commas between; 256+512 is a batch of two unequal examples",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="examples of a batch, where all are of one length")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", choices=WARM_UP_STEPS, default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="processes per method and length")
@@ -189,7 +200,8 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(**json.loads(args.measure))))
         return
-    methods, lengths = args.methods.split(","), [int(n) for n in args.lengths.split(",")]
+    methods = args.methods.split(",")
+    lengths = [n if "+" in n else int(n) for n in args.lengths.split(",")]
     for method in methods:
         Method.parse(method)
     options = dict(

@@ -18,6 +18,7 @@ from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import BENCHMARKS, HELD_OUT_LOSS, TABLE_1, require_runnable, split_tasks
 from tokenseek.evaluation.subject import Subject, find_subject
 from tokenseek.resources import find_resource, list_resources, resolve_accelerate_config
+from tokenseek.sizes import parse_size
 
 USAGE_ERROR = 2
 # How long a process leaves it to the main one to tell an error; the launcher ends it as soon as the main one has.
@@ -285,7 +286,6 @@ def _plan(args: argparse.Namespace) -> int:
         describe_choice,
         largest_ratio,
         method_of,
-        parse_size,
         plan_memory,
         plan_table,
         read_engine,

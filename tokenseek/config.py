@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tokenseek.errors import UserError
 from tokenseek.resources import find_resource, folder_of
 from tokenseek.selection import SelectionRule
+from tokenseek.sizes import parse_size
 from tokenseek.spelling import did_you_mean
 from tokenseek.strict_yaml import parse_yaml
 
@@ -149,10 +150,14 @@ class ScoringConfig(_Section):
 
 
 class SelectionConfig(_Section):
-    """The tokens that keep their gradient: the fields and defaults of `SelectionRule`, which checks the values."""
+    """The tokens that keep their gradient: the fields and defaults of `SelectionRule`, which checks the values.
+
+    `ratio: auto` is the largest share with which a training step fits into `training.memory_budget`; it is settled when
+    training starts, and saved with the run.
+    """
 
     rule: str = SelectionRule.rule
-    ratio: float = SelectionRule.ratio
+    ratio: float | Literal["auto"] = SelectionRule.ratio
     alpha: float = SelectionRule.alpha
     beta: float = SelectionRule.beta
     log_offset: float = SelectionRule.log_offset
@@ -163,10 +168,21 @@ class SelectionConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self):
-        self.to_rule()
+        if self.ratio == "auto" and self.rule in ("all", "bands"):
+            raise ValueError(f"selection.ratio is auto, but rule {self.rule!r} takes no ratio; leave one of them out")
+        self.model_copy(update={"ratio": SelectionRule.ratio if self.ratio == "auto" else self.ratio}).to_rule()
         return self
 
     def to_rule(self) -> SelectionRule:
+        """
+        Raises:
+            UserError: `ratio` is still to be settled.
+        """
+        if self.ratio == "auto":
+            raise UserError(
+                "selection.ratio is auto, which is settled when training starts and saved in the run's config.yaml. "
+                "Give that file, or a number (--set selection.ratio=0.1)."
+            )
         return SelectionRule(**self.model_dump())
 
 
@@ -191,12 +207,15 @@ class TrainingConfig(_Section):
 
     `ditching: false` is ordinary fine-tuning on all tokens. `recompute` recomputes the selected pass in the backward
     pass. `packing` lays the examples of a micro batch in one row instead of padding them; losses and gradients are the
-    same. `resume` is `auto` (from the newest checkpoint in output_dir, if any), `never`, or the path of a checkpoint.
+    same. `memory_budget` is what a process may take on its device with `selection.ratio: auto`, such as `8GiB`; left
+    out, nine tenths of what is free there. `resume` is `auto` (from the newest checkpoint in output_dir, if any),
+    `never`, or the path of a checkpoint.
     """
 
     ditching: bool = True
     recompute: bool = False
     packing: bool = False
+    memory_budget: str | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     per_device_train_batch_size: PositiveInt = 1
     per_device_eval_batch_size: PositiveInt = 1
@@ -230,6 +249,13 @@ class TrainingConfig(_Section):
     report_to: list[str] = ["tensorboard"]
     resume: str = "auto"
     extra: dict[str, Any] = {}
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _check_memory_budget(cls, budget):
+        if budget is not None:
+            parse_size(budget)
+        return budget
 
     @model_validator(mode="after")
     def _check_packing(self):
@@ -320,6 +346,11 @@ class RunConfig(_Section):
             raise ValueError(
                 f"training.eval_strategy is {self.training.eval_strategy}, but there is no eval_data section"
             )
+        auto = self.selection.ratio == "auto"
+        if auto and not self.training.ditching:
+            raise ValueError("selection.ratio is auto and training.ditching false, which trains on all tokens")
+        if self.training.memory_budget and not auto:
+            raise ValueError("training.memory_budget is for selection.ratio: auto; leave it out or set that")
         return self
 
     def require_trainable(self) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenseek.config import load_config
 from tokenseek.data import prepare_dataset
+from tokenseek.planning import Engine, Method, plan_memory
 from tokenseek.resources import list_resources
 from tokenseek.runs.models import load_tokenizer
 from tokenseek.training import TokenSeekCollator
@@ -129,6 +130,27 @@ def test_a_resumed_run_draws_the_random_selections_of_the_whole_one(workspace, s
     assert run(resumed, *resume) == losses[8:]
     # A run that is not resumed begins its files anew, in a folder that holds another run's too.
     assert run(whole, "--set", "training.resume=never") == losses
+
+
+def test_the_share_that_fits_is_trained_with_and_kept_by_a_resumed_run(workspace, script):
+    config = load_config(workspace.training, ["selection.rule=random"])
+    longest = max(map(len, prepare_dataset(config.data, load_tokenizer(config.model)).dataset["input_ids"]))
+    budget = plan_memory(config, Method(0.6), Engine(on_cpu=True), tokens=longest).peak
+    output = workspace.folder / "auto"
+    settings = ["selection.rule=random", "selection.ratio=auto", f"output_dir={output}", "training.save_steps=2"]
+
+    def run(budget, max_steps):
+        own = [*settings, f"training.memory_budget='{budget}'", f"training.max_steps={max_steps}"]
+        words = [word for setting in own for word in ("--set", setting)]
+        return script("train", "--preset", workspace.training, *words)
+
+    assert "selection.ratio: auto: in 1.0 MiB: nothing fits" in run(2**20, 2).refusal()
+    result = run(budget, 2)
+    assert result.status == 0 and "selection.ratio: auto: r = 0.6 is the largest share that fits" in result.out, result
+    assert load_config(output / "config.yaml").selection.ratio == 0.6
+    result = run(2**20, 4)
+    assert result.status == 0 and f"r = 0.6 as before in {output}/checkpoint-2" in result.out, result
+    assert load_config(output / "config.yaml").selection.ratio == 0.6 and len(steps(output)) == 4
 
 
 def test_what_a_run_leaves(workspace, lora, console):

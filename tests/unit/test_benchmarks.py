@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import seek, step
 from benchmarks.algorithm1 import algorithm1_loss
 from benchmarks.memory import LiveStorages, SavedActivations, storage_bytes
-from benchmarks.methods import DEFAULT_METHODS, Method, make_batch
+from benchmarks.methods import DEFAULT_METHODS, Method, build, make_batch, make_ragged_batch
 from benchmarks.shapes import make_model
 from benchmarks.step import ROOT, measure, table
 
@@ -92,6 +92,18 @@ def test_every_four_bit_method_runs(method):
     pytest.importorskip("bitsandbytes")
     frozen = sum(p.nbytes for p in make_model("tiny").parameters())
     assert 0 < measure(method, 32, **OPTIONS)["states"] < frozen
+
+
+def test_unequal_examples_are_padded_or_packed():
+    """Packing saves what padding costs: 64 + 3 x 8 tokens instead of 4 x 64."""
+    methods = ("full", "full+checkpoint+chunked-ce", "tokenseek@0.5", "tokenseek@0.5+packed")
+    saved = [measure(method, "64+8+8+8", **OPTIONS)["saved"] for method in methods]
+    assert 0 < saved[3] < 0.6 * saved[2]
+    losses = []
+    for method in methods[2:]:
+        model, loss_of = build(method, "tiny", torch.float64, "cpu")
+        losses.append(loss_of(**make_ragged_batch(Method.parse(method), [64, 8, 8, 8], 256, "cpu")))
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
 
 
 def test_selecting_stores_less():

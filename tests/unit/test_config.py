@@ -77,6 +77,11 @@ def test_configurations_are_checked_without_heavy_imports():
         ("training.extra.max_steps=1", ["training.extra: max_steps is set as training.max_steps"]),
         ("training.extra.bf16=true", ["training.extra: bf16 is set as training.mixed_precision"]),
         ("training.extra.adam_beta=1", ["training.extra: adam_beta is not a field", "did you mean adam_beta"]),
+        ("selection.ratio=atuo", ["selection.ratio: ", "valid number", "'auto'", "did you mean auto?"]),
+        ("selection={ratio: auto, rule: all}", ["selection.ratio is auto, but rule 'all' takes no ratio"]),
+        ("selection={ratio: auto, explore: 2}", ["selection.explore is 2"]),
+        ("training.memory_budget=8GiB", ["training.memory_budget is for selection.ratio: auto"]),
+        ("training.memory_budget=8 elephants", ["training.memory_budget: '8 elephants' is no size; write 8GiB"]),
         ("training={packing: true, ditching: false}", ["training: packing: true needs ditching: true"]),
         ("training.eval_strategy=steps", ["training.eval_strategy is steps, but there is no eval_data section"]),
     ],
@@ -232,9 +237,9 @@ def test_training_fields_are_those_of_training_arguments():
     from transformers import TrainingArguments
 
     from tokenseek.config import TrainingConfig
+    from tokenseek.runs.train import _OURS
 
-    ours = {"ditching", "recompute", "packing", "mixed_precision", "resume", "extra"}
-    assert set(TrainingConfig.model_fields) - ours <= {field.name for field in fields(TrainingArguments)}
+    assert set(TrainingConfig.model_fields) - _OURS <= {field.name for field in fields(TrainingArguments)}
 
 
 def test_sections_validate_on_their_own():

@@ -1,9 +1,9 @@
 """Plan: the memory of a run, before any weight is loaded and without a GPU."""
 
 from tokenseek.planning.budget import Choice, Knob, largest_ratio
-from tokenseek.planning.engine import Engine, read_engine
+from tokenseek.planning.engine import Engine, launched_engine, read_engine
 from tokenseek.planning.ledger import CATEGORIES
-from tokenseek.planning.report import describe_choice, format_size, parse_size, plan_table
+from tokenseek.planning.report import describe_choice, plan_table
 from tokenseek.planning.step import MemoryPlan, Method, method_of, plan_memory
 
 __all__ = [
@@ -14,10 +14,9 @@ __all__ = [
     "MemoryPlan",
     "Method",
     "describe_choice",
-    "format_size",
     "largest_ratio",
+    "launched_engine",
     "method_of",
-    "parse_size",
     "plan_memory",
     "plan_table",
     "read_engine",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from accelerate.utils import parse_flag_from_env
 
 from tokenseek.errors import UserError
 from tokenseek.resources import resolve_accelerate_config
@@ -63,13 +66,53 @@ def read_engine(accelerate_config: str | Path = "single", num_processes: int | N
     """
     path = resolve_accelerate_config(accelerate_config)
     config = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    if num_processes:
+        config["num_processes"] = num_processes
+    return _engine(config, str(accelerate_config))
+
+
+def launched_engine(on_cpu: bool) -> Engine:
+    """The engine of the `accelerate launch` that this process is part of, from what it hands its processes.
+
+    Raises:
+        UserError: as :func:`read_engine` does.
+    """
+    env = os.environ
+    config: dict = {
+        "num_processes": int(env.get("WORLD_SIZE", 1)),
+        "use_cpu": on_cpu,
+        "use_parallelism_config": parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"),
+    }
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        names = ("config_file", "zero_stage", "offload_optimizer_device", "offload_param_device")
+        given = {name: env.get(f"ACCELERATE_DEEPSPEED_{name.upper()}", "none") for name in names}
+        settings = {name: value for name, value in given.items() if value != "none"}
+        if "config_file" in settings:
+            settings = {"deepspeed_config_file": settings["config_file"]}
+        config |= {"distributed_type": "DEEPSPEED", "deepspeed_config": settings}
+    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        settings = {
+            "fsdp_version": env.get("FSDP_VERSION", 1),
+            "fsdp_reshard_after_forward": env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
+            "fsdp_offload_params": parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
+        }
+        config |= {"distributed_type": "FSDP", "fsdp_config": settings}
+    return _engine(config, "this launch")
+
+
+def _engine(config: dict, accelerate_config: str) -> Engine:
+    """
+    Args:
+        config: keys as in an accelerate config.
+        accelerate_config: what to call it.
+    """
     if config.get("parallelism_config") or config.get("use_parallelism_config"):
         raise UserError(
             f"{accelerate_config}: plan serves data parallelism (DDP, ZeRO, FSDP2); take its sequence or "
             "tensor parallelism (parallelism_config) out and divide the tokens by its size yourself."
         )
     kind = str(config.get("distributed_type", "NO")).upper()
-    engine = Engine(processes=num_processes or config.get("num_processes", 1), on_cpu=bool(config.get("use_cpu")))
+    engine = Engine(processes=config.get("num_processes", 1), on_cpu=bool(config.get("use_cpu")))
     if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
         return replace(engine, kind="ddp" if engine.processes > 1 else "single")
     if kind == "FSDP":
@@ -95,7 +138,7 @@ def _deepspeed(engine: Engine, settings: dict) -> Engine:
         stage, devices = zero.get("stage", 0), [zero.get(f"offload_{what}", {}) for what in ("optimizer", "param")]
         optimizer, parameters = (device.get("device", "none") for device in devices)
     else:
-        stage, bucket = settings.get("zero_stage", 2), "auto"
+        stage, bucket = int(settings.get("zero_stage", 2)), "auto"
         optimizer = settings.get("offload_optimizer_device", "none")
         parameters = settings.get("offload_param_device", "none")
     return replace(

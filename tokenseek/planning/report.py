@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from tokenseek.errors import UserError
 from tokenseek.planning.budget import Choice
 from tokenseek.planning.ledger import CATEGORIES
 from tokenseek.planning.step import MemoryPlan
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``8GiB``, ``512 MiB``, ``80GB`` (10^9) or a plain number of bytes."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
-    unit = found and _UNITS.get(found[2].upper())
-    try:
-        size = int(float(found[1]) * unit) if unit else 0
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise UserError(f"{text!r} is no size; write 8GiB, 512MiB, 80GB or a number of bytes.")
-    return size
-
-
-def format_size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+from tokenseek.sizes import format_size
 
 
 def plan_table(plans: Sequence[MemoryPlan]) -> str:

@@ -135,8 +135,8 @@ def method_of(config: RunConfig, ratio: float | None = None) -> Method:
     """The method that a run is configured for; with token ditching at `ratio` if one is given."""
     if ratio is None and not config.training.ditching:
         return Method(None, bool(config.training.extra.get("gradient_checkpointing")) or config.training.recompute)
-    rule = config.selection.to_rule()
     if ratio is None:
+        rule = config.selection.to_rule()
         ratio = {"all": 1.0, "bands": sum(high - low for low, high in rule.bands or ())}.get(rule.rule, rule.ratio)
     recompute = config.training.recompute or bool(config.training.extra.get("gradient_checkpointing"))
     return Method(ratio, recompute)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+import psutil
 import torch
+from accelerate import PartialState
 
 
 def reset_peak_memory() -> None:
@@ -21,3 +24,10 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def free_memory_bytes(state: PartialState) -> int:
+    """What is free on the GPU of this process; on CPUs, of the machine's memory the share of one of its processes."""
+    if state.device.type == "cuda":
+        return torch.cuda.mem_get_info(state.device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -26,6 +26,7 @@ from tokenseek.runs.memory import peak_memory_bytes
 from tokenseek.runs.metrics import MetricsFile, held_out_loss
 from tokenseek.runs.models import add_adapter, load_model, load_tokenizer, require_decoder
 from tokenseek.runs.processes import first_on_main, join_processes, require_engine
+from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.score import run_fingerprints, score
 from tokenseek.training import PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 
@@ -65,9 +66,6 @@ def train(config: RunConfig) -> TrainingSummary:
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(config, output)
-    if state.is_main_process:
-        save_resolved(config, output / "config.yaml")
-
     require_decoder(config.model, packing=config.training.packing)
     tokenizer = load_tokenizer(config.model)
     prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
@@ -75,6 +73,9 @@ def train(config: RunConfig) -> TrainingSummary:
     if config.eval_data:
         held_out = first_on_main(state, lambda: prepare_dataset(config.eval_data, tokenizer, "eval_data")).dataset
     state.print(f"Training data: {prepared.report}")
+    config = settle_ratio(config, checkpoint, max(map(len, prepared.dataset["input_ids"])), state)
+    if state.is_main_process:
+        save_resolved(config, output / "config.yaml")
     rule = config.selection.to_rule()
     index = _index(config, prepared, state) if config.training.ditching and rule.needs_scores else None
 
@@ -130,9 +131,13 @@ def train(config: RunConfig) -> TrainingSummary:
     return summary
 
 
+# Settings of a TrainingConfig that are no fields of TrainingArguments.
+_OURS = {"ditching", "recompute", "packing", "memory_budget", "mixed_precision", "resume", "extra"}
+
+
 def training_arguments(training: TrainingConfig, output: Path, seed: int) -> TrainingArguments:
     """Transformers' arguments of a run; what is not set here keeps Transformers' default."""
-    own = training.model_dump(exclude={"ditching", "recompute", "packing", "mixed_precision", "resume", "extra"})
+    own = training.model_dump(exclude=_OURS)
     return TrainingArguments(
         output_dir=str(output),
         seed=seed,
