@@ -3,16 +3,19 @@
     python -m benchmarks.plan
 
 Both count the storages alive, by two counters that share no code: the planner's on a step without data, and
-benchmarks/memory.py on the real one. "Above states" leaves out parameters, gradients and optimizer states.
+benchmarks/memory.py on the real one. "Above states" leaves out parameters, gradients and optimizer states. FLOPs are
+those of torch's counter.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from benchmarks.memory import LiveStorages, storage_bytes
@@ -56,6 +59,39 @@ def run_config(tokens: int, *settings: str) -> RunConfig:
 
 def measured_peak(config: RunConfig, method: Method, shape: PreTrainedConfig, model: nn.Module | None = None) -> int:
     """Bytes of all storages alive at the peak of a real optimizer step, taken as Trainer takes it."""
+    step, kept, inputs = _real_step(config, method, shape, model)
+    step()  # which makes the optimizer's states
+    kept = kept()
+    with LiveStorages().ignore([*kept, *inputs]) as live:
+        step()
+    return storage_bytes(kept) + live.peak
+
+
+def measured_flops(config: RunConfig, method: Method, shape: PreTrainedConfig) -> int:
+    """Floating-point operations of a real optimizer step, by torch's counter."""
+    step, _, _ = _real_step(config, method, shape, None)
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    step()  # in which token ditching learns about the model
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _attention_flops(query, key, *args, **kwargs) -> int:
+    """Two products, of all queries with all keys, by all query heads."""
+    return 4 * math.prod(query[:-1]) * key[-2] * query[-1]
+
+
+def _attention_backward_flops(gradient, query, key, *args, **kwargs) -> int:
+    """Five products; the scores are computed once more."""
+    return 5 * _attention_flops(query, key) // 2
+
+
+def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model: nn.Module | None):
+    """A real optimizer step as a function; what stays between steps, as a function, and its input tensors."""
     torch.manual_seed(0)
     training = config.training
     if model is None:
@@ -83,12 +119,11 @@ def measured_peak(config: RunConfig, method: Method, shape: PreTrainedConfig, mo
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # which makes the optimizer's states
-    states = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-    kept = [*model.parameters(), *model.buffers(), *states]
-    with LiveStorages().ignore([*kept, *(x for x in inputs.values() if torch.is_tensor(x))]) as live:
-        step()
-    return storage_bytes(kept) + live.peak
+    def kept() -> list[torch.Tensor]:
+        states = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        return [*model.parameters(), *model.buffers(), *states]
+
+    return step, kept, [x for x in inputs.values() if torch.is_tensor(x)]
 
 
 def _inputs(batch: int, tokens: int, vocab: int, ratio: float | None) -> dict:
@@ -107,17 +142,16 @@ def main() -> None:
     for name, value in dict(hidden=256, layers=6, vocab=8192, tokens=512).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     sizes = vars(parser.parse_args())
-    print("| | planned MiB | measured MiB | planned / measured | the same above states |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print("| | planned MiB | measured MiB | planned / measured | the same above states | of FLOPs |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, (kind, method, settings) in CASES.items():
         config, shape = run_config(sizes["tokens"], *settings), model_config(kind, **sizes)
         plan = plan_memory(config, method, Engine(on_cpu=True), model_config=shape)
         measured = measured_peak(config, method, shape)
         above = (plan.peak - plan.states) / (measured - plan.states)
-        print(
-            f"| {name} | {plan.peak / 2**20:.1f} | {measured / 2**20:.1f} | {plan.peak / measured:.4f} | {above:.4f} |",
-            flush=True,
-        )
+        flops = plan.work.flops / measured_flops(config, method, shape)
+        sizes_mib = f"{plan.peak / 2**20:.1f} | {measured / 2**20:.1f}"
+        print(f"| {name} | {sizes_mib} | {plan.peak / measured:.4f} | {above:.4f} | {flops:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from tokenseek.config import RunConfig, load_config
@@ -49,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser(
         "plan",
-        help="tell the peak memory of a run, without its weights, its data or a GPU",
-        description="tell the peak memory per device of a training step, from its code run on tensors without data",
+        help="tell the peak memory and the time of a run's steps, without its weights, its data or a GPU",
+        description="tell the peak memory per device of a training step, and estimate its time, from its code run on "
+        "tensors without data",
     )
     add_run_arguments(command)
     command.add_argument(
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--ratios", default="0.1,0.3,0.5", metavar="R,R", help="shares of the tokens to compare")
     command.add_argument("--tokens", type=int, metavar="T", help="length of an example (default: data.max_length)")
     command.add_argument("--budget", metavar="SIZE", help="find the largest share that fits, in 8GiB for one")
+    command.add_argument("--gpu", metavar="NAME", help="estimate seconds on it too: H100, A100-80, L40S, RTX4090, ...")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the plans, in bytes, here too")
     command.set_defaults(run=_plan)
 
@@ -284,14 +285,17 @@ def _plan(args: argparse.Namespace) -> int:
     from tokenseek.planning import (  # late: a mistake in the configuration is told before torch is imported
         Method,
         describe_choice,
+        find_gpu,
         largest_ratio,
         method_of,
         plan_memory,
         plan_table,
         read_engine,
+        time_table,
     )
 
     budget = args.budget and parse_size(args.budget)
+    gpu = args.gpu and find_gpu(args.gpu)
     engines = [read_engine(name, args.num_processes) for name in args.accelerate_config or ["single"]]
     plans, status = [], 0
     for engine in engines:
@@ -307,9 +311,11 @@ def _plan(args: argparse.Namespace) -> int:
             methods = [Method(), Method(recompute=True), *(method_of(config, ratio) for ratio in _ratios(args.ratios))]
             found = [plan_memory(config, method, engine, tokens=args.tokens) for method in methods]
         print(plan_table(found), end="\n\n")
+        if gpu:
+            print(time_table(found, args.gpu, gpu), end="\n\n")
         plans += found
     if args.json:
-        args.json.write_text(json.dumps([asdict(plan) for plan in plans], indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps([plan.as_dict(gpu) for plan in plans], indent=1) + "\n", encoding="utf-8")
     return status
 
 

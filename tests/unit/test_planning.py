@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import benchmarks.plan
-from benchmarks.plan import CASES, LORA, measured_peak, model_config
+from benchmarks.plan import CASES, LORA, measured_flops, measured_peak, model_config
 from tokenseek.cli import main
 from tokenseek.errors import UserError
-from tokenseek.planning import CATEGORIES, Engine, Method, largest_ratio, plan_memory, read_engine
+from tokenseek.planning import (
+    CATEGORIES,
+    EFFICIENCY,
+    Engine,
+    Gpu,
+    Method,
+    StepWork,
+    largest_ratio,
+    plan_memory,
+    read_engine,
+)
 from tokenseek.planning.ledger import Ledger
 from tokenseek.planning.packed import packed_bytes
+from tokenseek.planning.work import Work
 from tokenseek.runs.models import load_model
 
 SIZES = dict(hidden=128, layers=2, vocab=1000, tokens=384)
@@ -36,6 +49,62 @@ def test_plan_agrees_with_a_real_step(case):
     # Weights and their states, which are easily counted, must not hide an error in the rest.
     assert planned.peak - planned.states == pytest.approx(measured - planned.states, rel=0.05)
     assert sum(planned.parts.values()) == planned.peak
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_planned_arithmetic_is_that_of_a_real_step(case):
+    kind, method, settings = CASES[case]
+    config, shape = run_config(*settings), model_config(kind, **SIZES)
+    planned = plan_memory(config, method, CPU, model_config=shape).work.flops
+    # Where the selected tokens stand decides how many keys they see: evenly spread in the plan, drawn in the step.
+    tolerance = 1e-9 if method.ratio is None else 0.02
+    assert planned == pytest.approx(measured_flops(config, method, shape), rel=tolerance)
+
+
+def test_time_is_that_of_the_arithmetic_or_of_the_traffic():
+    gpu = Gpu(flops=100.0, flops_float32=10.0, bandwidth=1.0, link=5.0)
+    with Work() as work:
+        a, b = torch.ones(8, 16), torch.ones(16, 4)
+        work.reset()
+        (a @ b).view(4, 8).t()  # views take no time
+        torch.empty(1000)  # nor does memory that nobody writes
+    assert work.flops == 2 * 8 * 16 * 4
+    step = StepWork(work.flops, 30, work.operations)
+    moved = 4 * (8 * 16 + 16 * 4 + 8 * 4)
+    assert step.seconds(gpu) == pytest.approx(max(work.flops / 10, moved) / EFFICIENCY)
+    assert step.sending_seconds(gpu) == pytest.approx(30 / 5 / EFFICIENCY)
+    assert replace(step, operations=Counter({(400.0, 3, False): 2})).seconds(gpu) == pytest.approx(8 / EFFICIENCY)
+
+
+def test_causal_attention_takes_half_the_time_and_rows_of_a_table_their_own():
+    q = torch.ones(1, 2, 64, 16)
+    counts = []
+    for causal in (False, True):
+        with Work() as work:
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=causal)
+        ((arithmetic, _, _),) = [key for key in work.operations if key[0]]
+        counts.append((work.flops, arithmetic))
+    flops = 4 * 2 * 64 * 64 * 16
+    assert counts == [(flops, flops), (flops, flops / 2)]
+    table, ids = torch.ones(1000, 16), torch.tensor([1, 5])
+    with Work() as work:
+        torch.nn.functional.embedding(ids, table)
+    assert list(work.operations) == [(0, 2 * 2 * 16 * 4, True)]
+
+
+def test_what_is_sent():
+    """Against arithmetic: W bytes of weights, all trained, over 4 processes, in 2 micro batches."""
+    weights = 2 * AutoModelForCausalLM.from_config(LLAMA).num_parameters()
+    config = run_config("model.dtype=bfloat16", "training.gradient_accumulation_steps=2")
+    expected = {"single": 0, "ddp": 2, "zero1": 2, "zero2": 3, "zero3": 6, "fsdp2": 6}
+    for kind, times in expected.items():
+        processes = 1 if kind == "single" else 4
+        work = plan_memory(config, Method(0.25), Engine(kind, processes), model_config=LLAMA).work
+        assert work.sent == times * weights * 3 // 4, kind
+    lora = run_config(*LORA, "model.dtype=bfloat16")
+    sent = plan_memory(lora, Method(0.25), Engine("ddp", 4), model_config=LLAMA).work.sent
+    adapters = 2 * 3 * 8 * (128 + 384)  # layers, matrices of a feed-forward block, rank, both sides; in float32
+    assert sent == 2 * 4 * adapters * 3 // 4
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4, double", "int8"])
@@ -168,6 +237,12 @@ def test_the_command(tmp_path, capsys):
     assert [plan["method"]["ratio"] for plan in plans] == [None, None, 0.2]
     assert set(plans[0]["parts"]) == set(CATEGORIES)
     assert "zero2, 8 processes; 1 x 64 tokens" in capsys.readouterr().out
+    assert main([*command, "--ratios", "0.2", "--gpu", "H100", "--json", str(tmp_path / "p.json")]) == 0
+    plans = json.loads((tmp_path / "p.json").read_text())
+    assert plans[0]["work"]["seconds"] > plans[2]["work"]["seconds"] > 0 and plans[2]["work"]["sent"] == 0
+    assert "H100, estimate" in capsys.readouterr().out
+    assert main([*command, "--gpu", "H10"]) == 2
+    assert "did you mean H100?" in capsys.readouterr().err
     assert main([*command, "--budget", "1GiB"]) == 0
     assert "r = 1 is the largest share that fits" in capsys.readouterr().out
     assert main([*command, "--budget", "1MiB"]) == 1

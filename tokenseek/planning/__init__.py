@@ -1,23 +1,30 @@
-"""Plan: the memory of a run, before any weight is loaded and without a GPU."""
+"""Plan: the memory of a run and the time of its steps, before any weight is loaded and without a GPU."""
 
 from tokenseek.planning.budget import Choice, Knob, largest_ratio
 from tokenseek.planning.engine import Engine, launched_engine, read_engine
 from tokenseek.planning.ledger import CATEGORIES
-from tokenseek.planning.report import describe_choice, plan_table
+from tokenseek.planning.report import describe_choice, plan_table, time_table
 from tokenseek.planning.step import MemoryPlan, Method, method_of, plan_memory
+from tokenseek.planning.work import EFFICIENCY, GPUS, Gpu, StepWork, find_gpu
 
 __all__ = [
     "CATEGORIES",
     "Choice",
+    "EFFICIENCY",
+    "GPUS",
     "Engine",
+    "Gpu",
     "Knob",
     "MemoryPlan",
     "Method",
+    "StepWork",
     "describe_choice",
+    "find_gpu",
     "largest_ratio",
     "launched_engine",
     "method_of",
     "plan_memory",
     "plan_table",
     "read_engine",
+    "time_table",
 ]

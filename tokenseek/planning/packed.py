@@ -51,8 +51,8 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packed, out_features):
         ctx.shape = (out_features, x.shape[-1])
-        return linear(x, x.new_empty(ctx.shape))
+        return linear(x, x.new_zeros(ctx.shape))  # written, as unpacking does
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient @ gradient.new_empty(ctx.shape), None, None
+        return gradient @ gradient.new_zeros(ctx.shape), None, None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tokenseek.planning.budget import Choice
 from tokenseek.planning.ledger import CATEGORIES
 from tokenseek.planning.step import MemoryPlan
+from tokenseek.planning.work import Gpu
 from tokenseek.sizes import format_size
 
 
@@ -18,6 +19,25 @@ def plan_table(plans: Sequence[MemoryPlan]) -> str:
     for plan in plans:
         sizes = [plan.peak, *(plan.parts[name] for name in CATEGORIES)]
         lines.append([str(plan.method), *(f"{size / unit:.{digits}f}" for size in sizes)])
+    return _aligned(lines)
+
+
+def time_table(plans: Sequence[MemoryPlan], name: str, gpu: Gpu) -> str:
+    """One line for each plan: what an optimizer step computes and sends, and how long that takes on a GPU."""
+    lines = [[f"{name}, estimate", "TFLOP", "compute s", "tokens/s", "sent GB", "sending s"]]
+    for plan in plans:
+        work, examples = plan.work, plan.tokens[0] * plan.micro_batches
+        if plan.engine.offload_optimizer or plan.engine.offload_parameters:
+            compute = speed = "-"  # bound by the host
+        else:
+            seconds = work.seconds(gpu)
+            compute, speed = f"{seconds:.4f}", f"{examples * plan.tokens[1] / seconds:,.0f}"
+        sending = f"{work.sending_seconds(gpu):.4f}"
+        lines.append([str(plan.method), f"{work.flops / 1e12:.2f}", compute, speed, f"{work.sent / 1e9:.2f}", sending])
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

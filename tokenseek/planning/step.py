@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from unittest import mock
 
 import numpy as np
@@ -27,6 +28,7 @@ from tokenseek.planning.engine import Engine
 from tokenseek.planning.ledger import Ledger
 from tokenseek.planning.packed import pack_linear_layers
 from tokenseek.planning.sharding import ShardedState
+from tokenseek.planning.work import Gpu, StepWork, Work, sent_bytes
 from tokenseek.runs.models import add_adapter
 
 _CPU = torch.device("cpu")
@@ -58,6 +60,8 @@ class MemoryPlan:
         parts: by category (:data:`~tokenseek.planning.ledger.CATEGORIES`).
         states: parameters, gradients and optimizer states: what a step has before its first token.
         tokens: (examples, tokens of each) in a micro batch.
+        micro_batches: of an optimizer step.
+        work: what an optimizer step computes and sends.
     """
 
     method: Method
@@ -66,6 +70,19 @@ class MemoryPlan:
     parts: dict[str, int]
     states: int
     tokens: tuple[int, int]
+    micro_batches: int
+    work: StepWork = field(repr=False)
+
+    def as_dict(self, gpu: Gpu | None = None) -> dict:
+        """What JSON takes; with the seconds on a GPU, if one is given."""
+        work = {"flops": self.work.flops, "sent": self.work.sent}
+        if gpu:
+            work |= {"seconds": self.work.seconds(gpu), "sending_seconds": self.work.sending_seconds(gpu)}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "method": asdict(self.method),
+            "engine": asdict(self.engine),
+            "work": work,
+        }
 
 
 def plan_memory(
@@ -112,7 +129,7 @@ def plan_memory(
     model = _build(config, model_config, method, engine)
     decoder = find_decoder(model)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger, _LargestBatch(ledger):
+        with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger, Work() as work, _LargestBatch(ledger):
             _materialise(model)
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
             if config.training.gradient_accumulation_steps > 1:
@@ -120,7 +137,12 @@ def plan_memory(
             if warm_up is not None:
                 _run_first_layer(model, decoder, warm_up)
             ledger.reset_peak()
-            _train(model, decoder, state, ledger, config, engine, shape, parts)
+            work.reset()
+            _train_pass(model, decoder, state, ledger, config, engine, shape, parts)
+            passes = StepWork(work.flops, 0, work.operations)
+            work.reset()
+            ledger.region = "workspace"
+            state.step()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
             f"{type(decoder.causal_lm).__name__} with training.optim={config.training.optim} cannot be planned: the "
@@ -128,7 +150,15 @@ def plan_memory(
         ) from error
     at_peak = ledger.at_peak
     states = sum(at_peak[name] for name in ("parameters", "gradients", "optimizer"))
-    return MemoryPlan(method, engine, ledger.peak, at_peak, states, shape)
+    micro_batches = config.training.gradient_accumulation_steps
+    sent = sent_bytes(engine, _nbytes(state.parameters), _nbytes(state.trained), micro_batches)
+    operations = work.operations + Counter({key: micro_batches * n for key, n in passes.operations.items()})
+    whole = StepWork(work.flops + micro_batches * passes.flops, sent, operations)
+    return MemoryPlan(method, engine, ledger.peak, at_peak, states, shape, micro_batches, whole)
+
+
+def _nbytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def method_of(config: RunConfig, ratio: float | None = None) -> Method:
@@ -208,8 +238,10 @@ def _materialise(model: nn.Module) -> None:
                 tensors[name] = made[tensor]
 
 
-def _train(model, decoder: Decoder, state: ShardedState, ledger: Ledger, config, engine: Engine, shape, parts) -> None:
-    """Forward, backward and optimizer step of one micro batch, as Transformers' Trainer takes them."""
+def _train_pass(
+    model, decoder: Decoder, state: ShardedState, ledger: Ledger, config, engine: Engine, shape, parts
+) -> None:
+    """Forward and backward of one micro batch, as Transformers' Trainer takes them."""
     extra = {} if parts is None else {"selected_positions": parts}
     ids = torch.zeros(shape, dtype=torch.int64)
     decoder.body.register_forward_hook(lambda module, args, output: _enter_head(ledger, output))
@@ -224,9 +256,6 @@ def _train(model, decoder: Decoder, state: ShardedState, ledger: Ledger, config,
     del output
     with state.backward_pass():
         loss.backward()
-    del loss
-    ledger.region = "workspace"
-    state.step()
 
 
 class _Enough(Exception):

@@ -1,0 +1,170 @@
+"""What a step computes and moves, counted in its operations, and how long that takes on a named GPU: an estimate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+from tokenseek.errors import UserError
+from tokenseek.planning.engine import Engine
+from tokenseek.spelling import did_you_mean
+
+_aten = torch.ops.aten
+# torch counts the attention kernels of GPUs; on a CPU, where steps are planned, another one stands for them.
+FLOP_FORMULAS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+# These read the rows that they return, or write the rows that they are given, and not all of a table.
+_OF_ROWS = {_aten.embedding, _aten.index_select, _aten.gather, _aten.index, _aten.index_copy_, _aten.scatter_}
+_ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks of a GPU, from its vendor's data sheet, dense.
+
+    Attributes:
+        flops, flops_float32: per second, in bfloat16 with float32 sums, and in float32 outside tensor cores.
+        bandwidth: bytes per second of its memory.
+        link: bytes per second that it sends to its neighbours, one way (NVLink, or PCIe x16).
+    """
+
+    flops: float
+    flops_float32: float
+    bandwidth: float
+    link: float
+
+
+GPUS = {
+    "H200": Gpu(989e12, 67e12, 4.8e12, 450e9),
+    "H100": Gpu(989e12, 67e12, 3.35e12, 450e9),
+    "A100-80": Gpu(312e12, 19.5e12, 2.039e12, 300e9),
+    "A100-40": Gpu(312e12, 19.5e12, 1.555e12, 300e9),
+    "L40S": Gpu(362e12, 91.6e12, 864e9, 32e9),
+    "L4": Gpu(121e12, 30.3e12, 300e9, 32e9),
+    "A10": Gpu(125e12, 31.2e12, 600e9, 32e9),
+    "RTX4090": Gpu(165e12, 82.6e12, 1.008e12, 32e9),
+    "RTX3090": Gpu(71e12, 35.6e12, 936e9, 32e9),
+}
+# The share of every one of these peaks that real kernels and collectives are taken to reach.
+EFFICIENCY = 0.6
+
+
+def find_gpu(name: str) -> Gpu:
+    """
+    Raises:
+        UserError: no such GPU, with the names there are.
+    """
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: accepted are {', '.join(GPUS)}{did_you_mean(name, GPUS)}")
+    return GPUS[name]
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """An optimizer step of one process, with all its micro batches.
+
+    Attributes:
+        flops: floating-point operations of its matrix products and attention, by torch's formulas.
+        sent: bytes that leave the process.
+        operations: number of those with the same (arithmetic, bytes read and written, whether in float32).
+    """
+
+    flops: int
+    sent: int
+    operations: Counter[tuple[float, int, bool]]
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Each operation takes as long as its arithmetic or its traffic, whichever is longer."""
+        total = 0.0
+        for (flops, nbytes, is_float32), count in self.operations.items():
+            arithmetic = flops / (gpu.flops_float32 if is_float32 else gpu.flops)
+            total += count * max(arithmetic, nbytes / gpu.bandwidth)
+        return total / EFFICIENCY
+
+    def sending_seconds(self, gpu: Gpu) -> float:
+        """All or most of it at the same time as the computing."""
+        return self.sent / gpu.link / EFFICIENCY
+
+
+def sent_bytes(engine: Engine, weights: int, trained: int, micro_batches: int) -> int:
+    """Bytes that leave a process in an optimizer step, by rings (docs/distributed.md, "What is sent").
+
+    Args:
+        weights, trained: bytes of all weights and of those that are trained, in the dtype in which they travel.
+    """
+    times = {
+        "single": 0,
+        "ddp": 2 * trained,
+        "zero1": 2 * trained,
+        "zero2": micro_batches * trained + trained,
+        "zero3": micro_batches * (2 * weights + trained),
+        "fsdp2": micro_batches * (2 * weights + trained),
+    }
+    return times[engine.kind] * (engine.processes - 1) // engine.processes
+
+
+class Work(TorchDispatchMode):
+    """Counts, for every operation in the block, its floating-point operations and the bytes it reads and writes.
+
+    Matrix products and attention count by torch's formulas (``torch.utils.flop_counter``); everything else is bytes.
+
+    Example:
+        >>> with Work() as work:
+        ...     _ = torch.ones(8, 16) @ torch.ones(16, 4)
+        >>> work.flops
+        1024
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.flops = 0
+        self.operations: Counter[tuple[float, int, bool]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operation = func._overloadpacket
+        if operation in _ALLOCATIONS:
+            return result
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        returned = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if not returned or (not func._schema.is_mutable and _is_view(given, returned)):
+            return result
+        work = flops = 0
+        if formula := FLOP_FORMULAS.get(operation):
+            flops = formula(*args, **kwargs, out_val=result)
+            work = flops / 2 if _is_causal(func, args, kwargs) else flops
+        if operation in _OF_ROWS:
+            rows = given[-1:] if func._schema.is_mutable else returned
+            nbytes = 2 * sum(map(_nbytes, rows))
+        else:
+            nbytes = sum(map(_nbytes, given)) + sum(map(_nbytes, returned))
+        self.flops += flops
+        self.operations[work, nbytes, returned[0].dtype == torch.float32] += 1
+        return result
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())  # an expanded tensor is read over and over
+
+
+def _is_view(given: list[torch.Tensor], returned: list[torch.Tensor]) -> bool:
+    storages = {id(x.untyped_storage()) for x in given}
+    return all(id(x.untyped_storage()) in storages for x in returned)
+
+
+def _is_causal(func, args, kwargs) -> bool:
+    """Attention that leaves out what lies above the diagonal, which torch's formulas do not."""
+    names = [argument.name for argument in func._schema.arguments]
+    return bool(dict(zip(names, args, strict=False)).get("is_causal", kwargs.get("is_causal", False)))
