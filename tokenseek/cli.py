@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenseek.config import RunConfig, load_config
 from tokenseek.errors import UserError
-from tokenseek.evaluation.benchmarks import BENCHMARKS, HELD_OUT_LOSS, TABLE_1, require_runnable, split_tasks
+from tokenseek.evaluation.benchmarks import BENCHMARKS, HELD_OUT_LOSS, TABLE_1, runnable_tasks
 from tokenseek.evaluation.subject import Subject, find_subject
 from tokenseek.resources import find_resource, list_resources, resolve_accelerate_config
 from tokenseek.sizes import parse_size
@@ -221,8 +221,8 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    _subject(args)  # tell of mistakes before any process is started
-    require_runnable(split_tasks(args.tasks)[0], args.data, args.allow_code_execution)
+    # Tell of mistakes before any process is started.
+    runnable_tasks(args.tasks, args.data, _subject(args).held_out, args.allow_code_execution)
     words = [args.model, "--tasks", args.tasks, "--batch-size", str(args.batch_size), "--seed", str(args.seed)]
     for option in ("adapter", "limit", "json", "samples"):
         if (value := getattr(args, option)) is not None:

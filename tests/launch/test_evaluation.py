@@ -15,10 +15,10 @@ def test_scores_do_not_depend_on_the_number_of_processes(workspace, script):
     settings = ["--set", "model.dtype=float32", "--set", held_out, "--set", columns]
     words = [str(workspace.model), "--data", str(data), "--tasks", TASKS, "--batch-size", "3", *settings]
     one, two = workspace.folder / "one.json", workspace.folder / "two.json"
-    alone = script("evaluate", *words, "--json", one)
+    alone = script("evaluate", *words, "--json", one, "--samples", workspace.folder / "alone")
     assert alone.status == 0, alone
     shared = workspace.tokenseek(
-        "evaluate", *words, "--json", two, "--samples", workspace.folder / "samples",
+        "evaluate", *words, "--json", two, "--samples", workspace.folder / "shared",
         "--accelerate-config", "ddp_cpu", "--num-processes", "2",
     )  # fmt: skip
     assert shared.status == 0, shared
@@ -38,5 +38,12 @@ def test_scores_do_not_depend_on_the_number_of_processes(workspace, script):
     rows = [line for line in shared.out.splitlines() if line.startswith(f"| {workspace.model} |")]
     assert rows == [line for line in alone.out.splitlines() if line.startswith(f"| {workspace.model} |")]
     assert len(rows) == 1 and f"{100 * first['scores']['hellaswag']['value']:.2f}" in rows[0]
-    samples = (workspace.folder / "samples" / "arc_challenge.jsonl").read_text(encoding="utf-8").splitlines()
-    assert sorted(json.loads(line)["doc_id"] for line in samples) == list(range(17))
+    # Every question with the same solved examples before it.
+    for task in ("arc_challenge", "hellaswag", "gsm8k"):
+        prompts = [_prompts(workspace.folder / folder / f"{task}.jsonl") for folder in ("alone", "shared")]
+        assert prompts[0] == prompts[1], task
+
+
+def _prompts(path):
+    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(sample["doc_id"], sample["filter"]): sample["arguments"] for sample in samples}

@@ -50,7 +50,7 @@ def config(world):
 @pytest.fixture(scope="module")
 def scored(world, config):
     """The five tasks of Table 1 with few solved examples, and all prompts and answers."""
-    tasks = "arc_challenge:3,hellaswag:2,mmlu,truthfulqa,winogrande"
+    tasks = "arc_challenge:15,hellaswag:2,mmlu,truthfulqa,winogrande"
     return evaluate(config, tasks=tasks, data=[world / "data"], samples=True)
 
 
@@ -101,7 +101,7 @@ def prompts(result, name, row=0):
 def test_prompts_are_those_of_the_official_tasks(scored):
     ((first, *_),) = prompts(scored, "arc_challenge")
     assert first[0].endswith(" pears\n\nQuestion: How many pears has Ann?\nAnswer:") and first[1] == " 43 pears"
-    assert first[0].count("Question: ") == 4 and first[0].startswith("Question: How many pears has ")
+    assert first[0].count("Question: ") == 16 and first[0].startswith("Question: How many pears has ")
 
     ((first, *_, last),) = prompts(scored, "hellaswag")
     assert first[0].endswith(".\n\nCooking: Ann peels pears. Then Ann")
@@ -266,8 +266,8 @@ def test_rows_and_averages(tmp_path):
     assert result.table().splitlines() == [
         "| model | ARC | HellaSwag | MMLU | TruthfulQA | WinoGrande | Average | HumanEval | BLEU | Held-out loss |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| us | 10.00 | 20.00 | 30.00 | 40.00 | 50.00 | 30.00 | 25.00 | 41.63 | 1.50 |",
-        "| standard error | 1.00 | 2.00 | 3.00 | 4.00 | 5.00 | 3.00 | 2.50 | 4.16 | 0.15 |",
+        "| us | 10.00 | 20.00 | 30.00 | 40.00 | 50.00 | 30.00 | 25.00 | 41.63 | 1.5000 |",
+        "| standard error | 1.00 | 2.00 | 3.00 | 4.00 | 5.00 | 3.00 | 2.50 | 4.16 | 0.1500 |",
     ]
     del five["mmlu"]
     assert "Average" not in made_up(**five).columns()
@@ -299,7 +299,7 @@ def test_what_is_evaluated(tmp_path, world):
     assert find_subject("some/model", adapter).adapter == adapter
     with pytest.raises(UserError, match="is an adapter itself"):
         find_subject(str(adapter), adapter)
-    with pytest.raises(UserError, match="holds no adapter_config.json"):
+    with pytest.raises(UserError, match="adapter .*holds no adapter_config.json"):
         find_subject("some/model", tmp_path)
     with pytest.raises(UserError, match="model.dtpye: unknown key.*did you mean dtype"):
         load_evaluated("some/model", ["model.dtpye=float32"])
@@ -324,10 +324,11 @@ def test_task_names(tasks, message):
         (["--tasks", "winogrnade"], "did you mean winogrande"),
         (["--tasks", "humaneval"], "humaneval runs programs.*--allow-code-execution"),
         (["--tasks", "ethics"], "ethics has no layout of local files"),
+        (["--tasks", "held_out_loss"], "held_out_loss needs an eval_data section"),
         (["--tasks", "gsm8k"], "gsm8k needs the file gsm8k_test.jsonl"),
         (["--data", "/no/such/folder"], "--data /no/such/folder: there is no such folder"),
         (["--set", "model.dtype=float8"], "model.dtype: should be.*got 'float8'"),
-        (["--adapter", "/no/adapter"], "--adapter /no/adapter holds no adapter_config.json"),
+        (["--adapter", "/no/adapter"], "adapter /no/adapter: the folder holds no adapter_config.json"),
     ],
 )
 def test_mistakes_are_told_before_any_process_starts(words, message, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenseek.config import DataConfig
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
 
@@ -99,18 +100,26 @@ def choose(tasks: Iterable[str]) -> list[Chosen]:
 def split_tasks(tasks: str | Sequence[str]) -> tuple[list[Chosen], bool]:
     """The benchmarks among `tasks` (a list, or names with commas between), and whether the held-out loss is, too."""
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
-    chosen = choose(name for name in names if name != HELD_OUT_LOSS)
     if not names:
         raise UserError(f"no task is given; accepted are {', '.join([*BENCHMARKS, HELD_OUT_LOSS])}")
-    return chosen, HELD_OUT_LOSS in names
+    return choose(name for name in names if name != HELD_OUT_LOSS), HELD_OUT_LOSS in names
 
 
-def require_runnable(chosen: Sequence[Chosen], folders: Sequence[Path], allow_code_execution: bool) -> None:
-    """Refuse, before anything is loaded, what cannot be run.
+def runnable_tasks(
+    tasks: str | Sequence[str], folders: Sequence[Path], held_out: DataConfig | None, allow_code_execution: bool
+) -> tuple[list[Chosen], bool]:
+    """:func:`split_tasks`, refusing before anything is loaded what cannot be run.
 
     Raises:
-        UserError: the harness is not installed, local files are missing, or code would be run without leave.
+        UserError: for unknown tasks; the harness is not installed; files or held-out data are missing; programs would
+            be run without leave.
     """
+    chosen, with_loss = split_tasks(tasks)
+    if with_loss and held_out is None:
+        raise UserError(
+            f"{HELD_OUT_LOSS} needs an eval_data section: evaluate a run that has one, or give it with --set "
+            "eval_data.sources.0.path=FILE"
+        )
     if chosen and importlib.util.find_spec("lm_eval") is None:
         raise UserError("benchmarks need lm-evaluation-harness: pip install 'tokenseek[eval]'")
     for item in chosen:
@@ -121,6 +130,7 @@ def require_runnable(chosen: Sequence[Chosen], folders: Sequence[Path], allow_co
             )
         if folders:
             local_files(item, folders)
+    return chosen, with_loss
 
 
 def local_files(chosen: Chosen, folders: Sequence[Path]) -> tuple[Path, Path | None]:

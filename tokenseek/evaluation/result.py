@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class EvaluationResult:
 
     def row(self, label: str | None = None, stderr: bool = False) -> str:
         """One Markdown row in the order of :meth:`columns`."""
-        return _row(label or self.model["label"], self.columns(stderr).values())
+        return _row(label or self.model["label"], self.columns(stderr))
 
     def table(self) -> str:
         """A Markdown table of the scores and of their standard errors."""
@@ -97,8 +97,11 @@ def markdown_table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     """A Markdown table of several results' columns, by label; a column that a row lacks is left empty."""
     titles = list(dict.fromkeys(title for columns in rows.values() for title in columns))
     lines = [f"| model | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
-    return "\n".join(lines + [_row(label, [columns.get(title) for title in titles]) for label, columns in rows.items()])
+    rows = {label: {title: columns.get(title) for title in titles} for label, columns in rows.items()}
+    return "\n".join(lines + [_row(label, columns) for label, columns in rows.items()])
 
 
-def _row(label: str, values: Sequence[float | None]) -> str:
-    return f"| {label} | {' | '.join('' if value is None else f'{value:.2f}' for value in values)} |"
+def _row(label: str, columns: Mapping[str, float | None]) -> str:
+    forms = {title: ".4f" if title == _LOSS_COLUMN else ".2f" for title in columns}
+    cells = ("" if value is None else format(value, forms[title]) for title, value in columns.items())
+    return f"| {label} | {' | '.join(cells)} |"

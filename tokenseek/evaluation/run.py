@@ -17,12 +17,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from tokenseek import __version__
 from tokenseek.config import DataConfig, ModelConfig
 from tokenseek.data import prepare_dataset
 from tokenseek.errors import UserError
-from tokenseek.evaluation.benchmarks import HELD_OUT_LOSS, TABLE_1, Chosen, local_files, require_runnable, split_tasks
+from tokenseek.evaluation.benchmarks import HELD_OUT_LOSS, TABLE_1, Chosen, local_files, runnable_tasks
 from tokenseek.evaluation.result import EvaluationResult, Score
-from tokenseek.evaluation.subject import Subject
+from tokenseek.evaluation.subject import Subject, require_adapter
 from tokenseek.runs.metrics import held_out_loss
 from tokenseek.runs.models import load_model, load_tokenizer, require_decoder
 from tokenseek.runs.processes import first_on_main, join_processes, whole_models
@@ -30,15 +31,15 @@ from tokenseek.training import PaddingCollator
 
 # Processes with longer examples finish later than others, which wait for them; the launcher ends all when one dies.
 _PATIENCE = timedelta(days=7)
-_PACKAGES = ("tokenseek", "lm_eval", "torch", "transformers", "peft", "datasets")
+_PACKAGES = ("torch", "transformers", "peft", "datasets")
 
 
 def evaluate(
     model: ModelConfig,
-    adapter: Path | None = None,
+    adapter: str | Path | None = None,
     tasks: str | Sequence[str] = TABLE_1,
     *,
-    data: Sequence[Path] = (),
+    data: Sequence[str | Path] = (),
     held_out: DataConfig | None = None,
     limit: int | None = None,
     batch_size: int = 8,
@@ -70,12 +71,10 @@ def evaluate(
         UserError: before the model is loaded, for tasks, data or a model that there are not.
     """
     began = time.perf_counter()
-    chosen, with_loss = split_tasks(tasks)
-    require_runnable(chosen, data, allow_code_execution)
-    if with_loss and held_out is None:
-        raise UserError(
-            f"{HELD_OUT_LOSS} needs data: an eval_data section, such as that of a run, or --set eval_data.sources..."
-        )
+    data = [Path(folder) for folder in data]
+    chosen, with_loss = runnable_tasks(tasks, data, held_out, allow_code_execution)
+    if adapter:
+        require_adapter(Path(adapter))
     if limit is not None and limit < 1 or batch_size < 1:
         raise UserError(f"limit {limit}, batch size {batch_size}: both are at least 1")
     state = join_processes(_PATIENCE)
@@ -102,6 +101,7 @@ def evaluate(
         scores, answers = found
     if held_out_data is not None:
         scores[HELD_OUT_LOSS] = _loss(network, tokenizer, held_out_data, batch_size)
+    packages = [*_PACKAGES, "lm_eval"] if chosen else _PACKAGES
     return EvaluationResult(
         scores=scores,
         model={
@@ -118,7 +118,7 @@ def evaluate(
             "data": {item.benchmark.name: _digests(item, data) for item in chosen} if data else "hub",
             "eval_data": held_out.model_dump(mode="json") if with_loss else None,
         },
-        versions={package: version(package) for package in _PACKAGES if package != "lm_eval" or chosen},
+        versions={"tokenseek": __version__, **{name: version(name) for name in packages}},
         seconds=round(time.perf_counter() - began, 1),
         samples=answers if samples else None,
     )
@@ -153,7 +153,7 @@ def evaluate_subject(
             print(f"prompts and answers: {samples}")
 
 
-def _load(model: ModelConfig, adapter: Path | None, state: PartialState) -> PreTrainedModel | PeftModel:
+def _load(model: ModelConfig, adapter: str | Path | None, state: PartialState) -> PreTrainedModel | PeftModel:
     with whole_models():
         network = load_model(model)
         if not model.quantization:

@@ -48,8 +48,8 @@ def find_subject(name_or_path: str, adapter: Path | None = None, overrides: Sequ
     if adapter and (run or is_adapter):
         kind = "the folder of a run" if run else "an adapter itself"
         raise UserError(f"--adapter {adapter}: {name_or_path} is {kind}; give a model to put the adapter on")
-    if adapter and not _is_adapter(adapter):
-        raise UserError(f"--adapter {adapter} holds no adapter_config.json; give the folder of an adapter")
+    if adapter:
+        require_adapter(adapter)
     if run:
         config = load_config(run / "config.yaml", overrides)
         model = config.model
@@ -59,6 +59,11 @@ def find_subject(name_or_path: str, adapter: Path | None = None, overrides: Sequ
     base = _base_of(path) if is_adapter else name_or_path
     config = load_evaluated(base, overrides)
     return Subject(config.model, path if is_adapter else adapter, config.eval_data)
+
+
+def require_adapter(folder: Path) -> None:
+    if not _is_adapter(folder):
+        raise UserError(f"adapter {folder}: the folder holds no adapter_config.json; give one such as RUN/final")
 
 
 def _is_adapter(folder: Path) -> bool:
