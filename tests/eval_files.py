@@ -29,7 +29,7 @@ def write_eval_files(folder: Path) -> Path:
         folder / "hellaswag.jsonl",
         [
             {
-                "query": f"Cooking: {name} peels pears. Then {name}",
+                "query": f"Cooking: {name} peels pears. the cook",
                 "choices": ["cuts them.", "sleeps in a tree.", "is a pear and a knife.", "runs."],
                 "gold": number % 4,
             }

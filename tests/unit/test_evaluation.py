@@ -104,7 +104,7 @@ def test_prompts_are_those_of_the_official_tasks(scored):
     assert first[0].count("Question: ") == 16 and first[0].startswith("Question: How many pears has ")
 
     ((first, *_, last),) = prompts(scored, "hellaswag")
-    assert first[0].endswith(".\n\nCooking: Ann peels pears. Then Ann")
+    assert first[0].endswith(".\n\nCooking: Ann peels pears. The cook")
     assert (first[1], last[1]) == (" cuts them.", " runs.")
 
     anatomy, astronomy = (prompts(scored, "mmlu")[subject] for subject in (0, 1))

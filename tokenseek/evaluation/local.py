@@ -7,6 +7,7 @@ what is measured is the same with the hub and without.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,9 @@ def _arc(row: Row) -> Row:
 
 
 def _hellaswag(row: Row) -> Row:
-    return {"query": row["query"], "choices": row["choices"], "label": row["gold"]}
+    # The official task begins the unfinished last sentence with a capital letter.
+    query = re.sub(r"(?<=[.!?] )[a-z](?=[^.!?]*$)", lambda match: match[0].upper(), row["query"])
+    return {"query": query, "choices": row["choices"], "label": row["gold"]}
 
 
 def _mmlu(row: Row) -> Row:
