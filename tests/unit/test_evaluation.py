@@ -188,7 +188,7 @@ def test_generated_answers(name, file, ask, answer, world):
     oracle = Oracle({ask.format(**row): answer.format(**row) for row in rows})
     chosen = choose([name])
     tasks = load_tasks(chosen, [world / "data"], seed=1234)
-    scores, _ = run_tasks(oracle, tasks, chosen, local=True, limit=None, samples=False)
+    scores, _ = run_tasks(oracle, tasks, chosen)
     score = scores[chosen[0].benchmark.name]
     assert score.examples == len(rows) == len(oracle.asked)
     if name == "translation":
@@ -351,7 +351,13 @@ def test_mistakes_are_told_before_torch_is_imported():
     assert run.returncode == 0 and "unknown task 'x'" in run.stderr, run
 
 
-def test_local_files_that_do_not_fit(world, config, tmp_path):
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails the test if a mistake is not told before the model is loaded."""
+    monkeypatch.setattr("tokenseek.evaluation.run.load_model", lambda _: pytest.fail("the model was loaded"))
+
+
+def test_local_files_that_do_not_fit(world, config, tmp_path, no_model):
     write_jsonl(tmp_path / "hellaswag.jsonl", [{"query": "a", "choices": ["b"], "gold": 0}, {"query": "a"}])
     with pytest.raises(UserError, match="hellaswag.jsonl, row 2: is not of the layout of hellaswag.*'choices'"):
         evaluate(config, tasks="hellaswag", data=[tmp_path])
@@ -363,15 +369,13 @@ def test_local_files_that_do_not_fit(world, config, tmp_path):
         evaluate(config, tasks="arc_easy", data=[world / "data"])  # 25 solved examples of 16 questions
 
 
-def test_no_hub(config):
+def test_no_hub(config, no_model):
     with pytest.raises(UserError, match="winogrande: its data cannot be had from the hub.*--data"):
         evaluate(config, tasks="winogrande")
 
 
 def test_more_processes_than_examples(world):
-    oracle = Oracle({})
-    oracle._rank, oracle._world_size = 0, 17
-    chosen = choose(["hellaswag:0"])
-    tasks = load_tasks(chosen, [world / "data"], seed=1)
     with pytest.raises(UserError, match="16 examples of hellaswag cannot be shared by 17 processes"):
-        run_tasks(oracle, tasks, chosen, local=True, limit=None, samples=False)
+        load_tasks(choose(["hellaswag:0"]), [world / "data"], seed=1, processes=17)
+    with pytest.raises(UserError, match="1 examples of hellaswag cannot be shared by 2 processes; raise --limit"):
+        load_tasks(choose(["hellaswag:0"]), [world / "data"], seed=1, processes=2, limit=1)

@@ -13,6 +13,7 @@ import lm_eval
 import lm_eval.tasks
 from accelerate import PartialState
 from accelerate.utils import gather
+from lm_eval.api.model import LM
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import Task
 from lm_eval.config.group import AggMetricConfig
@@ -59,15 +60,32 @@ def _quiet(logger: str) -> Iterator[None]:
         logging.getLogger(logger).setLevel(level)
 
 
-def load_tasks(chosen: Sequence[Chosen], folders: Sequence[Path], seed: int) -> dict[str, dict[str, Any]]:
-    """The harness's tasks of every benchmark, by benchmark name, over local files or, without `folders`, the hub's.
+def load_tasks(
+    chosen: Sequence[Chosen],
+    folders: Sequence[Path] = (),
+    *,
+    seed: int,
+    limit: int | None = None,
+    rank: int = 0,
+    processes: int = 1,
+) -> dict[str, dict[str, Any]]:
+    """The harness's tasks of every benchmark, by its name, ready for process `rank` of `processes`.
+
+    Args:
+        folders: of local files; without them the data are the hub's.
 
     Raises:
-        UserError: the hub's data cannot be had, or local files are not as they should be.
+        UserError: the hub's data cannot be had, local files are not as they should be, there are fewer questions than
+            processes, or too few of them to draw solved examples from.
     """
-    roots = {item: _root(item) for item in chosen}
-    manager = lm_eval.tasks.TaskManager(include_path=sorted(set(roots.values())), include_defaults=False)
-    return {item.benchmark.name: _load(manager, item, folders, seed) for item in chosen}
+    roots = {_root(item) for item in chosen}
+    manager = lm_eval.tasks.TaskManager(include_path=sorted(roots), include_defaults=False)
+    tasks = {item.benchmark.name: _load(manager, item, folders) for item in chosen}
+    for item in chosen:
+        for task in tasks[item.benchmark.name]["tasks"].values():
+            task.set_fewshot_seed(seed)
+            _prepare(task, item, bool(folders), limit, rank, processes)
+    return tasks
 
 
 def _root(item: Chosen) -> Path:
@@ -75,7 +93,7 @@ def _root(item: Chosen) -> Path:
     return Path(__file__).parent / "tasks" if folder is None else Path(lm_eval.tasks.__file__).parent / folder
 
 
-def _load(manager: lm_eval.tasks.TaskManager, item: Chosen, folders: Sequence[Path], seed: int) -> dict[str, Any]:
+def _load(manager: lm_eval.tasks.TaskManager, item: Chosen, folders: Sequence[Path]) -> dict[str, Any]:
     benchmark = item.benchmark
     names = [name for name in manager.all_subtasks if re.fullmatch(benchmark.tasks, name)]
     if benchmark.name == "mmlu" and folders:
@@ -98,8 +116,6 @@ def _load(manager: lm_eval.tasks.TaskManager, item: Chosen, folders: Sequence[Pa
             f"{benchmark.name}: its data cannot be had from the hub ({error}). Download it with network access first, "
             "or give folders of local files with --data, see docs/evaluation.md."
         ) from error
-    for task in loaded["tasks"].values():
-        task.set_fewshot_seed(seed)
     if len(names) == 1:
         return {**loaded, "groups": {}, "group_map": {}}
     metric, _, kind = benchmark.metric.partition(",")
@@ -108,22 +124,10 @@ def _load(manager: lm_eval.tasks.TaskManager, item: Chosen, folders: Sequence[Pa
 
 
 def run_tasks(
-    lm: ProcessLM,
-    tasks: dict[str, dict[str, Any]],
-    chosen: Sequence[Chosen],
-    *,
-    local: bool,
-    limit: int | None,
-    samples: bool,
+    lm: LM, tasks: dict[str, dict[str, Any]], chosen: Sequence[Chosen], limit: int | None = None, samples: bool = False
 ) -> tuple[dict[str, Score], dict[str, list]] | None:
-    """Run the benchmarks; every process calls this and the main one gets the scores.
-
-    Raises:
-        UserError: there are fewer questions than processes, or too few of them to draw solved examples from.
-    """
-    for item in chosen:
-        for task in tasks[item.benchmark.name]["tasks"].values():
-            _prepare(task, item, lm, local, limit)
+    """Run the benchmarks that :func:`load_tasks` has loaded; every process calls this and the main one gets the scores,
+    with all prompts and answers if `samples`."""
     scores, answers = {}, {}
     for item in chosen:
         benchmark = item.benchmark
@@ -141,14 +145,14 @@ def run_tasks(
     return (scores, answers) if lm.rank == 0 else None
 
 
-def _prepare(task: Task, item: Chosen, lm: ProcessLM, local: bool, limit: int | None) -> None:
+def _prepare(task: Task, item: Chosen, local: bool, limit: int | None, rank: int, processes: int) -> None:
     name = item.benchmark.name
     docs = list(task.eval_docs)
     count = min(len(docs), limit or len(docs))
-    if count < lm.world_size:
+    if count < processes:
         raise UserError(
-            f"{name}: {count} examples of {task.task_name} cannot be shared by {lm.world_size} processes; raise "
-            "--limit or start fewer"
+            f"{name}: {count} examples of {task.task_name} cannot be shared by {processes} processes; raise --limit "
+            "or start fewer"
         )
     if item.shots and type(task.sampler) is ContextSampler:
         # Without a file of its own for solved examples, a local benchmark draws them from the questions.
@@ -163,7 +167,7 @@ def _prepare(task: Task, item: Chosen, lm: ProcessLM, local: bool, limit: int | 
                 f"give a larger file, or fewer with --tasks {name}:{enough}"
             )
         question = (lambda doc: doc[column]) if column else None
-        task.sampler = SharedDraws(task.sampler, docs, lm.rank, lm.world_size, question)
+        task.sampler = SharedDraws(task.sampler, docs, rank, processes, question)
 
 
 def _score(found: dict[str, Any], item: Chosen, loaded: dict[str, Any]) -> Score:

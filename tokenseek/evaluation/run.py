@@ -84,7 +84,8 @@ def evaluate(
     if chosen:
         from tokenseek.evaluation.harness import ProcessLM, load_tasks, run_tasks  # late: the loss needs no harness
 
-        loaded = first_on_main(state, lambda: load_tasks(chosen, data, seed))
+        place = dict(rank=state.process_index, processes=state.num_processes)
+        loaded = first_on_main(state, lambda: load_tasks(chosen, data, seed=seed, limit=limit, **place))
     held_out_data = None
     if with_loss:
         held_out_data = first_on_main(state, lambda: prepare_dataset(held_out, tokenizer, "eval_data")).dataset
@@ -96,7 +97,7 @@ def evaluate(
     answers: dict[str, list] | None = None
     if chosen:
         lm = ProcessLM(network, tokenizer, state, batch_size)
-        found = run_tasks(lm, loaded, chosen, local=bool(data), limit=limit, samples=samples)
+        found = run_tasks(lm, loaded, chosen, limit, samples)
         (found,) = broadcast_object_list([found])
         scores, answers = found
     if held_out_data is not None:
