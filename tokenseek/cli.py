@@ -217,7 +217,7 @@ def _launch(args: argparse.Namespace) -> int:
         words += ["--set", override]
     if getattr(args, "part", None):
         words += ["--part", "{}/{}".format(*args.part)]
-    return _accelerate_launch(args, words)
+    return _launch_script(args, words)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -232,25 +232,26 @@ def _evaluate(args: argparse.Namespace) -> int:
             words += [f"--{option}", str(value)]
     if args.allow_code_execution:
         words.append("--allow-code-execution")
-    return _accelerate_launch(args, words)
+    return _launch_script(args, words)
 
 
 def _subject(args: argparse.Namespace) -> Subject:
     return find_subject(args.model, args.adapter, args.set)
 
 
-def _accelerate_launch(args: argparse.Namespace, words: list[str]) -> int:
-    """`accelerate launch` of a command's script with these words, and the exit status of the launched processes.
-
-    It runs in this process: accelerate's own command loses the status.
-    """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
+def _launch_script(args: argparse.Namespace, words: list[str]) -> int:
+    """Launch the script of a command with these words, on the processes that its arguments ask for."""
     command = ["--config_file", str(resolve_accelerate_config(args.accelerate_config))]
     if args.num_processes:
         command += ["--num_processes", str(args.num_processes)]
-    command += [str(find_resource("launch script", args.command)), *words]
+    return _accelerate_launch([*command, str(find_resource("launch script", args.command)), *words])
+
+
+def _accelerate_launch(command: list[str]) -> int:
+    """`accelerate launch` in this process, which keeps the exit status of the launched ones; the command loses it."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
         launch_command(launch_command_parser().parse_args(command))
     except subprocess.CalledProcessError as error:  # of a single process

@@ -332,7 +332,7 @@ def test_task_names(tasks, message):
     ],
 )
 def test_mistakes_are_told_before_any_process_starts(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_accelerate_launch", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(cli, "_accelerate_launch", lambda _: pytest.fail("processes were started"))
     assert cli.main(["evaluate", "some/model", "--data", str(tmp_path), *words]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("tokenseek: error:")
