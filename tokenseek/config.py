@@ -207,14 +207,17 @@ class TrainingConfig(_Section):
 
     `ditching: false` is ordinary fine-tuning on all tokens. `recompute` recomputes the selected pass in the backward
     pass. `packing` lays the examples of a micro batch in one row instead of padding them; losses and gradients are the
-    same. `memory_budget` is what a process may take on its device with `selection.ratio: auto`, such as `8GiB`; left
-    out, nine tenths of what is free there. `resume` is `auto` (from the newest checkpoint in output_dir, if any),
-    `never`, or the path of a checkpoint.
+    same. `sequence_layout` is which tokens of a text each rank holds where the accelerate config has ranks share texts
+    (`sp_size`): `balanced`; `contiguous`, as stock Ulysses; or `regroup`, contiguous and regrouped in each layer as in
+    the paper. Losses are the same in all three. `memory_budget` is what a process may take on its device with
+    `selection.ratio: auto`, such as `8GiB`; left out, nine tenths of what is free there. `resume` is `auto` (from the
+    newest checkpoint in output_dir, if any), `never`, or the path of a checkpoint.
     """
 
     ditching: bool = True
     recompute: bool = False
     packing: bool = False
+    sequence_layout: Literal["balanced", "contiguous", "regroup"] = "balanced"
     memory_budget: str | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     per_device_train_batch_size: PositiveInt = 1

@@ -4,13 +4,14 @@ Usage: accelerate launch --config_file ... tests/launch/train_several.py PRESET 
 
 RUNS.json is a list of `{"output": folder, "set": [overrides], "resume": checkpoint or null}`. Each run leaves, beside
 its usual files, `gathers.json` under ZeRO-3: how often each parameter was gathered in the forward pass and in the
-backward pass of each micro batch.
+backward pass of each micro batch; and `traffic.json`, the bytes that sequence parallelism sent from the first process.
 """
 
 import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
@@ -18,6 +19,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import Trainer, TrainerCallback
 
 from tokenseek.config import load_config
+from tokenseek.parallel import measured
 from tokenseek.runs.processes import join_processes, zero_stage
 from tokenseek.runs.train import train
 
@@ -70,7 +72,10 @@ def main(preset: str, runs: list[dict]) -> None:
         if run.get("resume") and PartialState().is_main_process:
             shutil.copytree(run["resume"], output / Path(run["resume"]).name)
         PartialState().wait_for_everyone()
-        train(load_config(preset, [f"output_dir={output}", *run["set"]]))
+        with measured() as traffic:
+            train(load_config(preset, [f"output_dir={output}", *run["set"]]))
+        if PartialState().is_main_process:
+            (output / "traffic.json").write_text(json.dumps(asdict(traffic)))
         if gathers and PartialState().is_main_process:
             (output / "gathers.json").write_text(json.dumps(gathers.micro_batches))
     assert parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") == bool(zero_stage())

@@ -73,7 +73,7 @@ def test_gsm8k_takes_a_model_and_a_file():
 
 def test_accelerate_configs_are_there():
     assert list_resources("accelerate config") == [
-        "ddp", "ddp_cpu", "fsdp2", "multinode_ddp", "multinode_zero3", "single",
+        "ddp", "ddp_cpu", "fsdp2", "multinode_ddp", "multinode_zero3", "single", "sp2", "sp2_cpu", "sp4", "sp_zero3",
         "zero1", "zero2", "zero3", "zero3_offload",
     ]  # fmt: skip
     assert list_resources("DeepSpeed config") == ["zero1", "zero2", "zero3", "zero3_offload"]
@@ -92,10 +92,30 @@ def test_accelerate_config_loads_and_owns_the_layout_only(name):
         *own,
         *own.get("deepspeed_config", {}),
     }
-    engine = name.removeprefix("multinode_")
+    engine = name.removeprefix("multinode_").removeprefix("sp_")
     if loaded.distributed_type == "DEEPSPEED":
         assert own["deepspeed_config"]["deepspeed_config_file"] == f"ds_configs/{engine}.json"
         assert (assets_root() / "ds_configs" / f"{engine}.json").is_file()
+
+
+@pytest.mark.parametrize("name", list_resources("accelerate config"))
+def test_accelerate_hands_sp_size_to_the_processes(name, monkeypatch):
+    """Nothing but what accelerate itself makes of the file."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_extend_env_parallelism_config
+
+    from tokenseek.parallel.launch import launched_sp_size
+
+    path = find_resource("accelerate config", name)
+    words = ["--config_file", str(path), "train.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    expected = {"sp2": 2, "sp2_cpu": 2, "sp4": 4, "sp_zero3": 8}.get(name, 1)
+    assert args.use_parallelism_config == (expected > 1)
+    if args.use_parallelism_config:
+        for variable, value in prepare_extend_env_parallelism_config(args, {}).items():
+            monkeypatch.setenv(variable, value)
+    assert launched_sp_size() == expected
+    assert args.num_processes % expected == 0
 
 
 @pytest.mark.parametrize("name", list_resources("DeepSpeed config"))

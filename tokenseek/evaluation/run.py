@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from tokenseek import __version__
 from tokenseek.config import DataConfig, ModelConfig
@@ -24,10 +24,11 @@ from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import HELD_OUT_LOSS, TABLE_1, Chosen, local_files, runnable_tasks
 from tokenseek.evaluation.result import EvaluationResult, Score
 from tokenseek.evaluation.subject import Subject, require_adapter
+from tokenseek.parallel.launch import launched_sp_size
 from tokenseek.runs.metrics import held_out_loss
 from tokenseek.runs.models import load_model, load_tokenizer, require_decoder
 from tokenseek.runs.processes import first_on_main, join_processes, whole_models
-from tokenseek.training import PaddingCollator
+from tokenseek.training import GroupTrainer, PaddingCollator
 
 # Processes with longer examples finish later than others, which wait for them; the launcher ends all when one dies.
 _PATIENCE = timedelta(days=7)
@@ -78,6 +79,10 @@ def evaluate(
     if limit is not None and limit < 1 or batch_size < 1:
         raise UserError(f"limit {limit}, batch size {batch_size}: both are at least 1")
     state = join_processes(_PATIENCE)
+    if (size := launched_sp_size()) > 1:
+        raise UserError(
+            f"parallelism_config: evaluation shares no texts between processes (sp_size {size}). Launch with ddp.yaml."
+        )
     require_decoder(model)
     tokenizer = load_tokenizer(model)
     loaded: dict[str, dict[str, Any]] = {}
@@ -178,7 +183,7 @@ def _loss(
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(network, arguments, data_collator=PaddingCollator(tokenizer.pad_token_id))
+    trainer = GroupTrainer(network, arguments, data_collator=PaddingCollator(tokenizer.pad_token_id))
     loss = held_out_loss(trainer, dataset)
     return Score("nats per response token", loss, None, len(dataset), None, {})
 

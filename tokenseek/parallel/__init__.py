@@ -1,6 +1,14 @@
 """Sequence parallelism: long examples over several ranks, with the token layout chosen once."""
 
 from tokenseek.parallel.all_to_all import Traffic, measured
-from tokenseek.parallel.sequence import disable_sequence_parallelism, enable_sequence_parallelism
+from tokenseek.parallel.launch import sequence_group
+from tokenseek.parallel.sequence import disable_sequence_parallelism, enable_sequence_parallelism, shared_by
 
-__all__ = ["Traffic", "disable_sequence_parallelism", "enable_sequence_parallelism", "measured"]
+__all__ = [
+    "Traffic",
+    "disable_sequence_parallelism",
+    "enable_sequence_parallelism",
+    "measured",
+    "sequence_group",
+    "shared_by",
+]

@@ -72,10 +72,16 @@ def enable_sequence_parallelism(
 def disable_sequence_parallelism(model: nn.Module) -> nn.Module:
     """Undo :func:`enable_sequence_parallelism`; token ditching stays enabled. Returns `model`."""
     decoder = find_decoder(model)
-    if getattr(getattr(decoder.causal_lm, "_token_ditching", None), "sequence", None) is None:
+    if shared_by(model) is None:
         raise UserError(f"sequence parallelism is not enabled on this {decoder.name}.")
     decoder.causal_lm._token_ditching.sequence = None
     return model
+
+
+def shared_by(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that share the model's texts, by :func:`enable_sequence_parallelism`; None if it is not enabled."""
+    sequence = getattr(getattr(find_decoder(model).causal_lm, "_token_ditching", None), "sequence", None)
+    return sequence and sequence.group
 
 
 class SequenceParallelism:

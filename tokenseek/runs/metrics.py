@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from tokenseek.labels import IGNORED
 from tokenseek.runs.memory import peak_memory_bytes, reset_peak_memory
+from tokenseek.training import GroupTrainer
 
 
 class MetricsFile(TrainerCallback):
@@ -47,13 +48,13 @@ class MetricsFile(TrainerCallback):
             yield line
 
 
-def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
+def held_out_loss(trainer: GroupTrainer, dataset: Dataset) -> float:
     """Mean cross-entropy over all supervised tokens of a data set, in nats per token.
 
     Unlike a mean over batches it does not depend on the batch size, the number of processes or the padding.
     """
     accelerator = trainer.accelerator
-    per_round = trainer.args.eval_batch_size * accelerator.num_processes
+    per_round = trainer.args.eval_batch_size * trainer.num_groups
     # Samplers repeat examples to give every process as many; blank ones that carry no loss stand there instead.
     blank = dataset.select([0] * (-len(dataset) % per_round)).map(
         lambda example: {"labels": [IGNORED] * len(example["labels"])}, load_from_cache_file=False
@@ -65,12 +66,8 @@ def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
     with torch.no_grad():
         for batch in trainer.get_eval_dataloader(concatenate_datasets([dataset, blank])):
             count = batch["labels"][:, 1:].ne(IGNORED).sum().item()
-            if count:
-                with trainer.compute_loss_context_manager():
-                    loss = model(**batch, num_items_in_batch=1, use_cache=False).loss.item()
-            else:
-                model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)  # shards of weights are due
-                loss = 0.0
+            with trainer.compute_loss_context_manager():
+                loss = model(**batch, num_items_in_batch=1, use_cache=False).loss.item()
             total += torch.tensor([loss, count], dtype=torch.float64)
     loss, count = accelerator.reduce(total.to(accelerator.device, torch.float32), reduction="sum").tolist()
     return loss / count

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType, get_peft_model
@@ -27,6 +28,7 @@ from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.ditching.packing import require_packable
 from tokenseek.errors import UserError
 from tokenseek.modeling import find_decoder, keep_4bit_differentiable
+from tokenseek.parallel.ulysses import require_shareable
 from tokenseek.runs.processes import whole_models
 
 # Fields of a config.json that say nothing about what the model computes.
@@ -106,12 +108,16 @@ def _sample_tensors(path: Path) -> dict[str, list]:
     return tensors
 
 
-def require_decoder(model: ModelConfig, packing: bool = False) -> None:
+def require_decoder(model: ModelConfig, *, packing: bool = False, group: dist.ProcessGroup | None = None) -> None:
     """Refuse a model that cannot be scored or trained, by its configuration: no weight is read.
+
+    Args:
+        group: the sequence-parallel ranks that are to share its texts, if any.
 
     Raises:
         UserError: it is not a causal decoder whose every layer keeps keys and values, or lacks the attention asked for,
-            or with `packing` cannot keep attention inside each of several examples in a row.
+            or with `packing` cannot keep attention inside each of several examples in a row, or the ranks of `group`
+            cannot share its attention.
     """
     folder, trust = model_folder(model), {"trust_remote_code": model.trust_remote_code}
     try:
@@ -129,6 +135,8 @@ def require_decoder(model: ModelConfig, packing: bool = False) -> None:
         decoder = find_decoder(skeleton)
         if packing:
             require_packable(decoder)
+        if group is not None:
+            require_shareable(decoder, group)
     except UserError as error:
         raise UserError(f"model.name_or_path: {folder}: {error}") from error
 

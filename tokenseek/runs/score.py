@@ -19,11 +19,13 @@ from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.errors import UserError
 from tokenseek.index import IndexHeader, ShardStore, TokenIndex, merge_shards
 from tokenseek.index.schema import differences
+from tokenseek.parallel import sequence_group
 from tokenseek.runs.models import fingerprint_model, load_model, load_tokenizer, model_folder, require_decoder
 from tokenseek.runs.processes import first_on_main, join_processes, whole_models
 from tokenseek.seeking import (
     ScoringPlan,
     SeekingProgress,
+    Team,
     TokenScorer,
     assigned_shards,
     plan_batches,
@@ -53,8 +55,9 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
         UserError: before the model is loaded, where an index or shards of other data or settings are in the way.
     """
     state = join_processes()
+    team = Team(sequence_group(state.device.type))
     if prepared is None:
-        require_decoder(config.model)
+        require_decoder(config.model, group=team.group)
         tokenizer = load_tokenizer(config.model)
         prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
         state.print(f"Data to score: {prepared.report}")
@@ -84,7 +87,7 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
         state.print(f"{len(kept)} of {len(shards)} shards were finished before and are kept.")
     with SeekingProgress(store, plan, shards, disable=not state.is_main_process) as progress:
         if len(kept) < len(shards):
-            _seek(config, prepared, store, plan, run_id, shards, progress, state)
+            _seek(config, prepared, store, plan, run_id, shards, progress, state, team)
         if not state.is_main_process:
             return _wait_for_merge(path) if part is None else path
         wait_for_shards(store, shards, progress=progress)
@@ -150,6 +153,7 @@ def _seek(
     shards: range,
     progress: SeekingProgress,
     state: PartialState,
+    team: Team,
 ) -> None:
     with _cpu_threads(config.scoring.cpu_threads if state.device.type == "cpu" else None):
         with whole_models():
@@ -161,9 +165,10 @@ def _seek(
             gradient_layer=config.scoring.gradient_layer,
             reduction=config.scoring.reduction,
             loss_scope=config.scoring.loss_scope,
+            group=team.group,
         )
         for work in (seek, seek_abandoned):
-            work(scorer, prepared.dataset, store, plan, run_id=run_id, shards=shards, progress=progress)
+            work(scorer, prepared.dataset, store, plan, run_id=run_id, shards=shards, progress=progress, team=team)
     del model, scorer
     gc.collect()
     if torch.cuda.is_available():

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
@@ -21,6 +21,7 @@ from tokenseek.ditching import enable_token_ditching
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.labels import IGNORED
+from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.memory import peak_memory_bytes
 from tokenseek.runs.metrics import MetricsFile, held_out_loss
@@ -28,7 +29,7 @@ from tokenseek.runs.models import add_adapter, load_model, load_tokenizer, requi
 from tokenseek.runs.processes import first_on_main, join_processes, require_engine
 from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.score import run_fingerprints, score
-from tokenseek.training import PaddingCollator, TokenSeekCollator, TokenSeekTrainer
+from tokenseek.training import GroupTrainer, PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def train(config: RunConfig) -> TrainingSummary:
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(config, output)
-    require_decoder(config.model, packing=config.training.packing)
+    group = sequence_group(state.device.type)
+    require_decoder(config.model, packing=config.training.packing, group=group)
     tokenizer = load_tokenizer(config.model)
     prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
     held_out = None
@@ -87,6 +89,10 @@ def train(config: RunConfig) -> TrainingSummary:
     model = load_model(config.model)
     if config.peft:
         model = add_adapter(model, config.peft)
+    if config.training.ditching:
+        enable_token_ditching(model, recompute=config.training.recompute)
+    if group is not None:
+        enable_sequence_parallelism(model, group, layout=config.training.sequence_layout)
     common = dict(
         args=arguments,
         train_dataset=prepared.dataset,
@@ -95,13 +101,12 @@ def train(config: RunConfig) -> TrainingSummary:
         callbacks=[MetricsFile(output / "metrics.jsonl")],
     )
     if config.training.ditching:
-        enable_token_ditching(model, recompute=config.training.recompute)
         options = dict(pad_token_id=tokenizer.pad_token_id, packing=config.training.packing)
         collator = TokenSeekCollator(index, rule=rule, **options)
         state.print(selection_report(collator, prepared.dataset))
         trainer = TokenSeekTrainer(model, data_collator=collator, **common)
     else:
-        trainer = Trainer(model, data_collator=PaddingCollator(tokenizer.pad_token_id), **common)
+        trainer = GroupTrainer(model, data_collator=PaddingCollator(tokenizer.pad_token_id), **common)
     timer = _Timer(trainer, held_out)
     trainer.add_callback(timer)
 
@@ -132,7 +137,7 @@ def train(config: RunConfig) -> TrainingSummary:
 
 
 # Settings of a TrainingConfig that are no fields of TrainingArguments.
-_OURS = {"ditching", "recompute", "packing", "memory_budget", "mixed_precision", "resume", "extra"}
+_OURS = {"ditching", "recompute", "packing", "sequence_layout", "memory_budget", "mixed_precision", "resume", "extra"}
 
 
 def training_arguments(training: TrainingConfig, output: Path, seed: int) -> TrainingArguments:
@@ -203,7 +208,7 @@ def selection_report(collator: TokenSeekCollator, dataset: Dataset, examples: in
     return report
 
 
-def state_max(trainer: Trainer, value: int) -> float:
+def state_max(trainer: GroupTrainer, value: int) -> float:
     values = torch.tensor([value], dtype=torch.int64, device=trainer.args.device)
     return trainer.accelerator.gather(values).max().item()
 
@@ -211,7 +216,7 @@ def state_max(trainer: Trainer, value: int) -> float:
 class _Timer(TrainerCallback):
     """Seconds and tokens of the training steps, and the held-out loss before the first."""
 
-    def __init__(self, trainer: Trainer, held_out: Dataset | None):
+    def __init__(self, trainer: GroupTrainer, held_out: Dataset | None):
         self.trainer, self.held_out = trainer, held_out
         self.loss_before: float | None = None
         self.seconds, self.tokens = 0.0, 0

@@ -1,13 +1,14 @@
 """Seeking: how important every token of a data set is to the model that is to be tuned (section 3.2.1)."""
 
 from tokenseek.seeking.batching import ScoringPlan, plan_batches
-from tokenseek.seeking.run import SeekingProgress, assigned_shards, seek, seek_abandoned, wait_for_shards
+from tokenseek.seeking.run import SeekingProgress, Team, assigned_shards, seek, seek_abandoned, wait_for_shards
 from tokenseek.seeking.scorer import Scores, TokenScorer
 
 __all__ = [
     "Scores",
     "ScoringPlan",
     "SeekingProgress",
+    "Team",
     "TokenScorer",
     "assigned_shards",
     "plan_batches",

@@ -2,18 +2,20 @@
 
 Processes share nothing but the shard folder: each takes the next shard that nobody has taken, scores and writes it. A
 slow process takes fewer, the shard of one that dies is taken over by another, and none sits behind a collective with a
-timeout.
+timeout. Sequence-parallel ranks, which score a text together, are one process in this: their first takes and writes.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -26,6 +28,8 @@ from tokenseek.seeking.scorer import TokenScorer
 if TYPE_CHECKING:  # scoring itself needs no data sets library
     from datasets import Dataset
 
+Decision = TypeVar("Decision")
+
 _POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
@@ -35,6 +39,25 @@ def assigned_shards(plan: ScoringPlan, part: int = 0, num_parts: int = 1) -> ran
     if not 0 <= part < num_parts:
         raise UserError(f"This is part {part} of {num_parts}; parts are numbered from 0 to {num_parts - 1}.")
     return range(part, len(plan.shards), num_parts)
+
+
+class Team:
+    """The processes that score a shard together: one alone, or the sequence-parallel ranks of a group.
+
+    The first decides for all, since a folder may look different to each of them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.is_first = group is None or group.rank() == 0
+
+    def agreed(self, decide: Callable[[], Decision]) -> Decision:
+        """``decide()`` of the first, in all; the others wait for it, which must not take long."""
+        if self.group is None:
+            return decide()
+        decision = [decide() if self.is_first else None]
+        dist.broadcast_object_list(decision, group=self.group, group_src=0)
+        return decision[0]
 
 
 class SeekingProgress:
@@ -92,6 +115,7 @@ def seek(
     run_id: str,
     shards: Iterable[int] | None = None,
     progress: SeekingProgress | None = None,
+    team: Team | None = None,
 ) -> int:
     """Score the shards that are not finished and that no other process of this run has taken, until none is left.
 
@@ -100,9 +124,10 @@ def seek(
         store: made for `len(plan.shards)` shards.
         run_id: the same in all processes of this launch and in no other (:meth:`ShardStore.claim`).
         shards: all by default; :func:`assigned_shards` for one job of several.
+        team: the ranks that `scorer` shares its batches with; all of them call this.
 
     Returns:
-        How many shards this process scored.
+        How many shards this process (or its team) scored.
 
     Raises:
         UserError: a score is not finite; the message names the example.
@@ -112,10 +137,10 @@ def seek(
             f"The plan has {len(plan.lengths)} examples in {len(plan.shards)} shards, the data set {len(dataset)} "
             f"examples and the folder {store.num_shards} shards; make all three from the same data."
         )
-    scored = 0
+    scored, team = 0, team or Team()
     for shard in range(len(plan.shards)) if shards is None else shards:
-        if store.claim(shard, run_id):
-            _score_shard(scorer, dataset, store, plan, shard, progress)
+        if team.agreed(partial(store.claim, shard, run_id)):
+            _score_shard(scorer, dataset, store, plan, shard, progress, team)
             scored += 1
     return scored
 
@@ -129,6 +154,7 @@ def seek_abandoned(
     run_id: str,
     shards: Iterable[int] | None = None,
     progress: SeekingProgress | None = None,
+    team: Team | None = None,
     lease_seconds: float | None = None,
     poll_seconds: float = _POLL_SECONDS,
 ) -> int:
@@ -141,17 +167,28 @@ def seek_abandoned(
         How many shards this process took over.
     """
     everything = set(range(len(plan.shards)) if shards is None else shards)
-    taken = 0
-    while left := everything - store.finished():
+    taken, team = 0, team or Team()
+
+    def find() -> tuple[bool, int | None]:
+        """Whether shards are left, and one that was taken over."""
+        left = everything - store.finished()
         if progress:
             progress.poll()
         for shard in sorted(left):
             if holder := store.take_over(shard, run_id, lease_seconds):
                 _log.warning("Shard %d is scored anew: %s, which had it, gives no sign any more.", shard, holder)
-                _score_shard(scorer, dataset, store, plan, shard, progress)
-                taken += 1
-        time.sleep(poll_seconds)
-    return taken
+                return True, shard
+        return bool(left), None
+
+    while True:
+        are_left, shard = team.agreed(find)
+        if shard is not None:
+            _score_shard(scorer, dataset, store, plan, shard, progress, team)
+            taken += 1
+        elif are_left:
+            time.sleep(poll_seconds)
+        else:
+            return taken
 
 
 def _score_shard(
@@ -161,14 +198,15 @@ def _score_shard(
     plan: ScoringPlan,
     shard: int,
     progress: SeekingProgress | None,
+    team: Team,
 ) -> None:
     examples = []
     for rows in plan.shards[shard]:
         examples += _score_rows(scorer, dataset, rows)
-        store.renew(shard)
+        store.renew(shard)  # of no effect but on the one that has claimed it
         if progress:
             progress.advance(int(plan.lengths[rows].sum()))
-    if not store.is_finished(shard):  # another process may have believed this one to be dead
+    if team.is_first and not store.is_finished(shard):  # another may have believed this one to be dead
         store.write(shard, examples)
     if progress:
         progress.shard_done()

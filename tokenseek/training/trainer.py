@@ -8,23 +8,23 @@ from contextlib import contextmanager
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers import TrainingArguments
 
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.zero3 import gather_layers_once
 from tokenseek.errors import UserError
 from tokenseek.modeling import find_decoder
 from tokenseek.training.collator import TokenSeekCollator
-from tokenseek.training.sampling import EpochSampler, WithBlanks
+from tokenseek.training.groups import GroupTrainer
 
 
-class TokenSeekTrainer(Trainer):
+class TokenSeekTrainer(GroupTrainer):
     """``transformers.Trainer`` with token ditching; everything else (resume, logging, callbacks, ...) is Trainer's own.
 
     Enables token ditching on the model unless it is enabled already, keeps the data set's ``example_id``, redraws
     random selections every epoch, evaluates and predicts on all tokens, and never repeats an example to fill the last
-    batch of an epoch, so that losses do not depend on the number of processes.
+    batch of an epoch, so that losses do not depend on the number of processes. Of a sequence-parallel model, all ranks
+    of a group are given the same examples.
 
     Args:
         model: a causal LM, plain or PEFT-wrapped.
@@ -43,37 +43,14 @@ class TokenSeekTrainer(Trainer):
         if not isinstance(data_collator, TokenSeekCollator):
             raise UserError(
                 f"TokenSeekTrainer needs a TokenSeekCollator as data_collator, got {type(data_collator).__name__}; to "
-                "train on all tokens use transformers.Trainer."
-            )
-        if args.label_smoothing_factor or kwargs.get("compute_loss_func"):
-            raise UserError(
-                "label_smoothing_factor and compute_loss_func cannot be had with TokenSeekTrainer: the model computes "
-                "the loss itself, over the selected tokens. Leave them out."
+                "train on all tokens use transformers.Trainer or tokenseek.training.GroupTrainer."
             )
         if not hasattr(find_decoder(model).causal_lm, "_token_ditching"):
             enable_token_ditching(model)
         gather_layers_once(find_decoder(model))  # `args` may have brought ZeRO-3 only now
         args.remove_unused_columns = False  # example_id is for the collator
         super().__init__(model, args, data_collator=data_collator, **kwargs)
-        self._new_epoch = _NewEpoch(data_collator)
-        self.add_callback(self._new_epoch)
-
-    def get_train_dataloader(self) -> DataLoader:
-        plain, random = self.train_dataset, self.args.train_sampling_strategy == "random"
-        if not has_length(plain) or self.args.train_sampling_strategy not in ("random", "sequential"):
-            return super().get_train_dataloader()
-        per_round = self._train_batch_size * self.accelerator.num_processes
-        blanks = 0 if self.args.dataloader_drop_last else -len(plain) % per_round
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = EpochSampler(len(plain), blanks, seed if random else None)
-        self._new_epoch.sampler = sampler
-        return self._get_dataloader(
-            dataset=WithBlanks(plain, blanks),
-            description="Training",
-            batch_size=self._train_batch_size,
-            sampler_fn=lambda _: sampler,
-            is_training=True,
-        )
+        self.new_epoch.collator = data_collator
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         with self._all_tokens():
@@ -90,17 +67,3 @@ class TokenSeekTrainer(Trainer):
             yield
         finally:
             self.data_collator = with_selection
-
-
-class _NewEpoch(TrainerCallback):
-    """Tells the epoch to what draws by it; accelerate does not reach the sampler of a run that resumes mid-epoch."""
-
-    def __init__(self, collator: TokenSeekCollator):
-        self.collator = collator
-        self.sampler: EpochSampler | None = None
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        epoch = int(state.epoch or 0)
-        self.collator.set_epoch(epoch)
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch)

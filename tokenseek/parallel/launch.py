@@ -1,0 +1,109 @@
+"""The sequence-parallel groups of a launch, as its accelerate config asks for them.
+
+`accelerate launch` hands the config's ``parallelism_config`` to its processes. Accelerate's own answer to an
+``sp_size`` in it is stock Ulysses: batches are cut into contiguous shards and labels renamed on their way to the model,
+whatever a Trainer has planned for its loss. The setting is the same here, the answer another: see
+:func:`tokenseek.parallel.enable_sequence_parallelism`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+from accelerate.utils import parse_flag_from_env
+
+from tokenseek.errors import UserError
+
+_SWITCH = "ACCELERATE_USE_PARALLELISM_CONFIG"
+_ATTENTION = "PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION"
+
+
+def launched_sp_size() -> int:
+    """How many processes share a text in this launch: ``sp_size`` of its ``parallelism_config``, 1 without one.
+
+    Raises:
+        UserError: the ``parallelism_config`` is none, or asks for what cannot be had together with ``sp_size``.
+    """
+    if not parse_flag_from_env(_SWITCH):
+        return 1
+    try:
+        config = ParallelismConfig()
+    except ValueError as error:
+        raise UserError(f"parallelism_config of the accelerate config: {error}") from error
+    if config.sp_size == 1:
+        return 1
+    for name in ("tp_size", "cp_size"):
+        if getattr(config, name) > 1:
+            raise UserError(
+                f"parallelism_config: sp_size {config.sp_size} and {name} {getattr(config, name)} cannot be had "
+                f"together; set {name} to 1."
+            )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise UserError(
+            f"parallelism_config: sp_size {config.sp_size} together with FSDP is not supported. Launch with sp2.yaml, "
+            "sp4.yaml (DDP) or sp_zero3.yaml, which splits parameters over all processes as FSDP does."
+        )
+    if os.environ.get(_ATTENTION, "sdpa") != "sdpa":
+        raise UserError(
+            f"parallelism_config: sp_attn_implementation is {os.environ[_ATTENTION]}; which attention a model uses is "
+            "the preset's business (model.attn_implementation). Leave it out."
+        )
+    return config.sp_size
+
+
+def sequence_group(device_type: str) -> dist.ProcessGroup | None:
+    """This process's group of ``sp_size`` neighbours; None where every process has texts of its own.
+
+    All processes of a launch have to call it, after they have joined.
+
+    Args:
+        device_type: "cuda" or "cpu", say.
+
+    Raises:
+        UserError: ``sp_size`` does not divide the number of processes, or does not leave the data-parallel sizes that
+            are given beside it.
+
+    Example:
+        >>> group = tokenseek.parallel.sequence_group("cuda")  # in an `accelerate launch` with sp4.yaml
+        >>> if group is not None:
+        ...     tokenseek.parallel.enable_sequence_parallelism(model, group)
+    """
+    size = launched_sp_size()
+    if size == 1:
+        return None
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes % size:
+        accepted = [str(d) for d in range(1, processes + 1) if processes % d == 0]
+        raise UserError(
+            f"parallelism_config: sp_size {size} does not divide the {processes} process(es) of this launch; sizes "
+            f"that do: {', '.join(accepted)}. Or change --num_processes."
+        )
+    given = ParallelismConfig().data_parallel_size
+    if given not in (1, processes // size):
+        raise UserError(
+            f"parallelism_config: dp_replicate_size x dp_shard_size is {given}, but {processes} processes in groups of "
+            f"{size} (sp_size) leave {processes // size}. Leave both out: they follow from the other two."
+        )
+    return _mesh(dist.group.WORLD, device_type, size)["sp"].get_group()
+
+
+@cache
+def _mesh(world: dist.ProcessGroup, device_type: str, size: int) -> dist.DeviceMesh:
+    """Made once for all who ask: on GPUs every group costs memory."""
+    return dist.init_device_mesh(device_type, (world.size() // size, size), mesh_dim_names=("dp", "sp"))
+
+
+@contextmanager
+def unseen_by_accelerate() -> Iterator[None]:
+    """An ``Accelerator`` that is made inside knows nothing of ``sp_size`` and leaves batches as they are."""
+    hidden = os.environ.pop(_SWITCH, None) if launched_sp_size() > 1 else None
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ[_SWITCH] = hidden

@@ -1,0 +1,167 @@
+"""Transformers' Trainer, told that examples belong to groups of processes and not to processes.
+
+A group is one process, or the sequence-parallel ranks that share their examples. Trainer and accelerate know the
+processes only: left alone they would give each rank of a group other examples, and count every token once per rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from accelerate.utils import recursively_apply
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from tokenseek.errors import UserError
+from tokenseek.modeling import find_decoder
+from tokenseek.parallel import shared_by
+from tokenseek.parallel.launch import launched_sp_size, unseen_by_accelerate
+from tokenseek.training.sampling import EpochSampler, WithBlanks
+
+
+class GroupTrainer(Trainer):
+    """``transformers.Trainer`` whose losses do not depend on how many processes there are and how they are grouped.
+
+    It never repeats an example to fill the last batch of an epoch. Where the model is sequence-parallel
+    (:func:`tokenseek.parallel.enable_sequence_parallelism`), the ranks of a group are given the same examples, and
+    examples, tokens and floating-point operations are counted once for all of them.
+
+    Args:
+        model: a causal LM, plain or PEFT-wrapped.
+
+    Raises:
+        UserError: the model and the launch (``sp_size`` of its accelerate config) disagree on who shares examples.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs):
+        if hasattr(find_decoder(model).causal_lm, "_token_ditching") and (
+            args.label_smoothing_factor or kwargs.get("compute_loss_func")
+        ):
+            raise UserError(
+                "label_smoothing_factor and compute_loss_func cannot be had with token ditching or sequence "
+                "parallelism: the model computes the loss itself, over the tokens that it trains on. Leave them out."
+            )
+        group = shared_by(model)
+        self.group_size = 1 if group is None else group.size()
+        if group is not None:
+            _require_neighbours(group)
+        if args.parallelism_config is not None and args.parallelism_config.sp_size > 1:
+            raise UserError(
+                "TrainingArguments.parallelism_config asks for accelerate's own sequence parallelism, which cuts "
+                "batches up; leave it out, and call tokenseek.parallel.enable_sequence_parallelism(model, group)."
+            )
+        if (launched := launched_sp_size()) not in (1, self.group_size):
+            raise UserError(
+                f"The accelerate config of this launch has sp_size {launched}, but {self.group_size} rank(s) share the "
+                "model's examples. Call tokenseek.parallel.enable_sequence_parallelism(model, "
+                "tokenseek.parallel.sequence_group(device_type)) before making the Trainer."
+            )
+        super().__init__(model, args, **kwargs)
+        self.new_epoch = NewEpoch()
+        self.add_callback(self.new_epoch)
+
+    @property
+    def num_groups(self) -> int:
+        """How many batches are in work at once."""
+        return self.accelerator.num_processes // self.group_size
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with unseen_by_accelerate():
+            super().create_accelerator_and_postprocess()
+
+    def get_train_dataloader(self) -> DataLoader:
+        plain, random = self.train_dataset, self.args.train_sampling_strategy == "random"
+        if not has_length(plain) or self.args.train_sampling_strategy not in ("random", "sequential"):
+            return super().get_train_dataloader()
+        per_round = self._train_batch_size * self.num_groups
+        blanks = 0 if self.args.dataloader_drop_last else -len(plain) % per_round
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = EpochSampler(len(plain), blanks, seed if random else None)
+        self.new_epoch.sampler = sampler
+        return self._get_dataloader(
+            dataset=WithBlanks(plain, blanks),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=lambda _: sampler,
+            is_training=True,
+        )
+
+    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self.group_size > 1:
+            dealt = [
+                part
+                for part in (loader.batch_sampler, loader.dataset)
+                if isinstance(part, (BatchSamplerShard, IterableDatasetShard))
+            ]
+            if not dealt:
+                raise UserError(
+                    "accelerate deals the batches of this data set from the main process, which cannot count groups of "
+                    "sequence-parallel ranks. Give a data set with a length, or set accelerator_config's "
+                    "dispatch_batches to False."
+                )
+            for part in dealt:
+                part.num_processes = self.num_groups
+                part.process_index = self.accelerator.process_index // self.group_size
+                if self.num_groups == 1:  # nobody else needs a batch when the last one is short
+                    part.even_batches = False
+        return loader
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return super().get_total_train_batch_size(args) // self.group_size
+
+    def floating_point_ops(self, inputs) -> float:
+        return super().floating_point_ops(inputs) / self.group_size
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.group_size
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self.group_size > 1:
+            self.gather_function = self._gather_of_groups
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _gather_of_groups(self, data):
+        """As accelerate's ``gather_for_metrics``, from one rank of each group."""
+
+        def first_ranks(everyone: torch.Tensor) -> torch.Tensor:
+            return everyone.unflatten(0, (self.num_groups, self.group_size, -1))[:, 0].flatten(0, 1)
+
+        data = recursively_apply(first_ranks, self.accelerator.gather(data))
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:  # the last round was filled up with repeated examples
+            data = recursively_apply(lambda values: values[: state.remainder], data)
+        return data
+
+
+class NewEpoch(TrainerCallback):
+    """Tells the epoch to what draws by it; accelerate does not reach the sampler of a run that resumes mid-epoch.
+
+    Attributes:
+        collator: a :class:`TokenSeekCollator`, if its selections are to be told too.
+    """
+
+    def __init__(self):
+        self.sampler: EpochSampler | None = None
+        self.collator = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = int(state.epoch or 0)
+        for draws in (self.collator, self.sampler):
+            if draws is not None:
+                draws.set_epoch(epoch)
+
+
+def _require_neighbours(group: dist.ProcessGroup) -> None:
+    ranks, size = dist.get_process_group_ranks(group), group.size()
+    if ranks != list(range(ranks[0], ranks[0] + size)) or ranks[0] % size:
+        raise UserError(
+            f"the ranks {ranks} share examples; a Trainer needs neighbours, such as "
+            f"{list(range(size))}. Make the groups with init_device_mesh(device_type, (dp, sp)), sp being the last "
+            "dimension."
+        )
