@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import peft
 import pytest
@@ -159,6 +160,29 @@ def test_loss_in_chunks(monkeypatch):
     monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 4 * VOCAB * 2)
     model = tokenseek.enable_token_ditching(tiny_model("granite", dtype=torch.float64))
     assert_same(model, make_batch(), SELECTED)
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 1000])
+@pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
+def test_a_head_that_is_not_trained_runs_once_and_keeps_no_logits(monkeypatch, recompute, chunk_rows):
+    monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 4 * VOCAB * chunk_rows)
+    model = tiny_model("granite", dtype=torch.float64)  # which scales its logits
+    model.get_output_embeddings().weight.requires_grad_(False)
+    tokenseek.enable_token_ditching(model, recompute=recompute)
+    assert_same(model, make_batch(), SELECTED)
+    assert_same(model, make_batch(), SELECTED, num_items_in_batch=7)
+
+    calls, logits = [], []
+
+    def watch(head, args, output):
+        calls.append(output.shape[1])
+        logits.append(weakref.ref(output.untyped_storage()))
+
+    model.get_output_embeddings().register_forward_hook(watch)
+    loss = model(**make_batch(), selected_positions=SELECTED).loss
+    assert not any(reference() for reference in logits)
+    loss.backward()
+    assert calls == ([3, 1] if chunk_rows == 3 else [4])  # four selected positions are supervised
 
 
 def test_packed_examples_attend_to_themselves_only():

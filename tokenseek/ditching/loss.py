@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +31,7 @@ def selected_loss(
 
     Args:
         recompute: compute the logits once more in the backward pass rather than store them. If they do not fit one
-            chunk this is done anyway.
+            chunk this is done anyway, and never under a head that is not trained.
     """
     hidden_RD, labels_R = hidden_BSD.flatten(0, 1), labels_BS.flatten()
     supervised = labels_R.ne(IGNORED).nonzero().squeeze(1)
@@ -44,19 +45,46 @@ def selected_loss(
 
     rows = rows_per_chunk(decoder)
     chunks = list(zip(hidden_RD[None].split(rows, dim=1), labels_R.split(rows), strict=True))
-    if _is_partitioned(decoder.causal_lm.get_output_embeddings()):
+    head = decoder.causal_lm.get_output_embeddings()
+    if _is_partitioned(head):
         # Every chunk gathers the head's weights, and a gather needs all ranks: those with fewer chunks join in.
         most = torch.tensor(len(chunks), device=labels_R.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         without_loss = hidden_RD[None, :1], torch.full_like(labels_R[:1], IGNORED)
         chunks += [without_loss] * (int(most) - len(chunks))
-    if recompute or len(chunks) > 1:
+    if torch.is_grad_enabled() and hidden_RD.requires_grad and _is_constant(head):
+        total = sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
+    elif recompute or len(chunks) > 1:
         total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
     else:
         total = chunk_loss(*chunks[0])
     if num_items_in_batch is None:
         num_items_in_batch = labels_R.ne(IGNORED).sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+
+
+class _LossWithGradient(torch.autograd.Function):
+    """A chunk's loss and, at once, its gradient with respect to the hidden states: no logits are kept or recomputed."""
+
+    @staticmethod
+    def forward(ctx, chunk_loss, hidden_1CD: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            hidden_1CD = hidden_1CD.detach().requires_grad_()
+            loss = chunk_loss(hidden_1CD, labels_C)
+            (gradient_1CD,) = torch.autograd.grad(loss, hidden_1CD)
+        ctx.save_for_backward(gradient_1CD)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (gradient_1CD,) = ctx.saved_tensors
+        return None, gradient_1CD * gradient, None
+
+
+def _is_constant(head: nn.Module) -> bool:
+    """Whether it has no gradient of its own, and no engine whose hooks would take ours for the backward pass."""
+    is_trained = any(parameter.requires_grad for parameter in head.parameters())
+    return not (is_trained or _is_partitioned(head) or isinstance(head, FSDPModule))
 
 
 def _is_partitioned(module: nn.Module) -> bool:
