@@ -23,7 +23,7 @@ from tokenseek.training import PaddingCollator, TokenSeekCollator
 _OPTIONS = {
     "full": {"checkpoint", "chunked-ce", "lora", "qlora"},
     "algorithm1": {"lora", "qlora"},
-    "tokenseek": {"recompute", "lora", "qlora", "packed"},
+    "tokenseek": {"recompute", "kv-host", "kv-int8", "lora", "qlora", "packed"},
 }
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]  # where the paper puts its adapters (section S1.7)
 
@@ -69,7 +69,8 @@ def build(name: str, shape: str, dtype: torch.dtype, device: str) -> tuple[nn.Mo
         find_decoder(model).causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
     if method.base == "tokenseek":
-        enable_token_ditching(model, recompute="recompute" in method.options)
+        kv_storage = next((s for s in ("host", "int8") if f"kv-{s}" in method.options), "device")
+        enable_token_ditching(model, recompute="recompute" in method.options, kv_storage=kv_storage)
         return model, lambda **batch: model(**batch).loss
     if method.base == "algorithm1":
         return model, lambda **batch: algorithm1_loss(model, **batch)

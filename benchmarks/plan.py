@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, Method, tuple[str, ...]]] = {
     "llama, r = 0.2, 2 micro batches": ("llama", Method(0.2), (ACCUMULATED,)),
     "gpt2, r = 0.2": ("gpt2", Method(0.2), ()),
     "llama, r = 0.2, LoRA, bf16 autocast": ("llama", Method(0.2), (*LORA, BF16)),
+    "llama, r = 0.1, LoRA, 8-bit keys and values": ("llama", Method(0.1), (*LORA, "training.kv_storage=int8")),
     "llama, r = 1, LoRA": ("llama", Method(1.0), LORA),
 }
 
@@ -100,7 +101,7 @@ def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model
         model = add_adapter(model, config.peft)
     model.train()
     if method.ratio is not None:
-        enable_token_ditching(model, recompute=method.recompute)
+        enable_token_ditching(model, recompute=method.recompute, kv_storage=training.kv_storage)
     elif method.recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]

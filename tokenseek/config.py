@@ -205,17 +205,21 @@ _OWNED_ELSEWHERE = {
 class TrainingConfig(_Section):
     """Training, in the names of `transformers.TrainingArguments`; `extra` forwards any other of its fields.
 
-    `ditching: false` is ordinary fine-tuning on all tokens. `recompute` recomputes the selected pass in the backward
-    pass. `packing` lays the examples of a micro batch in one row instead of padding them; losses and gradients are the
-    same. `sequence_layout` is which tokens of a text each rank holds where the accelerate config has ranks share texts
-    (`sp_size`): `balanced`; `contiguous`, as stock Ulysses; or `regroup`, contiguous and regrouped in each layer as in
-    the paper. Losses are the same in all three. `memory_budget` is what a process may take on its device with
-    `selection.ratio: auto`, such as `8GiB`; left out, nine tenths of what is free there. `resume` is `auto` (from the
-    newest checkpoint in output_dir, if any), `never`, or the path of a checkpoint.
+    - `ditching`: false is ordinary fine-tuning on all tokens.
+    - `recompute`: the selected pass once more in the backward pass.
+    - `kv_storage`: where keys and values wait for it: on the `device`, on the `host`, or in 8 bits (`int8`, not exact).
+    - `packing`: the examples of a micro batch in one row instead of padded; losses and gradients are the same.
+    - `sequence_layout`: which tokens of a text each rank holds where the accelerate config has ranks share texts
+      (`sp_size`): `balanced`; `contiguous`, as stock Ulysses; or `regroup`, contiguous and regrouped in each layer as in
+      the paper. Losses are the same in all three.
+    - `memory_budget`: what a process may take on its device with `selection.ratio: auto`, such as `8GiB`; left out,
+      nine tenths of what is free there.
+    - `resume`: `auto` (from the newest checkpoint in output_dir, if any), `never`, or the path of a checkpoint.
     """
 
     ditching: bool = True
     recompute: bool = False
+    kv_storage: Literal["device", "host", "int8"] = "device"
     packing: bool = False
     sequence_layout: Literal["balanced", "contiguous", "regroup"] = "balanced"
     memory_budget: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from unittest import mock
 
 import peft
 import pytest
@@ -13,6 +14,7 @@ from tiny_models import EAGER_ONLY, KINDS, VOCAB, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tokenseek
+from benchmarks.memory import LiveStorages
 from tokenseek.errors import UserError
 from tokenseek.modeling import find_decoder
 
@@ -183,6 +185,49 @@ def test_a_head_that_is_not_trained_runs_once_and_keeps_no_logits(monkeypatch, r
     assert not any(reference() for reference in logits)
     loss.backward()
     assert calls == ([3, 1] if chunk_rows == 3 else [4])  # four selected positions are supervised
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
+@pytest.mark.parametrize("kind,attn", [("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa"), ("gemma3", "sdpa")])
+def test_keys_and_values_on_the_host_are_exact(kind, attn, recompute):
+    model = tiny_model(kind, attn=attn, dtype=torch.float64)
+    tokenseek.enable_token_ditching(model, recompute=recompute, kv_storage="host")
+    assert_same(model, make_batch(), SELECTED, FLOAT32_INSIDE.get(kind, 1e-12))
+    assert_same(model, make_batch((13,)), torch.arange(13)[None], FLOAT32_INSIDE.get(kind, 1e-12))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
+def test_keys_and_values_in_8_bits_leave_the_loss_and_change_gradients_a_little(recompute):
+    model = tokenseek.enable_token_ditching(tiny_model("llama"), recompute=recompute)
+    batch = make_batch((120, 90))
+    selected = torch.arange(2, 120, 3).expand(2, -1)
+    selected = selected.where(selected < torch.tensor([[120], [90]]), -1)
+    exact_loss = model(**batch, selected_positions=selected).loss
+    exact = {name: gradient.clone() for name, gradient in gradients(model, exact_loss).items()}
+    tokenseek.enable_token_ditching(model, recompute=recompute, kv_storage="int8")
+    loss = model(**batch, selected_positions=selected).loss
+    assert torch.equal(loss, exact_loss)
+    errors = {n: ((g - exact[n]).norm() / exact[n].norm()).item() for n, g in gradients(model, loss).items()}
+    assert 0 < max(errors.values()) < 0.02, errors
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
+def test_keys_and_values_put_away_leave_the_device(recompute):
+    """What a forward pass leaves alive is less by their bytes, or, in 8 bits, by most of them."""
+    model = tiny_model("llama")
+    batch = dict(input_ids=torch.randint(3, VOCAB, (1, 400)))
+    batch["labels"], selected = batch["input_ids"], torch.arange(0, 400, 40)[None]
+    alive = {}
+    for storage in ("device", "host", "int8"):
+        tokenseek.enable_token_ditching(model, recompute=recompute, kv_storage=storage)
+        with LiveStorages() as live, mock.patch("tokenseek.ditching.storage.to_host", lambda x: x.new_empty(0)):
+            loss = model(**batch, selected_positions=selected).loss
+            alive[storage] = live.bytes
+        del loss
+    heads, layers = model.config.num_key_value_heads * model.config.head_dim, model.config.num_hidden_layers
+    numbers = 2 * 400 * heads * layers
+    assert alive["device"] - alive["host"] > 0.85 * 4 * numbers
+    assert alive["device"] - alive["int8"] > 0.85 * (4 - 1 - 4 / model.config.head_dim) * numbers
 
 
 def test_packed_examples_attend_to_themselves_only():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from types import MethodType
 
@@ -27,6 +27,7 @@ from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, Unselecte
 from tokenseek.ditching.loss import selected_loss
 from tokenseek.ditching.packing import MaskedPartition, PackedPartition, partition_by_example
 from tokenseek.ditching.rows import Partition, Rows, partition
+from tokenseek.ditching.storage import STORAGES, TakenOnce, saved_as_kept
 from tokenseek.ditching.zero3 import gather_layers_once, ungather_layers
 from tokenseek.errors import UserError
 from tokenseek.head import head_logits, next_token_labels
@@ -34,7 +35,7 @@ from tokenseek.labels import IGNORED
 from tokenseek.modeling import Decoder, find_decoder, keep_4bit_differentiable
 
 
-def enable_token_ditching(model: nn.Module, *, recompute: bool = False) -> nn.Module:
+def enable_token_ditching(model: nn.Module, *, recompute: bool = False, kv_storage: str = "device") -> nn.Module:
     """Let `model` train on selected tokens only; patches it in place and returns it.
 
     Afterwards ``model(input_ids=..., attention_mask=..., labels=..., selected_positions=...)`` back-propagates through
@@ -48,6 +49,9 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False) -> nn.Mo
         recompute: run the selected rows of each layer once more in the backward pass instead of storing their
             activations; keys and values are then all that a layer stores. ``gradient_checkpointing_enable()`` means
             the same.
+        kv_storage: where the keys and values of all tokens wait for the backward pass: "device"; "host", copied to and
+            from pinned memory; or "int8", 8 bits a number and a scale for each token and head, with which gradients are
+            no longer exact (docs/performance.md says by how much).
 
     Raises:
         UserError: for models that token ditching cannot serve, saying why.
@@ -56,6 +60,8 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False) -> nn.Mo
         >>> model = tokenseek.enable_token_ditching(AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B"))
         >>> model(input_ids=ids, labels=ids, selected_positions=torch.tensor([[3, 7, 9]])).loss.backward()
     """
+    if kv_storage not in STORAGES:
+        raise UserError(f"kv_storage is {kv_storage!r}; it must be one of {', '.join(STORAGES)}.")
     decoder = find_decoder(model)
     require_masked_backend(decoder.causal_lm)
     sequence = None
@@ -63,7 +69,7 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False) -> nn.Mo
         sequence = decoder.causal_lm._token_ditching.sequence
         disable_token_ditching(model)
     keep_4bit_differentiable(model)  # an evaluation before or during training would repack them
-    ditching = Ditching(decoder, recompute)
+    ditching = Ditching(decoder, recompute, kv_storage)
     ditching.sequence = sequence
     _replace_forward(decoder.causal_lm, ditching, _causal_lm_forward(decoder.causal_lm))
     _replace_forward(decoder.body, ditching, _body_forward)
@@ -108,9 +114,10 @@ def _original_forward(module: nn.Module):
 class Ditching:
     """What the patched modules of one model share; `step` is set while a forward pass with selected tokens runs."""
 
-    def __init__(self, decoder: Decoder, recompute: bool):
+    def __init__(self, decoder: Decoder, recompute: bool, kv_storage: str):
         self.decoder = decoder
         self.recompute = recompute
+        self.kv_storage = kv_storage
         self.step: Step | None = None
         # Set where ranks share a text (`tokenseek.parallel`).
         self.sequence = None
@@ -292,18 +299,24 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
         with _without_own_checkpointing(layer), attention:
             return _original_forward(layer)(hidden, **shrunk, **{ditching.decoder.cache_argument: cache})
 
-    def run_selected(hidden, keys, values):
+    def run_selected(hidden, keys=None, values=None):
         cache = SelectedCache(parts, keys, values)
         replace = parts.replacement(parts.whole.selected, selected_attention)
-        output = run(hidden, parts.selected, cache, ditching.attention(parts, replace))
+        # What is recomputed saves nothing until then.
+        is_put_away = ditching.kv_storage != "device" and with_gradient and not checkpointing
+        with saved_as_kept(lambda: (cache.keys, cache.values), ditching.kv_storage) if is_put_away else nullcontext():
+            output = run(hidden, parts.selected, cache, ditching.attention(parts, replace))
         _require_updated(cache, layer, ditching)
         return output, cache.keys, cache.values
 
-    def selected_pass(keys=None, values=None):
+    def selected_pass(*keys_and_values):
         with torch.set_grad_enabled(with_gradient), _autocast_cache(autocast_cache):
-            if checkpointing and with_gradient:
-                return checkpoint(run_selected, selected_BSD, keys, values, use_reentrant=False)
-            return run_selected(selected_BSD, keys, values)
+            if not (checkpointing and with_gradient):
+                return run_selected(selected_BSD, *keys_and_values)
+            kept = [TakenOnce(rows, ditching.kv_storage) for rows in keys_and_values]
+            return checkpoint(
+                lambda hidden: run_selected(hidden, *(rows.take() for rows in kept)), selected_BSD, use_reentrant=False
+            )
 
     if parts.unselected is None:
         return selected_pass()[0]

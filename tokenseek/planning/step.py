@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from unittest import mock
 
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Tra
 from transformers.initialization import no_init_weights
 
 from tokenseek.config import RunConfig
-from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching import enable_token_ditching, storage
 from tokenseek.ditching.rows import Partition, partition
 from tokenseek.errors import UserError
 from tokenseek.modeling import Decoder, find_decoder
@@ -129,7 +129,8 @@ def plan_memory(
     model = _build(config, model_config, method, engine)
     decoder = find_decoder(model)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger, Work() as work, _LargestBatch(ledger):
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, Ledger() as ledger, Work() as work, _LargestBatch(ledger), _put_away(ledger):
             _materialise(model)
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
             if config.training.gradient_accumulation_steps > 1:
@@ -218,7 +219,7 @@ def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, en
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(precision)
     if method.ratio is not None:
-        enable_token_ditching(model, recompute=method.recompute)
+        enable_token_ditching(model, recompute=method.recompute, kv_storage=config.training.kv_storage)
     elif method.recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -256,6 +257,23 @@ def _train_pass(
     del output
     with state.backward_pass():
         loss.backward()
+
+
+@contextmanager
+def _put_away(ledger: Ledger) -> Iterator[None]:
+    """Copies of keys and values for the backward pass are counted as such, and on the host not at all."""
+
+    def tracked(make, category):
+        def make_tracked(tensor):
+            made = make(tensor)
+            ledger.track(made if isinstance(made, tuple) else [made], category)
+            return made
+
+        return make_tracked
+
+    to_host, to_int8 = tracked(storage.to_host, None), tracked(storage.to_int8, "keys_values")
+    with mock.patch.multiple(storage, to_host=to_host, to_int8=to_int8):
+        yield
 
 
 class _Enough(Exception):

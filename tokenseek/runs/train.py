@@ -90,7 +90,7 @@ def train(config: RunConfig) -> TrainingSummary:
     if config.peft:
         model = add_adapter(model, config.peft)
     if config.training.ditching:
-        enable_token_ditching(model, recompute=config.training.recompute)
+        enable_token_ditching(model, recompute=config.training.recompute, kv_storage=config.training.kv_storage)
     if group is not None:
         enable_sequence_parallelism(model, group, layout=config.training.sequence_layout)
     common = dict(
@@ -137,7 +137,17 @@ def train(config: RunConfig) -> TrainingSummary:
 
 
 # Settings of a TrainingConfig that are no fields of TrainingArguments.
-_OURS = {"ditching", "recompute", "packing", "sequence_layout", "memory_budget", "mixed_precision", "resume", "extra"}
+_OURS = {
+    "ditching",
+    "recompute",
+    "kv_storage",
+    "packing",
+    "sequence_layout",
+    "memory_budget",
+    "mixed_precision",
+    "resume",
+    "extra",
+}
 
 
 def training_arguments(training: TrainingConfig, output: Path, seed: int) -> TrainingArguments:
