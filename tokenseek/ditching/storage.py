@@ -19,7 +19,7 @@ STORAGES = ("device", "host", "int8")
 class Kept:
     """A tensor [B, N, T, H] put away: itself ("device"), a copy on the host, or 8 bits for each of its numbers.
 
-    In 8 bits, every row of H numbers has a scale of its own, the largest magnitude in it over 127.
+    In 8 bits, every row of H numbers has a scale of its own, after the mean over the tokens is taken off.
     """
 
     def __init__(self, tensor: torch.Tensor, storage: str):
@@ -31,7 +31,7 @@ class Kept:
         elif storage == "host":
             self.numbers = to_host(tensor.detach())
         else:
-            self.numbers, self.scale = to_int8(tensor.detach())
+            self.numbers, self.scale, self.mean = to_int8(tensor.detach())
 
     def restore(self) -> torch.Tensor:
         """The tensor again, with the strides that it had."""
@@ -40,7 +40,7 @@ class Kept:
         restored = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
         if self.storage == "host":
             return restored.copy_(self.numbers, non_blocking=True)
-        return torch.mul(self.numbers, self.scale, out=restored)
+        return torch.addcmul(self.mean, self.numbers, self.scale, out=restored)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,10 +49,15 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     return copy.copy_(tensor, non_blocking=True)
 
 
-def to_int8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, N, T, H] int8, and the scale [B, N, T, 1] of every row."""
-    scale = (tensor.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(tensor.dtype).tiny)
-    return (tensor / scale).round_().to(torch.int8), scale
+def to_int8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B, N, T, H] int8; the scale [B, N, T, 1] of every row; and the mean [B, N, 1, H] that was taken off before.
+
+    Some channels of keys are far from zero for all tokens, and would leave few of the 8 bits to the others of a row.
+    """
+    mean = tensor.mean(-2, keepdim=True)
+    centred = tensor - mean
+    scale = (centred.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(tensor.dtype).tiny)
+    return centred.div_(scale).round_().to(torch.int8), scale, mean
 
 
 class TakenOnce:
