@@ -1,6 +1,6 @@
 """How far gradients are off when keys and values wait for the backward pass in 8 bits (``kv_storage: int8``).
 
-    python -m benchmarks.kv_storage MODEL_FOLDER FILE.jsonl --field question --field answer --examples 8
+    python -m benchmarks.kv_storage MODEL_FOLDER FILE.jsonl --field question --field answer --examples 4
 
 Per example, the relative error of the whole gradient, |g8 - g| / |g|, at a random share of the tokens, all supervised.
 """

@@ -210,8 +210,8 @@ class TrainingConfig(_Section):
     - `kv_storage`: where keys and values wait for it: on the `device`, on the `host`, or in 8 bits (`int8`, not exact).
     - `packing`: the examples of a micro batch in one row instead of padded; losses and gradients are the same.
     - `sequence_layout`: which tokens of a text each rank holds where the accelerate config has ranks share texts
-      (`sp_size`): `balanced`; `contiguous`, as stock Ulysses; or `regroup`, contiguous and regrouped in each layer as in
-      the paper. Losses are the same in all three.
+      (`sp_size`): `balanced`; `contiguous`, as stock Ulysses; or `regroup`, contiguous and regrouped in each layer as
+      in the paper. Losses are the same in all three.
     - `memory_budget`: what a process may take on its device with `selection.ratio: auto`, such as `8GiB`; left out,
       nine tenths of what is free there.
     - `resume`: `auto` (from the newest checkpoint in output_dir, if any), `never`, or the path of a checkpoint.

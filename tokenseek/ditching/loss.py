@@ -71,8 +71,8 @@ class _LossWithGradient(torch.autograd.Function):
         with torch.enable_grad():
             hidden_1CD = hidden_1CD.detach().requires_grad_()
             loss = chunk_loss(hidden_1CD, labels_C)
-            (gradient_1CD,) = torch.autograd.grad(loss, hidden_1CD)
-        ctx.save_for_backward(gradient_1CD)
+            loss.backward()  # reaches nothing but the hidden states
+        ctx.save_for_backward(hidden_1CD.grad)
         return loss.detach()
 
     @staticmethod
