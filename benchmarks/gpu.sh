@@ -33,6 +33,7 @@ part() {
 
 quick="full,full+checkpoint,full+checkpoint+chunked-ce,algorithm1@0.1,tokenseek@0.1,tokenseek@0.1+recompute"
 ratios="tokenseek@0.05,tokenseek@0.2,tokenseek@0.5,tokenseek@1.0"
+storages="tokenseek@0.1+kv-host,tokenseek@0.1+kv-int8"
 lora="full+lora,full+lora+checkpoint,tokenseek@0.1+lora"
 qlora="full+qlora,full+qlora+checkpoint,tokenseek@0.1+qlora,tokenseek@0.1+qlora+recompute"
 "$python" -c "import bitsandbytes" 2>/dev/null && lora+=",$qlora"
@@ -43,7 +44,7 @@ part llama-3.2-1b 180 "${step[@]}" --shape llama-3.2-1b --lengths 2048,4096 --me
   --json "$out/llama-3.2-1b.json"
 part seek-llama-3.2-1b 45 "$python" -m benchmarks.seek --device cuda --dtype bf16 --shape llama-3.2-1b \
   --lengths 512,2048,4096 --repeats 10 --json "$out/seek-llama-3.2-1b.json"
-part llama-3.2-1b-more 150 "${step[@]}" --shape llama-3.2-1b --lengths 2048 --methods "full,$ratios,$lora" \
+part llama-3.2-1b-more 165 "${step[@]}" --shape llama-3.2-1b --lengths 2048 --methods "full,$ratios,$storages,$lora" \
   --json "$out/llama-3.2-1b-more.json"
 # Short sequences, where launching kernels costs more than running them.
 part qwen2.5-0.5b 60 "${step[@]}" --shape qwen2.5-0.5b --lengths 512 --methods "full,tokenseek@0.1" \

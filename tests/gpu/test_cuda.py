@@ -75,6 +75,16 @@ def test_gradients_equal_the_dense_reference(kind, dtype, tolerance, recompute):
     assert_close(gradients(model, loss), expected, tolerance)
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
+@pytest.mark.parametrize("storage,tolerance", [("host", 1e-10), ("int8", 0.05)])
+def test_keys_and_values_put_away(storage, tolerance, recompute):
+    model = tiny_model("llama", dtype=torch.float64)
+    expected = reference(model, make_batch(), SELECTED)
+    model = enable_token_ditching(model.cuda(), recompute=recompute, kv_storage=storage)
+    loss = model(**on_cuda(make_batch()), selected_positions=SELECTED.cuda()).loss
+    assert_close(gradients(model, loss), expected, tolerance)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("selected", [SELECTED[:1], torch.arange(TOKENS)[None]], ids=["some", "all"])
 def test_every_attention_kernel_gives_the_same(kernel, selected):
