@@ -12,10 +12,11 @@ import numpy as np
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 
-Rule = Literal["top", "random", "all", "bands", "top_random"]
+Rule = Literal["top", "random", "all", "bands", "top_random", "sampled"]
 Scope = Literal["all", "supervised"]
 
-_SCORED_RULES = ("top", "bands", "top_random")
+_SCORED_RULES = ("top", "bands", "top_random", "sampled")
+_EXPLORING_RULES = ("top_random", "sampled")
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ class SelectionRule:
             - "random": as many, at random, drawn anew at every visit (the TokenTune baseline);
             - "all": every token;
             - "bands": the ranks in `bands`, whatever `ratio` is (Table S11);
-            - "top_random": the highest scores for most of the budget and random others for `explore` of it.
+            - "top_random": the highest scores for most of the budget and random others for `explore` of it;
+            - "sampled": drawn anew at every visit, with a probability that grows with the score, and each loss weighted
+              by the inverse of its probability, so that the loss has the expectation of the loss of all tokens.
         ratio: share of the example's tokens that is selected, in (0, 1]; rounded half up, at least one token.
         alpha: weight of the context score, >= 0.
         beta: weight of the gradient score, >= 0.
         log_offset: added to the context score before its logarithm, >= 0.
-        explore: share of the budget drawn at random by "top_random", in (0, 1]; 0 for every other rule.
+        explore: share of the budget drawn at random by "top_random" and "sampled" (there it bounds the weights), in
+            (0, 1]; 0 for every other rule.
         bands: for "bands", (low, high) fractions of the ranking, best token first: the top 10 % and the 40-50 % band
             are `((0, 0.1), (0.4, 0.5))`. Given in any order, without overlap.
         seed: of the random draws.
@@ -64,10 +68,11 @@ class SelectionRule:
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number >= 0")
         if self.rule in _SCORED_RULES and self.alpha == self.beta == 0:
             raise UserError(f"selection.alpha and selection.beta are both 0; rule {self.rule!r} needs one above 0.")
-        if self.rule == "top_random":
-            _require(0 < self.explore <= 1, "explore", self.explore, "a share in (0, 1] for 'top_random', e.g. 0.1")
+        if self.rule in _EXPLORING_RULES:
+            _require(0 < self.explore <= 1, "explore", self.explore, f"a share in (0, 1] for {self.rule!r}, e.g. 0.1")
         else:
-            _require(self.explore == 0, "explore", self.explore, f"0 for {self.rule!r}; only 'top_random' explores")
+            accepted = f"0 for {self.rule!r}; only {' and '.join(map(repr, _EXPLORING_RULES))} explore"
+            _require(self.explore == 0, "explore", self.explore, accepted)
         _require(0 <= self.seed < 2**64, "seed", self.seed, "an integer in [0, 2**64)")
         if (self.rule == "bands") != bool(self.bands):
             raise UserError(
@@ -81,6 +86,11 @@ class SelectionRule:
     def needs_scores(self) -> bool:
         """Whether the rule selects by score; "random" and "all" can do without an index."""
         return self.rule in _SCORED_RULES
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether losses are weighted, see :func:`select_weighted`."""
+        return self.rule == "sampled"
 
 
 def combine_scores(
@@ -160,6 +170,27 @@ def select_positions(
         >>> select_positions(SelectionRule(ratio=0.5), np.array([4.0, 1, 2, 3]), np.zeros(4), row=0)
         array([0, 3])
     """
+    return select_weighted(
+        rule, context, gradient, row=row, visit=visit, supervised=supervised, num_tokens=num_tokens
+    )[0]
+
+
+def select_weighted(
+    rule: SelectionRule,
+    context: np.ndarray | None,
+    gradient: np.ndarray | None,
+    *,
+    row: int,
+    visit: int = 0,
+    supervised: np.ndarray | None = None,
+    num_tokens: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What :func:`select_positions` selects, and the weight of each position's loss, float64 [S].
+
+    The weights are 1 but for "sampled", where they are the inverse of the probabilities: the sum of the weighted losses
+    of the selected positions is an unbiased estimate of the sum over all candidates. Divide it by the number of *all*
+    supervised tokens of the step.
+    """
     if num_tokens is None and context is None:
         raise UserError("Give num_tokens or scores: without either the length of the example is not known.")
     num_tokens = len(context) if num_tokens is None else num_tokens
@@ -168,19 +199,56 @@ def select_positions(
 
     candidates = _candidates(rule.scope, num_tokens, supervised, row)
     if rule.rule == "all":
-        return candidates
+        return candidates, np.ones(len(candidates))
     budget = min(max(1, _round(rule.ratio * num_tokens)), len(candidates))
     if rule.rule == "random":
-        return np.sort(_shuffled(candidates, rule.seed, row, visit)[:budget])
+        return _unweighted(_shuffled(candidates, rule.seed, row, visit)[:budget])
 
     context, gradient = _trimmed("context", context, num_tokens, row), _trimmed("gradient", gradient, num_tokens, row)
     scores = combine_scores(context, gradient, rule.alpha, rule.beta, rule.log_offset)
+    if rule.rule == "sampled":
+        return _sampled(candidates, scores[candidates], budget, rule, row, visit)
     ranking = candidates[np.argsort(-scores[candidates], kind="stable")]
     if rule.rule == "bands":
-        return np.sort(_in_bands(ranking, rule.bands))
+        return _unweighted(_in_bands(ranking, rule.bands))
     explored = _round(rule.explore * budget)
     top, rest = np.split(ranking, [budget - explored])
-    return np.sort(np.concatenate([top, _shuffled(rest, rule.seed, row, visit)[:explored]]))
+    return _unweighted(np.concatenate([top, _shuffled(rest, rule.seed, row, visit)[:explored]]))
+
+
+def _unweighted(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.sort(positions), np.ones(len(positions))
+
+
+def _sampled(
+    candidates: np.ndarray, scores: np.ndarray, budget: int, rule: SelectionRule, row: int, visit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`budget` candidates, drawn with probabilities that grow with their scores above the least, and their weights."""
+    finite = np.isfinite(scores)
+    above = np.maximum(scores - scores[finite].min(), 0) if finite.any() else np.zeros(len(scores))
+    share = np.full(len(candidates), 1 / len(candidates))
+    if above.sum() > 0:
+        share = rule.explore * share + (1 - rule.explore) * above / above.sum()
+    probability = _inclusion(share, budget)
+    # Systematic sampling: the candidates, in random order, lie on a line with lengths that are their probabilities, and
+    # a comb with teeth 1 apart is put on it. Every draw has `budget` candidates, and these exact probabilities.
+    order = _shuffled(np.arange(len(candidates)), rule.seed, row, visit)
+    ends = np.cumsum(probability[order])
+    ends[-1] = budget
+    offset = _generator(rule.seed, row, visit).random_raw(len(candidates) + 1)[-1] / 2.0**64
+    drawn = np.sort(order[np.searchsorted(ends, offset + np.arange(budget), side="right")])
+    return candidates[drawn], 1 / probability[drawn]
+
+
+def _inclusion(share: np.ndarray, budget: int) -> np.ndarray:
+    """Probabilities in proportion to `share` (all > 0), but none above 1, that sum to `budget` <= their number."""
+    certain = np.zeros(len(share), bool)
+    while not certain.all():
+        probability = np.where(certain, 1.0, (budget - certain.sum()) * share / share[~certain].sum())
+        if (probability <= 1).all():
+            return probability
+        certain |= probability > 1
+    return np.ones(len(share))
 
 
 def _candidates(scope: Scope, num_tokens: int, supervised: np.ndarray | None, row: int) -> np.ndarray:
@@ -199,11 +267,13 @@ def _in_bands(ranking: np.ndarray, bands: tuple[tuple[float, float], ...]) -> np
 
 
 def _shuffled(positions: np.ndarray, seed: int, row: int, visit: int) -> np.ndarray:
+    return positions[np.argsort(_generator(seed, row, visit).random_raw(len(positions)), kind="stable")]
+
+
+def _generator(seed: int, row: int, visit: int) -> np.random.Philox:
     # Philox is a keyed counter: no state to carry between processes, and no two visits share a block of its output.
     # NumPy promises that the raw output never changes, which it does not for `permutation` or `choice`.
-    key, counter = np.array([seed, row], np.uint64), np.array([0, 0, 0, visit], np.uint64)
-    keys = np.random.Philox(key=key, counter=counter).random_raw(len(positions))
-    return positions[np.argsort(keys, kind="stable")]
+    return np.random.Philox(key=np.array([seed, row], np.uint64), counter=np.array([0, 0, 0, visit], np.uint64))
 
 
 def _trimmed(name: str, values: np.ndarray | None, num_tokens: int, row: int) -> np.ndarray:

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from tokenseek.errors import UserError
-from tokenseek.selection import SelectionRule, combine_scores, select_positions, supervised_positions
+from tokenseek.selection import (
+    SelectionRule,
+    combine_scores,
+    select_positions,
+    select_weighted,
+    supervised_positions,
+)
 
 RULES = {
     "top": SelectionRule("top"),
@@ -16,6 +22,7 @@ RULES = {
     "all": SelectionRule("all"),
     "bands": SelectionRule("bands", bands=((0, 0.1), (0.4, 0.5))),
     "top_random": SelectionRule("top_random", explore=0.3),
+    "sampled": SelectionRule("sampled", explore=0.3),
 }
 
 
@@ -109,13 +116,13 @@ def test_positions_are_ascending_unique_real_tokens_and_one_at_least(name, scope
     ("ratio", "num_tokens", "expected"),
     [(0.1, 4, 1), (0.1, 14, 1), (0.1, 15, 2), (0.5, 3, 2), (0.5, 5, 3), (0.25, 10, 3), (1.0, 10, 10), (0.999, 10, 10)],
 )
-@pytest.mark.parametrize("name", ["top", "random", "top_random"])
+@pytest.mark.parametrize("name", ["top", "random", "top_random", "sampled"])
 def test_budget_is_rounded_half_up(name, ratio, num_tokens, expected):
     rule = dataclasses.replace(RULES[name], ratio=ratio)
     assert len(select_positions(rule, *scores(num_tokens), row=0)) == expected
 
 
-@pytest.mark.parametrize("name", ["top", "random", "top_random"])
+@pytest.mark.parametrize("name", ["top", "random", "top_random", "sampled"])
 def test_ratio_one_is_every_token(name):
     rule = dataclasses.replace(RULES[name], ratio=1.0)
     np.testing.assert_array_equal(select_positions(rule, *scores(37), row=0), np.arange(37))
@@ -299,7 +306,7 @@ def test_supervised_scope_of_an_example_without_a_loss_is_all():
         ({"beta": math.inf}, "selection.beta"),
         ({"alpha": 0, "beta": 0}, "both 0"),
         ({"log_offset": -1e-6}, "selection.log_offset"),
-        ({"explore": 0.1}, "only 'top_random' explores"),
+        ({"explore": 0.1}, "only 'top_random' and 'sampled' explore"),
         ({"rule": "top_random"}, "selection.explore is 0.0"),
         ({"rule": "top_random", "explore": 1.5}, "selection.explore is 1.5"),
         ({"seed": -1}, "selection.seed"),
@@ -344,3 +351,44 @@ def test_bad_rules_are_refused_by_name(options, message):
 def test_missing_or_short_arguments_are_refused(rule, arguments, message):
     with pytest.raises(UserError, match=message):
         select_positions(rule, row=5, **arguments)
+
+
+def test_sampled_weights_make_sums_unbiased():
+    generator = np.random.default_rng(0)
+    context, gradient, values = generator.random(23), generator.random(23) ** 4, generator.random(23)
+    supervised = np.arange(23) >= 7
+    for scope, candidates in (("all", np.ones(23, bool)), ("supervised", supervised)):
+        rule = SelectionRule("sampled", ratio=0.3, alpha=0, beta=1, explore=0.2, scope=scope)
+        sums, counts = [], np.zeros(23)
+        for visit in range(4000):
+            positions, weights = select_weighted(rule, context, gradient, row=5, visit=visit, supervised=supervised)
+            assert len(positions) == len(weights) == 7 and (np.diff(positions) > 0).all()
+            assert candidates[positions].all() and (weights >= 1 - 1e-12).all()
+            assert (weights <= candidates.sum() / (7 * rule.explore) + 1e-9).all()
+            sums.append(weights @ values[positions])
+            counts[positions] += 1
+        assert np.mean(sums) == pytest.approx(values[candidates].sum(), abs=4 * np.std(sums) / 4000**0.5)
+        lower_half = candidates & (gradient < np.median(gradient[candidates]))
+        assert counts[np.where(candidates, gradient, 0).argmax()] > 2 * counts[lower_half].mean()
+
+
+def test_sampled_takes_all_where_the_budget_is_all():
+    rule = SelectionRule("sampled", ratio=1.0, explore=0.5)
+    positions, weights = select_weighted(rule, np.ones(6), np.arange(6.0), row=0)
+    assert positions.tolist() == list(range(6)) and weights.tolist() == [1.0] * 6
+
+
+def test_sampled_never_draws_above_certainty():
+    # One score dwarfs the others: it is certain, and the rest of the budget is spread over the others.
+    gradient = np.array([1e6, 1, 1, 1, 1, 1, 1, 1])
+    rule = SelectionRule("sampled", ratio=0.5, alpha=0, beta=1, explore=0.1)
+    for visit in range(50):
+        positions, weights = select_weighted(rule, np.ones(8), gradient, row=1, visit=visit)
+        assert positions[0] == 0 and weights[0] == 1 and len(positions) == 4
+        assert weights[1:] == pytest.approx(7 / 3)
+
+
+def test_other_rules_weigh_nothing():
+    for rule in (SelectionRule("top"), SelectionRule("random"), SelectionRule("all")):
+        positions, weights = select_weighted(rule, np.ones(20), np.arange(20.0), row=0)
+        assert weights.tolist() == [1.0] * len(positions)

@@ -24,6 +24,7 @@ def selected_loss(
     labels_BS: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
     recompute: bool,
+    weights_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the cross-entropies of supervised rows over their number, or over `num_items_in_batch` when given.
 
@@ -32,25 +33,31 @@ def selected_loss(
     Args:
         recompute: compute the logits once more in the backward pass rather than store them. If they do not fit one
             chunk this is done anyway, and never under a head that is not trained.
+        weights_BS: of the rows' losses in the sum; all 1 by default.
     """
     hidden_RD, labels_R = hidden_BSD.flatten(0, 1), labels_BS.flatten()
     supervised = labels_R.ne(IGNORED).nonzero().squeeze(1)
     if len(supervised) == 0:
         supervised = supervised.new_zeros(1)
     hidden_RD, labels_R = hidden_RD[supervised], labels_R[supervised]
+    if weights_BS is None:
+        weights_R = torch.ones(len(labels_R), device=labels_R.device)
+    else:
+        weights_R = weights_BS.flatten()[supervised]
 
-    def chunk_loss(hidden_1CD, labels_C):
-        logits_CV = head_logits(decoder, body_output, hidden_1CD)[0]
-        return cross_entropy(at_least_float32(logits_CV), labels_C, ignore_index=IGNORED, reduction="sum")
+    def chunk_loss(hidden_1CD, labels_C, weights_C):
+        logits_CV = at_least_float32(head_logits(decoder, body_output, hidden_1CD)[0])
+        losses_C = cross_entropy(logits_CV, labels_C, ignore_index=IGNORED, reduction="none")
+        return (losses_C * weights_C.to(losses_C)).sum()  # not `@`, which autocast would compute in 16 bits
 
     rows = rows_per_chunk(decoder)
-    chunks = list(zip(hidden_RD[None].split(rows, dim=1), labels_R.split(rows), strict=True))
+    chunks = list(zip(hidden_RD[None].split(rows, dim=1), labels_R.split(rows), weights_R.split(rows), strict=True))
     head = decoder.causal_lm.get_output_embeddings()
     if _is_partitioned(head):
         # Every chunk gathers the head's weights, and a gather needs all ranks: those with fewer chunks join in.
         most = torch.tensor(len(chunks), device=labels_R.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        without_loss = hidden_RD[None, :1], torch.full_like(labels_R[:1], IGNORED)
+        without_loss = hidden_RD[None, :1], torch.full_like(labels_R[:1], IGNORED), weights_R[:1]
         chunks += [without_loss] * (int(most) - len(chunks))
     if torch.is_grad_enabled() and hidden_RD.requires_grad and _is_constant(head):
         total = sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
@@ -59,7 +66,7 @@ def selected_loss(
     else:
         total = chunk_loss(*chunks[0])
     if num_items_in_batch is None:
-        num_items_in_batch = labels_R.ne(IGNORED).sum()
+        num_items_in_batch = weights_R[labels_R.ne(IGNORED)].sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 
@@ -67,10 +74,10 @@ class _LossWithGradient(torch.autograd.Function):
     """A chunk's loss and, at once, its gradient with respect to the hidden states: no logits are kept or recomputed."""
 
     @staticmethod
-    def forward(ctx, chunk_loss, hidden_1CD: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, chunk_loss, hidden_1CD: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
             hidden_1CD = hidden_1CD.detach().requires_grad_()
-            loss = chunk_loss(hidden_1CD, labels_C)
+            loss = chunk_loss(hidden_1CD, labels_C, weights_C)
             loss.backward()  # reaches nothing but the hidden states
         ctx.save_for_backward(hidden_1CD.grad)
         return loss.detach()
@@ -78,7 +85,7 @@ class _LossWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         (gradient_1CD,) = ctx.saved_tensors
-        return None, gradient_1CD * gradient, None
+        return None, gradient_1CD * gradient, None, None
 
 
 def _is_constant(head: nn.Module) -> bool:

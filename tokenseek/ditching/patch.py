@@ -41,8 +41,9 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False, kv_stora
     Afterwards ``model(input_ids=..., attention_mask=..., labels=..., selected_positions=...)`` back-propagates through
     the selected positions alone (Eq. 6) and its ``.loss`` is the mean cross-entropy over selected supervised positions:
     position t predicts token t + 1 and counts if it is selected and ``labels[t + 1]`` is not -100. With
-    ``num_items_in_batch`` the sum is divided by that instead, as Transformers' own losses do. ``.logits`` is None,
-    or [B, S, V] when no labels are given. Without ``selected_positions`` the model is what it was.
+    ``num_items_in_batch`` the sum is divided by that instead, as Transformers' own losses do; ``selected_weights``
+    [B, S] makes sum and mean weighted ones. ``.logits`` is None, or [B, S, V] when no labels are given. Without
+    ``selected_positions`` the model is what it was.
 
     Args:
         model: a causal LM, plain or PEFT-wrapped, before or after it is wrapped for data parallelism.
@@ -152,7 +153,14 @@ def _causal_lm_forward(causal_lm: nn.Module):
     names = list(inspect.signature(causal_lm.forward).parameters)
 
     def forward(
-        self, *args, selected_positions=None, labels=None, num_items_in_batch=None, shift_labels=None, **kwargs
+        self,
+        *args,
+        selected_positions=None,
+        selected_weights=None,
+        labels=None,
+        num_items_in_batch=None,
+        shift_labels=None,
+        **kwargs,
     ):
         ditching: Ditching = self._token_ditching
         decoder, sequence = ditching.decoder, ditching.sequence
@@ -170,6 +178,8 @@ def _causal_lm_forward(causal_lm: nn.Module):
         parts = _partition(ditching, arguments, selected_positions)
         labels_BS = _labels_of(parts.selected, labels, shift_labels) if has_labels else None
         if sequence:
+            if selected_weights is not None:
+                raise UserError("selected_weights cannot be had under sequence parallelism: use another rule.")
             if num_items_in_batch is None:
                 num_items_in_batch = labels_BS.ne(IGNORED).sum()
             arguments, parts, labels_BS = sequence.share(decoder, arguments, parts, labels_BS)
@@ -179,7 +189,13 @@ def _causal_lm_forward(causal_lm: nn.Module):
         loss = logits = None
         if has_labels:
             loss = selected_loss(
-                decoder, body_output, hidden_BSD, labels_BS, num_items_in_batch, ditching.recomputes(decoder.layers[-1])
+                decoder,
+                body_output,
+                hidden_BSD,
+                labels_BS,
+                num_items_in_batch,
+                recompute=ditching.recomputes(decoder.layers[-1]),
+                weights_BS=selected_weights,
             )
             loss = sequence.total(loss) if sequence else loss
         else:
@@ -190,9 +206,10 @@ def _causal_lm_forward(causal_lm: nn.Module):
 
     # Trainers read the signature to learn which columns the model takes and whether it normalises its loss itself.
     parameters = list(inspect.signature(type(causal_lm).forward).parameters.values())
-    selected = inspect.Parameter("selected_positions", inspect.Parameter.KEYWORD_ONLY, default=None)
+    names_added = ("selected_positions", "selected_weights")
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names_added]
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    forward.__signature__ = inspect.Signature([*parameters[:at], selected, *parameters[at:]])
+    forward.__signature__ = inspect.Signature([*parameters[:at], *added, *parameters[at:]])
     return forward
 
 

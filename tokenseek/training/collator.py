@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex, tokens_crc
 from tokenseek.labels import IGNORED
-from tokenseek.selection import SelectionRule, select_positions, supervised_positions
+from tokenseek.selection import SelectionRule, select_weighted, supervised_positions
 
 
 class PaddingCollator:
@@ -65,7 +66,8 @@ class TokenSeekCollator(PaddingCollator):
     ``shift_labels`` [B, S], the token that each of them has to predict (for TRL, which applies the head itself).
 
     Labels that no selected position predicts become -100, so that whoever counts labels to normalise a loss
-    (Transformers' Trainer over gradient accumulation and processes, for one) counts what the loss is summed over.
+    (Transformers' Trainer over gradient accumulation and processes, for one) counts what the loss is summed over. Rule
+    "sampled" keeps all labels and adds ``selected_weights`` [B, S] instead: its sum stands for that over all tokens.
 
     Examples come as mappings with ``example_id``, ``input_ids`` and ``labels``, as :func:`tokenseek.prepare_dataset`
     makes them; in a plain ``transformers.Trainer`` or ``SFTTrainer`` keep the first with
@@ -121,27 +123,35 @@ class TokenSeekCollator(PaddingCollator):
         return PaddingCollator(self.pad_token_id, self.pad_to_multiple_of)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        selected = [self.select(feature) for feature in features]
+        selected, weights = zip(*map(self._select, features), strict=True)
         targets = [_predicted_by(positions, f["labels"]) for positions, f in zip(selected, features, strict=True)]
         labels = []
-        for feature, positions, target in zip(features, selected, targets, strict=True):
-            kept = np.full(len(feature["labels"]) + 1, IGNORED)
-            kept[positions + 1] = target
-            labels.append(kept[:-1])
+        for feature, positions in zip(features, selected, strict=True):
+            kept = np.append(IGNORED, feature["labels"][1:])
+            if not self.rule.has_weights:
+                selected_ones = np.zeros(len(kept) + 1, bool)
+                selected_ones[positions + 1] = True
+                kept[~selected_ones[:-1]] = IGNORED
+            labels.append(kept)
         input_ids = [f["input_ids"] for f in features]
         if self.packing:
             batch = pack_rows(input_ids, labels)
             starts = accumulate(map(len, input_ids[:-1]), initial=0)
             selected = [np.concatenate([positions + start for positions, start in zip(selected, starts, strict=True)])]
-            targets = [np.concatenate(targets)]
+            targets, weights = [np.concatenate(targets)], [np.concatenate(weights)]
         else:
             batch = self.pad(input_ids, labels)
         batch["selected_positions"] = pad_rows(selected, -1)
         batch["shift_labels"] = pad_rows(targets, IGNORED)
+        if self.rule.has_weights:
+            batch["selected_weights"] = pad_sequence([torch.as_tensor(w, dtype=torch.float32) for w in weights], True)
         return batch
 
     def select(self, feature: Mapping[str, Any]) -> np.ndarray:
         """Selected positions of one example, int64 [S], ascending."""
+        return self._select(feature)[0]
+
+    def _select(self, feature: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         if "example_id" not in feature:
             raise UserError(
                 f"an example has no example_id (only {sorted(feature)}). Prepare the data with "
@@ -159,7 +169,7 @@ class TokenSeekCollator(PaddingCollator):
                     "differ. Score it again."
                 )
             scores = self.index.scores(row)
-        return select_positions(
+        return select_weighted(
             self.rule,
             *scores,
             row=row,
