@@ -11,13 +11,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenseek.config import RunConfig, load_config
 from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import BENCHMARKS, HELD_OUT_LOSS, TABLE_1, runnable_tasks
 from tokenseek.evaluation.subject import Subject, find_subject
+from tokenseek.paper import PaperTable, TableRow, load_table, row_settings, table_config
 from tokenseek.resources import find_resource, list_resources, resolve_accelerate_config
 from tokenseek.sizes import parse_size
+
+if TYPE_CHECKING:
+    from tokenseek.runs.tune import Grid
 
 USAGE_ERROR = 2
 # How long a process leaves it to the main one to tell an error; the launcher ends it as soon as the main one has.
@@ -41,6 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             add_part_argument(command)
         _add_launch_arguments(command)
         command.set_defaults(run=_launch)
+
+    for name, text in (
+        ("tune", "choose alpha, beta and r by the loss on held-out data"),
+        ("reproduce", "run a table of the paper for a model and data set"),
+    ):
+        command = commands.add_parser(
+            name, help=text, description=f"{text}; the processes of `accelerate launch` take runs of their own"
+        )
+        _SWEEP_ARGUMENTS[name](command)
+        _add_launch_arguments(command)
+        command.set_defaults(run=_launch_sweep)
 
     command = commands.add_parser("merge", help="merge the shards of parts scored one by one (`score --part`)")
     add_run_arguments(command)
@@ -103,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("presets", help="list the shipped presets")
     command.set_defaults(run=lambda args: print("\n".join(list_resources("preset"))))
 
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv)
+    args.words = argv[1:]
     return guarded(lambda: args.run(args))
 
 
@@ -116,6 +134,10 @@ def run_script(name: str, run: Callable[[argparse.Namespace, RunConfig | Subject
         add_evaluate_arguments(parser)
         args = parser.parse_args()
         return guarded(lambda: run(args, _subject(args)))
+    if name in _SWEEP_ARGUMENTS:
+        _SWEEP_ARGUMENTS[name](parser)
+        args = parser.parse_args()
+        return guarded(lambda: run(args, None if name == "reproduce" else load_config(args.preset, args.set)))
     add_run_arguments(parser)
     if name == "score":
         add_part_argument(parser)
@@ -177,6 +199,61 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=Path, metavar="FOLDER", help="write every prompt and answer here")
 
 
+def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--weights",
+        type=_pair,
+        action="append",
+        metavar="ALPHA,BETA",
+        help="to try; may be given again (default: the paper's 1,0 0,1 5,5 7,3 3,7)",
+    )
+    parser.add_argument("--ratios", metavar="R,R", help="shares of the tokens to try (default: the preset's)")
+    parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=50, metavar="N", help="of each run (default: %(default)s)")
+    parser.add_argument(
+        "--hold-out",
+        type=_positive,
+        default=100,
+        metavar="N",
+        help="training examples that decide, where there is no eval_data (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="NATS",
+        help="choose the smallest r whose loss is above the least by this at most (default: %(default)s)",
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the preset (default: tune/preset.yaml of the run)")
+
+
+def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", help=f"accepted are {', '.join(list_resources('table'))}")
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--paper", metavar="MODEL", help="whose figures stand beside the measured ones (default: the table's first)"
+    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="train on N examples only")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="train for N steps only")
+    parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each row (default: 1)")
+    parser.add_argument(
+        "--hold-out",
+        type=_positive,
+        default=100,
+        metavar="N",
+        help="training examples for the held-out loss, where there is no eval_data (default: %(default)s)",
+    )
+    parser.add_argument("--rows", metavar="A,B", help="run these rows only (`--list` names them)")
+    parser.add_argument("--list", action="store_true", help="name the rows, with what they change, and run nothing")
+    parser.add_argument(
+        "--tasks", metavar="A,B", help="evaluate every run, as `tokenseek evaluate` does (default: held-out loss only)"
+    )
+    parser.add_argument("--data", type=Path, action="append", default=[], metavar="FOLDER", help="as for `evaluate`")
+    parser.add_argument("--eval-limit", type=_positive, metavar="N", help="the first N examples of each task")
+    parser.add_argument("--extra-data", type=Path, metavar="FILE", help="texts in place of MiniPile's (Table S6)")
+
+
 def add_part_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part",
@@ -188,16 +265,31 @@ def add_part_argument(parser: argparse.ArgumentParser) -> None:
 
 def guarded(run: Callable[[], object]) -> int:
     """Run, and turn a :class:`UserError` into its message and exit status 2, without a traceback."""
+    rank = os.environ.get("RANK", "0")
     try:
         result = run()
     except UserError as error:
         # Nearly all errors are met by every process, and one message is enough. If this process ended first, the
         # launcher might end the main one before it has told; an error that the main one does not meet is told here.
-        if os.environ.get("RANK", "0") != "0":
+        if rank != "0":
             time.sleep(_SECONDS_TO_MAIN_PROCESS)
         print(f"tokenseek: error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
     return result if isinstance(result, int) else 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _pair(text: str) -> tuple[float, float]:
+    try:
+        alpha, beta = (float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ALPHA,BETA, such as 5,5") from None
+    return alpha, beta
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -218,6 +310,43 @@ def _launch(args: argparse.Namespace) -> int:
     if getattr(args, "part", None):
         words += ["--part", "{}/{}".format(*args.part)]
     return _launch_script(args, words)
+
+
+def _launch_sweep(args: argparse.Namespace) -> int:
+    """The same command in every process of a launch."""
+    if args.command == "tune":
+        load_config(args.preset, args.set)  # tell of mistakes before any process is started
+    else:
+        _, rows, config = reproduction(args)
+        if args.list:
+            print("\n".join(f"{row.name}: {row.label}: {row_settings(row, config)}" for row in rows))
+            return 0
+    options = argparse.ArgumentParser(add_help=False)
+    _add_launch_arguments(options)
+    return _launch_script(args, options.parse_known_args(args.words)[1])
+
+
+def tune_grid(args: argparse.Namespace) -> Grid:
+    """What the arguments of `tune` ask for."""
+    from tokenseek.runs.tune import PAPER_WEIGHTS, Grid  # late: needs torch
+
+    return Grid(
+        weights=args.weights or PAPER_WEIGHTS,
+        ratios=_ratios(args.ratios) if args.ratios else (),
+        seeds=args.seeds,
+        steps=args.steps,
+        hold_out=args.hold_out,
+        tolerance=args.tolerance,
+    )
+
+
+def reproduction(args: argparse.Namespace) -> tuple[PaperTable, list[TableRow], RunConfig]:
+    """The table, its rows and the configuration that the arguments of `reproduce` ask for."""
+    table = load_table(args.table)
+    config = table_config(table, args.preset, args.set, paper=args.paper, limit=args.limit)
+    if args.tasks:
+        runnable_tasks(args.tasks, args.data, config.eval_data, allow_code_execution=False)
+    return table, table.choose(args.rows), config
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -352,6 +481,9 @@ def _merge_adapter(args: argparse.Namespace) -> None:
 
     merge_adapter(args.adapter, args.output, args.dtype, args.base)
     print(f"merged model: {args.output}")
+
+
+_SWEEP_ARGUMENTS = {"tune": add_tune_arguments, "reproduce": add_reproduce_arguments}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ at once and each with its dotted path, before a model is loaded.
 
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -111,7 +111,8 @@ class DataConfig(_Section):
     """Sources, and how a row becomes tokens and labels.
 
     `labels: response` puts the loss on responses (assistant turns) only, `sequence` on every token. `limit` keeps the
-    first examples after mixing and shuffling.
+    first examples after mixing and shuffling. `hold_out` examples of training data, drawn with `seed`, are kept out of
+    training and are its `eval_data`; they are scored like the others, so that an index serves with and without them.
     """
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
@@ -121,6 +122,7 @@ class DataConfig(_Section):
     append_eos: bool = True
     limit: PositiveInt | None = None
     shuffle: bool = False
+    hold_out: PositiveInt | None = None
     seed: NonNegativeInt = 0
     num_proc: PositiveInt | None = None
 
@@ -349,15 +351,18 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.training.eval_strategy != "no" and self.eval_data is None:
+        if self.training.eval_strategy != "no" and self.eval_data is None and self.data.hold_out is None:
             raise ValueError(
-                f"training.eval_strategy is {self.training.eval_strategy}, but there is no eval_data section"
+                f"training.eval_strategy is {self.training.eval_strategy}, but there is no eval_data section and no "
+                "data.hold_out"
             )
         auto = self.selection.ratio == "auto"
         if auto and not self.training.ditching:
             raise ValueError("selection.ratio is auto and training.ditching false, which trains on all tokens")
         if self.training.memory_budget and not auto:
             raise ValueError("training.memory_budget is for selection.ratio: auto; leave it out or set that")
+        if self.eval_data is not None and (self.data.hold_out or self.eval_data.hold_out):
+            raise ValueError("data.hold_out keeps evaluation data back from training; with eval_data, set it to null")
         return self
 
     def require_trainable(self) -> None:
@@ -402,6 +407,21 @@ def load_config(preset: str | Path | None = None, overrides: list[str] | tuple[s
     return _checked(RunConfig, values, overrides, origin)
 
 
+def override_config(config: RunConfig, settings: Mapping[str, Any], origin: str = "settings") -> RunConfig:
+    """The configuration with some settings changed, by their dotted paths.
+
+    Example:
+        >>> override_config(config, {"selection.alpha": 1, "selection.beta": 0})
+
+    Raises:
+        UserError: names every violation, as `load_config` does.
+    """
+    values = config.model_dump(mode="json")
+    for key, value in settings.items():
+        _set_dotted(values, key, value, origin)
+    return _validated(RunConfig, values, origin)
+
+
 def load_evaluated(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> EvaluatedConfig:
     """The checked sections of a model to evaluate; `overrides` and errors are those of :func:`load_config`."""
     return _checked(EvaluatedConfig, {"model": {"name_or_path": name_or_path}}, overrides, "command line")
@@ -410,6 +430,10 @@ def load_evaluated(name_or_path: str, overrides: list[str] | tuple[str, ...] = (
 def _checked(schema: type[SchemaT], values: dict[str, Any], overrides: Iterable[str], origin: str) -> SchemaT:
     for override in overrides:
         _apply_override(values, override)
+    return _validated(schema, values, origin)
+
+
+def _validated(schema: type[SchemaT], values: dict[str, Any], origin: str) -> SchemaT:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -452,26 +476,31 @@ def _merge(base: dict[str, Any], winner: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Sets one dotted key in place; numbers step into lists, and the number after the last item appends one."""
     key, equals, text = override.partition("=")
-    steps = key.strip().split(".")
-    if not equals or not all(steps):
+    key = key.strip()
+    if not equals or not all(key.split(".")):
         raise UserError(f"--set {override}: write section.key=value, such as --set training.learning_rate=1e-4")
+    _set_dotted(values, key, parse_yaml(text, f"--set {key}"), f"--set {override}")
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    """Sets one dotted key in place; numbers step into lists, and the number after the last item appends one."""
+    steps = key.split(".")
     node: Any = values
     for depth, step in enumerate(steps):
         here = ".".join(steps[:depth]) or "the configuration"
         if isinstance(node, list):
             if not step.isdigit() or int(step) > len(node):
                 raise UserError(
-                    f"--set {override}: {here} is a list; accepted are the positions 0 to {len(node)}, got {step!r}"
+                    f"{origin}: {here} is a list; accepted are the positions 0 to {len(node)}, got {step!r}"
                 )
             step = int(step)
             if step == len(node):
                 node.append(None)
         elif not isinstance(node, dict):
-            raise UserError(f"--set {override}: {here} is the value {node!r} and has no keys")
+            raise UserError(f"{origin}: {here} is the value {node!r} and has no keys")
         if depth == len(steps) - 1:
-            node[step] = parse_yaml(text, f"--set {key}")
+            node[step] = value
             return
         if (node[step] if isinstance(node, list) else node.get(step)) is None:
             node[step] = [] if steps[depth + 1].isdigit() else {}

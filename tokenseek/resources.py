@@ -15,13 +15,14 @@ from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
 from tokenseek.strict_yaml import parse_yaml
 
-Kind = Literal["preset", "accelerate config", "DeepSpeed config", "launch script"]
+Kind = Literal["preset", "accelerate config", "DeepSpeed config", "launch script", "table"]
 
 _FOLDER_AND_SUFFIX: dict[str, tuple[str, str]] = {
     "preset": ("launch/presets", ".yaml"),
     "accelerate config": ("accelerate_configs", ".yaml"),
     "DeepSpeed config": ("ds_configs", ".json"),
     "launch script": ("launch", ".py"),
+    "table": ("launch/tables", ".yaml"),
 }
 
 

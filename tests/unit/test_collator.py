@@ -5,11 +5,13 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
+from tiny_models import tiny_model
 from tiny_run import tiny_dataset, write_index
 from torch.utils.data import DataLoader
 
 from tokenseek import PaddingCollator, SelectionRule, TokenIndex, TokenSeekCollator, UserError
-from tokenseek.runs.train import selection_report
+from tokenseek.ditching import enable_token_ditching
+from tokenseek.runs.train import Selected
 from tokenseek.selection import select_positions
 
 
@@ -210,6 +212,28 @@ def test_columns_of_numbers_in_any_form_do(dataset, path):
 def test_a_selection_without_any_loss_is_told():
     collator = TokenSeekCollator(None, rule="all")
     examples = {"example_id": ["a", "b"], "input_ids": [[5, 6, 7], [5, 6]], "labels": [[-100, -100, 7], [-100, -100]]}
-    assert "5 of 5 tokens, 20% of which carry a loss" in selection_report(collator, Dataset.from_dict(examples))
+    assert "5 of 5 tokens, 20% of which carry a loss" in Selected.among(collator, Dataset.from_dict(examples)).report()
     examples["labels"][0] = [5, -100, -100]
-    assert "WARNING: no selected token carries a loss" in selection_report(collator, Dataset.from_dict(examples))
+    assert "WARNING: no selected token carries a loss" in Selected.among(collator, Dataset.from_dict(examples)).report()
+
+
+def test_sampled_losses_are_weighted_and_counted_over_all_labels(dataset, path):
+    collator = TokenSeekCollator(path, 0.4, "sampled", explore=0.5, scope="supervised")
+    batch = collator([dataset[row] for row in range(4)])
+    plain = collator.without_selection()([dataset[row] for row in range(4)])
+    assert torch.equal(batch["labels"], plain["labels"]), "the number of all labels is what the sum is divided by"
+    packed = TokenSeekCollator(path, 0.4, "sampled", explore=0.5, scope="supervised", packing=True)
+    packed = packed([dataset[row] for row in range(4)])
+    weights, positions = batch["selected_weights"], batch["selected_positions"]
+    assert torch.equal(packed["selected_weights"][0], weights[positions >= 0])
+    assert weights.shape == positions.shape and (weights[positions < 0] == 0).all() and (weights > 1).any()
+
+    model = tiny_model("llama", dtype=torch.float64)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, batch["labels"][:, 1:], reduction="none")
+    carrying = positions.clamp(min=0)
+    expected = (losses.gather(1, carrying.clamp(max=losses.shape[1] - 1)) * weights).sum()
+    enable_token_ditching(model)
+    for count in (int(batch["labels"][:, 1:].ne(-100).sum()), None):
+        loss = model(**batch, num_items_in_batch=count).loss
+        assert loss.item() == pytest.approx(expected.item() / (count or weights.sum().item()), rel=1e-6)

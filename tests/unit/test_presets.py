@@ -10,6 +10,7 @@ import yaml
 
 from tokenseek.config import load_config
 from tokenseek.errors import UserError
+from tokenseek.paper import load_table
 from tokenseek.resources import assets_root, find_resource, folder_of, list_resources, resolve_accelerate_config
 
 PAPER_MODELS = {
@@ -36,7 +37,8 @@ def test_preset_loads_and_can_be_trained(name):
 def test_every_building_block_is_used(path):
     name = str(path.relative_to(folder_of("preset")))
     includes = [yaml.safe_load(other.read_text()).get("include", []) for other in folder_of("preset").rglob("*.yaml")]
-    assert "/" not in name or any(name in included for included in includes)
+    methods = [f"methods/{row.method}.yaml" for table in list_resources("table") for row in load_table(table).rows]
+    assert "/" not in name or any(name in included for included in [*includes, methods])
 
 
 @pytest.mark.parametrize("name", PAPER_MODELS)

@@ -22,7 +22,7 @@ from tokenseek.data.templates import Rendered, render_chat, render_instruction, 
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 
-__all__ = ["DataReport", "PreparedData", "prepare_dataset"]
+__all__ = ["DataReport", "PreparedData", "hold_out", "prepare_dataset"]
 
 _RENDERED = Features(
     {"text": Value("string"), "spans": List(List(Value("int32"))), "add_special_tokens": Value("bool")}
@@ -134,6 +134,21 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
     rows_read = sum(count for _, count in loaded)
     report = _report(examples, rows_read, rows_read - sum(len(rows) for rows, _ in loaded))
     return PreparedData(examples.remove_columns("num_cut"), fingerprints, report)
+
+
+def hold_out(dataset: Dataset, examples: int, seed: int) -> tuple[Dataset, Dataset]:
+    """A data set without `examples` of its rows, drawn with `seed`, and these rows; both keep its order.
+
+    Raises:
+        UserError: too few rows would remain.
+    """
+    if not 0 < examples < len(dataset):
+        raise UserError(
+            f"data.hold_out is {examples}, and there are {len(dataset)} examples; accepted are 1 to {len(dataset) - 1}"
+        )
+    drawn = np.zeros(len(dataset), bool)
+    drawn[np.random.default_rng(seed).permutation(len(dataset))[:examples]] = True
+    return dataset.select(np.flatnonzero(~drawn)), dataset.select(np.flatnonzero(drawn))
 
 
 def _render_rows(

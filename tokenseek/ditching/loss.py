@@ -74,7 +74,7 @@ class _LossWithGradient(torch.autograd.Function):
     """A chunk's loss and, at once, its gradient with respect to the hidden states: no logits are kept or recomputed."""
 
     @staticmethod
-    def forward(ctx, chunk_loss, hidden_1CD: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, chunk_loss, hidden_1CD, labels_C, weights_C) -> torch.Tensor:
         with torch.enable_grad():
             hidden_1CD = hidden_1CD.detach().requires_grad_()
             loss = chunk_loss(hidden_1CD, labels_C, weights_C)

@@ -42,6 +42,32 @@ def join_processes(patience: timedelta | None = None) -> PartialState:
     return state
 
 
+def leave_launch() -> int:
+    """Make every process of this launch one by itself, on its own device. Call it before a device is touched.
+
+    Returns:
+        The number of the process in the launch.
+
+    Raises:
+        UserError: the launch's engine is for processes that work together.
+    """
+    engines = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+    if found := [name for name in engines if parse_flag_from_env(f"ACCELERATE_USE_{name}")]:
+        raise UserError(
+            f"{found[0].lower()}: here every process trains a model of its own. Launch with ddp.yaml, ddp_cpu.yaml or "
+            "single.yaml."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    if not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank] if visible else str(local_rank)
+    return rank
+
+
 def zero_stage() -> int:
     """The ZeRO stage that this launch's accelerate config asks for; 0 without DeepSpeed."""
     if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
 from tokenseek.config import RunConfig, TrainingConfig, save_resolved
-from tokenseek.data import PreparedData, prepare_dataset
+from tokenseek.data import PreparedData, hold_out, prepare_dataset
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
@@ -41,6 +41,8 @@ class TrainingSummary:
         seconds: of the training steps alone, without loading, scoring and evaluation.
         peak_memory_bytes: of the busiest process while it trained: allocated on its GPU, or resident on a CPU.
         loss_before, loss_after: held-out loss in nats per token; None without `eval_data` (before: or when resumed).
+        selected_share: selected tokens of all tokens, in the first examples; 1 without ditching.
+        supervised_share: of those, the tokens that carry a loss.
     """
 
     steps: int
@@ -52,11 +54,16 @@ class TrainingSummary:
     loss_before: float | None
     loss_after: float | None
     trainable_parameters: int
+    selected_share: float
+    supervised_share: float
     final: str
 
 
-def train(config: RunConfig) -> TrainingSummary:
+def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummary:
     """Fine-tune as configured; every process of a run calls this.
+
+    Args:
+        loss_before: the held-out loss of the model as it is, where it was measured before.
 
     Raises:
         UserError: before the model is loaded, for a configuration, data or an index that does not fit.
@@ -68,11 +75,15 @@ def train(config: RunConfig) -> TrainingSummary:
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(config, output)
     group = sequence_group(state.device.type)
+    if group is not None and config.training.ditching and config.selection.rule == "sampled":
+        raise UserError("selection.rule: sampled has weights, which sequence parallelism does not share; use another.")
     require_decoder(config.model, packing=config.training.packing, group=group)
     tokenizer = load_tokenizer(config.model)
     prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
-    held_out = None
-    if config.eval_data:
+    training, held_out = prepared.dataset, None
+    if config.data.hold_out:
+        training, held_out = hold_out(training, config.data.hold_out, config.data.seed)
+    elif config.eval_data:
         held_out = first_on_main(state, lambda: prepare_dataset(config.eval_data, tokenizer, "eval_data")).dataset
     state.print(f"Training data: {prepared.report}")
     config = settle_ratio(config, checkpoint, max(map(len, prepared.dataset["input_ids"])), state)
@@ -95,7 +106,7 @@ def train(config: RunConfig) -> TrainingSummary:
         enable_sequence_parallelism(model, group, layout=config.training.sequence_layout)
     common = dict(
         args=arguments,
-        train_dataset=prepared.dataset,
+        train_dataset=training,
         eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[MetricsFile(output / "metrics.jsonl")],
@@ -103,11 +114,13 @@ def train(config: RunConfig) -> TrainingSummary:
     if config.training.ditching:
         options = dict(pad_token_id=tokenizer.pad_token_id, packing=config.training.packing)
         collator = TokenSeekCollator(index, rule=rule, **options)
-        state.print(selection_report(collator, prepared.dataset))
+        selection = Selected.among(collator, training)
+        state.print(selection.report())
         trainer = TokenSeekTrainer(model, data_collator=collator, **common)
     else:
+        selection = Selected.among(TokenSeekCollator(None, rule="all"), training)
         trainer = GroupTrainer(model, data_collator=PaddingCollator(tokenizer.pad_token_id), **common)
-    timer = _Timer(trainer, held_out)
+    timer = _Timer(trainer, held_out, loss_before)
     trainer.add_callback(timer)
 
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -127,11 +140,13 @@ def train(config: RunConfig) -> TrainingSummary:
         loss_before=timer.loss_before,
         loss_after=after,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        selected_share=selection.selected / selection.tokens,
+        supervised_share=selection.supervised / selection.selected,
         final=str(final),
     )
     if state.is_main_process:
         (output / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
-        write_model_card(final, config, _card_rows(summary, prepared))
+        write_model_card(final, config, _card_rows(summary, len(training)))
     state.wait_for_everyone()
     return summary
 
@@ -197,25 +212,36 @@ def _index(config: RunConfig, prepared: PreparedData, state: PartialState) -> To
     return first_on_main(state, open_index)
 
 
-def selection_report(collator: TokenSeekCollator, dataset: Dataset, examples: int = 256) -> str:
+@dataclass(frozen=True)
+class Selected:
     """How many tokens of the first examples are selected, and how many of those carry a loss."""
-    first = dataset.select(range(min(examples, len(dataset))))
-    selected = supervised = 0
-    for example in first:
-        batch = collator([example])
-        selected += batch["selected_positions"].shape[1]
-        supervised += int(batch["shift_labels"].ne(IGNORED).sum())
-    tokens = sum(map(len, first["input_ids"]))
-    report = (
-        f"Selection in the first {len(first)} examples: {selected:,} of {tokens:,} tokens, {supervised / selected:.0%} "
-        "of which carry a loss."
-    )
-    if not supervised:
-        report += (
-            "\nWARNING: no selected token carries a loss, so that nothing is learned from them. Raise selection.ratio "
-            "or selection.beta, or set selection.scope=supervised."
+
+    examples: int
+    tokens: int
+    selected: int
+    supervised: int
+
+    @classmethod
+    def among(cls, collator: TokenSeekCollator, dataset: Dataset, examples: int = 256) -> Selected:
+        first = dataset.select(range(min(examples, len(dataset))))
+        selected = supervised = 0
+        for example in first:
+            batch = collator([example])
+            selected += batch["selected_positions"].shape[1]
+            supervised += int(batch["shift_labels"].ne(IGNORED).sum())
+        return cls(len(first), sum(map(len, first["input_ids"])), selected, supervised)
+
+    def report(self) -> str:
+        report = (
+            f"Selection in the first {self.examples} examples: {self.selected:,} of {self.tokens:,} tokens, "
+            f"{self.supervised / self.selected:.0%} of which carry a loss."
         )
-    return report
+        if not self.supervised:
+            report += (
+                "\nWARNING: no selected token carries a loss, so that nothing is learned from them. Raise "
+                "selection.ratio or selection.beta, or set selection.scope=supervised."
+            )
+        return report
 
 
 def state_max(trainer: GroupTrainer, value: int) -> float:
@@ -226,14 +252,14 @@ def state_max(trainer: GroupTrainer, value: int) -> float:
 class _Timer(TrainerCallback):
     """Seconds and tokens of the training steps, and the held-out loss before the first."""
 
-    def __init__(self, trainer: GroupTrainer, held_out: Dataset | None):
-        self.trainer, self.held_out = trainer, held_out
-        self.loss_before: float | None = None
+    def __init__(self, trainer: GroupTrainer, held_out: Dataset | None, loss_before: float | None):
+        self.trainer, self.held_out, self.loss_before = trainer, held_out, loss_before
         self.seconds, self.tokens = 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.held_out and state.global_step == 0:
-            self.loss_before = held_out_loss(self.trainer, self.held_out)
+            if self.loss_before is None:
+                self.loss_before = held_out_loss(self.trainer, self.held_out)
             self.trainer.log({"held_out_loss": self.loss_before})
         self._tokens_before = state.num_input_tokens_seen
 
@@ -245,9 +271,9 @@ class _Timer(TrainerCallback):
         self.tokens = state.num_input_tokens_seen - self._tokens_before
 
 
-def _card_rows(summary: TrainingSummary, prepared: PreparedData) -> dict[str, str]:
+def _card_rows(summary: TrainingSummary, examples: int) -> dict[str, str]:
     rows = {
-        "examples": f"{len(prepared.dataset):,}",
+        "examples": f"{examples:,}",
         "optimizer steps": f"{summary.steps:,}",
         "trainable parameters": f"{summary.trainable_parameters:,}",
         "tokens per second": f"{summary.tokens_per_second:,.0f}",

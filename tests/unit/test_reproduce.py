@@ -1,0 +1,142 @@
+"""The paper's tables: their files, what a row changes, and the table that is made of its rows."""
+
+import pytest
+from tiny_preset import tiny_preset
+
+from tokenseek.config import override_config, save_resolved
+from tokenseek.errors import UserError
+from tokenseek.paper import PaperTable, TableRow, load_table, row_settings, table_config
+from tokenseek.resources import list_resources
+from tokenseek.runs.reproduce import render, reproduce
+from tokenseek.runs.sweep import Sweep, Trial
+
+TABLES = ["1", "2", "S11", "S12", "S13", "S14", "S3", "S5", "S6"]
+
+
+def test_every_table_of_the_paper_is_there():
+    assert list_resources("table") == sorted(TABLES)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_is_a_run_of_every_model_of_its_table(name, tmp_path):
+    table = load_table(name)
+    for paper in table.paper:
+        config = table_config(table, None, paper=paper, limit=500)
+        trials = [Trial(row.name, row_settings(row, config)) for row in table.rows]
+        configs = [Sweep(tmp_path, config, [trial]).config(trial) for trial in trials]
+        # Table 2's ratios hold its weights once more, where they are the preset's.
+        assert len({run.selection.model_dump_json() for run in configs if run.peft}) > 1 or name in ("S3", "S6", "S12")
+        for row, run in zip(table.rows, configs, strict=True):
+            assert (run.model.quantization, run.peft and run.peft.method) == {
+                "full": (None, None), "qlora": ("nf4", "lora"), "bone": (None, "miss"),
+            }.get(row.method, (None, row.method))  # fmt: skip
+            assert run.training.ditching != (row.settings.get("training.ditching") is False)
+
+
+def test_figures_of_the_paper():
+    rows = {row.name: row for row in load_table("1").rows}
+    *scores, average, _, peak = rows["qlora-tokenseek"].paper["llama-3.2-1b"]
+    assert sum(scores) / 5 == pytest.approx(average, abs=0.006) and peak == 14.3
+    # Every average of the paper is that of its five scores, but for a slip of its own.
+    slips = []
+    for table in ("1", "2", "S11", "S14"):
+        for row in load_table(table).rows:
+            for model, figures in row.paper.items():
+                if abs(sum(figures[:5]) / 5 - figures[5]) > 0.011:
+                    slips.append((table, row.name, model))
+    assert slips == SLIPS
+
+
+SLIPS = []
+
+
+def test_the_limit_keeps_the_proportion_of_extra_data(tmp_path):
+    table = load_table("S6")
+    config = table_config(table, None, limit=200)
+    settings = row_settings(table.rows[-1], config, extra_data=tmp_path / "texts.jsonl")
+    assert config.data.sources[0].rows == 200
+    assert settings["data.sources.1"] == {
+        "name": None, "path": str(tmp_path / "texts.jsonl"), "kind": "text", "rows": round(200 * 100_000 / 21_221),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(paper="gpt-5"), "--paper gpt-5: the table has figures of qwen2.5-0.5b, llama-3.2-1b"),
+        (dict(rows="ful"), "there is no row 'ful'.*full.*accepted are full, full-random"),
+        (dict(table="7"), "unknown table '7'"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        table = load_table(change.get("table", "1"))
+        table.choose(change.get("rows"))
+        table_config(table, None, paper=change.get("paper"))
+
+
+def test_a_file_with_a_wrong_number_of_figures_is_refused(tmp_path):
+    path = tmp_path / "t.yaml"
+    path.write_text(
+        "title: x\npaper: [a]\ncolumns: [A, B]\nrows: [{name: r, label: r, method: full, paper: {a: [1]}}]\n"
+    )
+    with pytest.raises(UserError, match="row r: a has 1 figures, not 2"):
+        load_table(str(path))
+
+
+ROWS = [
+    TableRow(name="full", label="Full", method="full", paper={"m": [50.0, 100]}),
+    TableRow(name="ours", label="Ours", method="lora", paper={"m": [51.5, 20]}),
+]
+TABLE = PaperTable(title="t", paper=["m"], columns=["Average", "Max. mem. %"], rows=ROWS)
+
+
+def result(row, seed, average, peak):
+    return {
+        "row": row, "seed": seed, "scores": {"ARC": 30.0, "Average": average}, "peak_memory_bytes": peak,
+        "loss_after": None, "seconds": 60.0,
+    }  # fmt: skip
+
+
+def test_measured_stands_beside_the_papers():
+    results = [result("full", 0, 40.0, 2**32), result("ours", 0, 41.0, 2**30), result("ours", 1, 42.0, 2**30)]
+    lines = render(TABLE, ROWS, results, "m").splitlines()
+    assert lines[0] == "Figures of the paper: m. Mean (least to greatest) over seeds."
+    assert lines[2] == (
+        "| setting | Average (paper) | Average | Max. mem. % (paper) | Max. mem. % | ARC | Peak memory "
+        "| Training seconds |"
+    )
+    assert lines[4] == "| Full | 50 | 40.00 | 100 | 100.0 | 30.00 | 4.00 GiB | 60.0 |"
+    assert lines[5] == (
+        "| Ours | 51.5 | 41.50 (41.00 to 42.00) | 20 | 25.0 | 30.00 (30.00 to 30.00) | 1.00 GiB | 60.0 |"
+    )
+
+
+def test_variance_and_errors():
+    table = TABLE.model_copy(update={"shows": "variance", "columns": ["Variance"]})
+    rows = [row.model_copy(update={"paper": {"m": [0.1]}}) for row in ROWS]
+    results = [result("ours", 0, 41.0, 1), result("ours", 1, 42.0, 1), {"row": "full", "seed": 0, "error": "no memory"}]
+    lines = render(table, rows, results, "m").splitlines()
+    assert "| Ours | 0.1 | 0.50000 |" in lines[5] and "no memory" in lines[4]
+
+
+def test_scoring_costs_are_measured(tmp_path, capsys):
+    config = tiny_preset(tmp_path)
+    save_resolved(config, tmp_path / "preset.yaml")
+    table = load_table("S12")
+    config = table_config(table, str(tmp_path / "preset.yaml"), limit=10)
+    rows = [row.model_copy(update={"method": "lora"}) for row in table.choose("scoring")]
+    path = reproduce("S12", table, config, rows=rows, steps=1, hold_out=2)
+    assert path == tmp_path / "run" / "table-S12" / "table.md"
+    (line,) = [line for line in path.read_text().splitlines() if line.startswith("| Scoring")]
+    assert "291" in line and "GiB" in line
+    assert "Cost of scoring" in path.read_text()
+    with pytest.raises(UserError, match="give --seeds 2"):
+        reproduce("S13", load_table("S13"), config, rows=[])
+    with pytest.raises(UserError, match="no held-out data in common"):
+        reproduce("S6", load_table("S6"), config, rows=load_table("S6").rows)
+    with pytest.raises(UserError, match="several sources"):
+        sources = [source.model_dump(mode="json") for source in config.data.sources] * 2
+        several = override_config(config, {"data.sources": sources})
+        save_resolved(several, tmp_path / "several.yaml")
+        table_config(table, str(tmp_path / "several.yaml"), limit=10)
