@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenseek.config import RunConfig
@@ -57,6 +56,8 @@ def merge_adapter(adapter: Path, output: Path, dtype: str | None = None, base: s
         dtype: of the merged weights; that of the base model by default.
         base: base model to merge into, when it is not where the adapter's configuration says.
     """
+    from peft import PeftConfig, PeftModel  # late, as in models.py
+
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no adapter_config.json; give the folder of an adapter, such as RUN/final.")
     if output.exists() and any(output.iterdir()):

@@ -8,12 +8,12 @@ import struct
 import zlib
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,6 +30,9 @@ from tokenseek.errors import UserError
 from tokenseek.modeling import find_decoder, keep_4bit_differentiable
 from tokenseek.parallel.ulysses import require_shareable
 from tokenseek.runs.processes import whole_models
+
+if TYPE_CHECKING:  # half of all that scoring would import, which needs no adapters
+    from peft import PeftModel
 
 # Fields of a config.json that say nothing about what the model computes.
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash")
@@ -189,6 +192,8 @@ def add_adapter(model: PreTrainedModel, settings: PeftSettings) -> PeftModel:
     Raises:
         UserError: a method or setting that PEFT does not have, or that does not fit the modules of this model.
     """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType, get_peft_model
+
     method = PeftType(settings.method.upper())
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
     known = {field.name for field in fields(config_class)}
