@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import shutil
 import time
 import uuid
@@ -36,6 +37,8 @@ from tokenseek.seeking import (
 
 # The main process reads all shards before it begins to write.
 _MERGE_SECONDS = 1800.0
+_MERGE_SLOW_SECONDS = 30.0
+_log = logging.getLogger(__name__)
 
 
 def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[int, int] | None = None) -> Path:
@@ -82,19 +85,20 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
     shards = assigned_shards(plan, *part) if part else range(len(plan.shards))
     # One short collective before the work, none behind it: processes that are slow or dead hold nobody up.
     run_id = broadcast_object_list([uuid.uuid4().hex])[0]
-    began, kept = time.perf_counter(), store.finished() & set(shards)
+    began, loading, kept = time.perf_counter(), 0.0, store.finished() & set(shards)
     if kept:
         state.print(f"{len(kept)} of {len(shards)} shards were finished before and are kept.")
     with SeekingProgress(store, plan, shards, disable=not state.is_main_process) as progress:
         if len(kept) < len(shards):
-            _seek(config, prepared, store, plan, run_id, shards, progress, state, team)
+            loading = _seek(config, prepared, store, plan, run_id, shards, progress, state, team)
         if not state.is_main_process:
             return _wait_for_merge(path) if part is None else path
         wait_for_shards(store, shards, progress=progress)
     tokens = sum(plan.shard_tokens(shard) for shard in set(shards) - kept)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began - loading
     state.print(
-        f"Scored {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s, model loading included)."
+        f"Scored {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s), after {loading:.1f} s of "
+        "loading the model."
     )
     if part is None:
         merge(path)
@@ -154,7 +158,9 @@ def _seek(
     progress: SeekingProgress,
     state: PartialState,
     team: Team,
-) -> None:
+) -> float:
+    """Score until all shards are finished; returns the seconds that the model took to load."""
+    began = time.perf_counter()
     with _cpu_threads(config.scoring.cpu_threads if state.device.type == "cpu" else None):
         with whole_models():
             model = load_model(config.model)
@@ -167,12 +173,14 @@ def _seek(
             loss_scope=config.scoring.loss_scope,
             group=team.group,
         )
+        loading = time.perf_counter() - began
         for work in (seek, seek_abandoned):
             work(scorer, prepared.dataset, store, plan, run_id=run_id, shards=shards, progress=progress, team=team)
     del model, scorer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return loading
 
 
 @contextmanager
@@ -188,10 +196,17 @@ def _cpu_threads(threads: int | None) -> Iterator[None]:
 def _wait_for_merge(path: Path) -> Path:
     """Until the main process has merged. If it dies on this machine, the launcher ends us."""
     incomplete, last, since = path.with_name(path.name + ".incomplete"), None, time.monotonic()
+    warned = False
     while not path.exists():
         changed = incomplete.stat().st_mtime_ns if incomplete.exists() else None
         if changed != last:
             last, since = changed, time.monotonic()
+        elif not warned and time.monotonic() - since > _MERGE_SLOW_SECONDS:
+            warned = True
+            _log.warning(
+                "All shards of %s are finished, and the main process, which is to merge them, gives no sign. If it "
+                "hangs, end the run and give `tokenseek merge` the same arguments.", path,
+            )  # fmt: skip
         elif time.monotonic() - since > _MERGE_SECONDS:
             raise UserError(
                 f"All shards of {path} are finished, but the main process has not merged them: it is dead or hangs. "
