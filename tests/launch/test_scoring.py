@@ -2,6 +2,7 @@
 
 import random
 import signal
+import subprocess
 
 import pytest
 from conftest import NUM_EXAMPLES, kill_tree, wait_until, workers
@@ -79,3 +80,47 @@ def test_a_killed_run_goes_on_where_it_was(workspace, index):
     assert f"{len(second)} of " in result.out and "were finished before and are kept" in result.out, result
     assert not folder.exists()
     assert (output / "index.arrow").read_bytes() == index.read_bytes()
+
+
+@pytest.mark.slow  # waits for the 30 seconds after which a silent process counts as dead
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_process_that_hangs_is_told_and_holds_nobody_up(workspace, index, rank):
+    output = workspace.folder / f"hangs-{rank}"
+    arguments = ["--preset", workspace.preset, "--set", f"output_dir={output}"]
+    process = workspace.start(workspace.launch_command("score", *arguments, processes=2), "hangs")
+    folder = shard_folder(output / "index.arrow")
+    wait_until(lambda: len(list(folder.glob("shard-*.arrow"))) >= 2, process)
+    (hung,) = [worker for worker in workers(process) if worker.environ().get("RANK") == str(rank)]
+    hung.suspend()
+    try:
+        if rank == 1:
+            wait_until((output / "index.arrow").exists, process)
+        else:  # the one that merges
+            message = "the main process, which is to merge them, gives no sign"
+            wait_until(lambda: message in (workspace.folder / "hangs.err").read_text(), process)
+    finally:
+        hung.resume()
+    result = workspace.finish(process, "hangs")
+    assert result.status == 0, result
+    assert (output / "index.arrow").read_bytes() == index.read_bytes()
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(workspace, index, tmp_path):
+    def mount(*options):
+        return subprocess.run(["mount", "-t", "tmpfs", *options, str(tmp_path)], capture_output=True, text=True)
+
+    if (made := mount("-o", "size=64k", "tokenseek-test")).returncode:
+        pytest.skip(f"a small disk is needed: mount says {made.stderr.strip()}")
+    try:
+        arguments = ["--preset", workspace.preset, "--set", f"output_dir={tmp_path}"]
+        command = workspace.launch_command("score", *arguments, processes=2)
+        full = workspace.finish(workspace.start(command, "full"), "full")
+        assert full.status != 0 and "tokenseek: error: There is no room to write" in full.err, full
+        kept = {path.name: path.stat().st_ino for path in shard_folder(tmp_path / "index.arrow").glob("shard-*.arrow")}
+        assert kept and not (tmp_path / "index.arrow").exists()
+        mount("-o", "remount,size=16m", "tokenseek-test")
+        result = workspace.launch("score", *arguments, processes=2)
+        assert f"{len(kept)} of " in result.out and "were finished before and are kept" in result.out, result
+        assert (tmp_path / "index.arrow").read_bytes() == index.read_bytes()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -229,6 +229,19 @@ def test_a_process_that_was_believed_dead_does_no_harm(scorer, dataset, plan, ex
     assert merged_bytes(tmp_path) == expected
 
 
+def test_a_process_that_wakes_up_after_the_merge_finds_all_done(scorer, dataset, plan, tmp_path):
+    asleep, awake = make_store(tmp_path / "shards", plan), make_store(tmp_path / "shards", plan)
+    assert asleep.claim(0, "run")
+    seek(scorer, dataset, awake, plan, run_id="run")
+    assert seek_abandoned(scorer, dataset, awake, plan, run_id="run", lease_seconds=0.01, poll_seconds=0.02) == 1
+    shutil.rmtree(tmp_path / "shards")
+    asleep.renew(0)
+    assert asleep.is_finished(0)
+    assert seek(scorer, dataset, asleep, plan, run_id="run") == 0
+    assert seek_abandoned(scorer, dataset, asleep, plan, run_id="run") == 0
+    assert not (tmp_path / "shards").exists()
+
+
 def test_a_slow_process_gives_others_as_much_time_as_it_takes_itself(plan, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -141,7 +141,10 @@ class ShardStore:
         """Show the others that this process is still at work on the shard that it has claimed last."""
         if self._held and self._held[0] == shard:
             _, path, renewed = self._held
-            os.utime(path)
+            try:
+                os.utime(path)
+            except FileNotFoundError:  # merged and removed by others, who believed this process to be dead
+                return
             now = time.monotonic()
             self._longest_silence = max(self._longest_silence, now - renewed)
             self._held = (shard, path, now)
