@@ -1,4 +1,4 @@
-"""Training under DeepSpeed equals training in one process: losses, gradient norms, checkpoints, exported weights."""
+"""Training under each engine equals training in one process: losses, gradient norms, checkpoints, exported weights."""
 
 import json
 import shutil
@@ -14,8 +14,12 @@ from tokenseek.runs.train import train
 
 pytest.importorskip("deepspeed")
 
-FULL = ["peft=null", "training.learning_rate=1e-3"]
-KINDS = {"full": FULL, "lora": []}
+FULL = ["peft=null", "training.learning_rate=1e-3", "training.weight_decay=0.1"]
+KINDS = {"full": FULL, "lora": [], "bf16": ["training.mixed_precision=bf16"], "nf4": ["model.quantization=nf4"]}
+EXACT = ("full", "lora")  # resumed, exported and compared to the last digits
+# Of losses and gradient norms, relative. One process trains float32 weights under autocast, and so does DDP; ZeRO and
+# FSDP2 compute in bfloat16 throughout, with float32 master weights.
+TOLERANCE = {"full": 1e-5, "lora": 1e-5, "bf16": 3e-2, "nf4": 1e-4}
 # Examples that were cut before their response leave some micro batches without a loss.
 COMMON = ["selection.ratio=0.5", "training.max_grad_norm=0.5"]
 FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
@@ -27,24 +31,30 @@ def alone(workspace):
     outputs = {}
     for kind, overrides in KINDS.items():
         outputs[kind] = workspace.folder / "alone" / kind
-        settings = [f"output_dir={outputs[kind]}", f"scoring.index={workspace.folder}/alone/index.arrow"]
+        # Quantised, all would be scored anew: other weights.
+        settings = [f"output_dir={outputs[kind]}", f"scoring.index={workspace.folder}/alone/{index_of(kind)}"]
         settings += ["training.gradient_accumulation_steps=4", *COMMON, *overrides]
         train(load_config(str(workspace.training), settings))
     return outputs
 
 
-def launch(workspace, folder, config, runs):
-    """Train several times in one launch of two CPU processes with a shipped accelerate config."""
-    folder.mkdir()
+def index_of(kind):
+    return "nf4.arrow" if kind == "nf4" else "index.arrow"
+
+
+def launch(workspace, folder, config, runs, processes=2):
+    """Train several times in one launch of CPU processes with a shipped accelerate config."""
+    folder.mkdir(exist_ok=True)
     shipped = yaml.safe_load(find_resource("accelerate config", config).read_text())
-    ds_config = json.loads(find_resource("DeepSpeed config", config).read_text())
-    if config == "zero3":
-        # What models of many billion parameters make of it: nothing gathered stays for its next use.
-        ds_config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-        ds_config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
-    (folder / "ds.json").write_text(json.dumps(ds_config))
-    shipped["deepspeed_config"]["deepspeed_config_file"] = str(folder / "ds.json")
-    (folder / "accelerate.yaml").write_text(yaml.safe_dump({**shipped, "use_cpu": True, "num_processes": 2}))
+    if config.startswith("zero"):
+        ds_config = json.loads(find_resource("DeepSpeed config", config).read_text())
+        if config.startswith("zero3"):
+            # What models of many billion parameters make of it: nothing gathered stays for its next use.
+            ds_config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+            ds_config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+        (folder / "ds.json").write_text(json.dumps(ds_config))
+        shipped["deepspeed_config"]["deepspeed_config_file"] = str(folder / "ds.json")
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump({**shipped, "use_cpu": True, "num_processes": processes}))
     (folder / "runs.json").write_text(json.dumps(runs))
     command = ["env", "DS_ACCELERATOR=cpu", *ACCELERATE, "--config_file", str(folder / "accelerate.yaml")]
     command += ["--main_process_port", "0", "tests/launch/train_several.py"]
@@ -53,48 +63,86 @@ def launch(workspace, folder, config, runs):
     assert result.status == 0, result
 
 
-@pytest.mark.parametrize("config", ["zero1", "zero2", "zero3"])
+def assert_same_steps(one, two, tolerance, first=0):
+    """Losses and gradient norms of the steps behind the first few."""
+    expected, got = steps(one)[first:], steps(two)
+    assert [step for step, *_ in got] == [step for step, *_ in expected] == list(range(first + 1, 7))
+    for theirs, mine in zip(expected, got, strict=True):
+        assert mine == pytest.approx(theirs, rel=tolerance)
+
+
+def assert_same_export(one, two, kind):
+    """`final` holds one safetensors file of the same weights."""
+    names = [path.name for path in (two / "final").iterdir() if path.suffix in (".safetensors", ".bin", ".pt")]
+    assert names == [FILES[kind]]
+    weights, exported = (load_file(run / "final" / FILES[kind]) for run in (one, two))
+    assert exported.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert exported[name].shape == weight.shape
+        assert (exported[name] - weight).abs().max() <= 1e-4 * weight.abs().max().clamp(min=1e-3), name
+
+
+# All that is in ddp_cpu.yaml is also in ddp.yaml but the devices.
+# DeepSpeed compiles its optimizer on CPUs first, for minutes.
+OFFLOAD = pytest.param("zero3_offload", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("config", ["ddp_cpu", "zero1", "zero2", "zero3", OFFLOAD, "fsdp2"])
 def test_two_processes_equal_one(workspace, alone, config):
     folder = workspace.folder / config
-    runs = []
-    for kind, overrides in KINDS.items():
-        whole = {"output": str(folder / kind), "set": [*COMMON, *overrides]}
+    splits = config in ("zero3", "zero3_offload", "fsdp2")  # parameters
+    kinds = [kind for kind in KINDS if not (splits and kind == "nf4")]
+    runs = {}
+    for kind in kinds:
         # Under ZeRO-3, score a second time, where a training has told Transformers to partition whatever it loads.
         scored = "zero3" if (config, kind) == ("zero3", "lora") else "alone"
-        whole["set"].append(f"scoring.index={workspace.folder}/{scored}/index.arrow")
-        resumed = {**whole, "output": str(folder / f"{kind}-resumed"), "resume": f"{whole['output']}/checkpoint-4"}
-        runs += [whole, resumed]
-    launch(workspace, folder, config, runs)
+        index = f"scoring.index={workspace.folder}/{scored}/{index_of(kind)}"
+        runs[kind] = {"output": str(folder / kind), "set": [*COMMON, *KINDS[kind], index]}
+    resumed = [
+        {**runs[kind], "output": str(folder / f"{kind}-resumed"), "resume": str(folder / kind / "checkpoint-4")}
+        for kind in EXACT
+    ]
+    launch(workspace, folder, config, [*runs.values(), *resumed])
 
-    for kind in KINDS:
-        expected, got = steps(alone[kind]), steps(folder / kind)
-        assert len(expected) == 6 and max(norm for _, _, norm in expected) > 0.5  # so that clipping takes place
-        for one, two in zip(expected, got, strict=True):
-            assert two == pytest.approx(one, rel=1e-5)
-        for whole, resumed in zip(got[4:], steps(folder / f"{kind}-resumed"), strict=True):
-            assert resumed == pytest.approx(whole, rel=1e-6)  # norms of partitions are summed in any order
+    for kind in kinds:
+        assert max(norm for _, _, norm in steps(alone[kind])) > 0.5  # so that clipping takes place
+        assert_same_steps(alone[kind], folder / kind, TOLERANCE[kind])
         summaries = [json.loads((f / "summary.json").read_text()) for f in (alone[kind], folder / kind)]
         for name in ("loss_before", "loss_after"):
-            assert summaries[1][name] == pytest.approx(summaries[0][name], rel=1e-5)
-
-        weights = load_file(alone[kind] / "final" / FILES[kind])
+            assert summaries[1][name] == pytest.approx(summaries[0][name], rel=TOLERANCE[kind])
+    for kind in EXACT:
+        whole, resumed = steps(folder / kind), steps(folder / f"{kind}-resumed")
+        assert resumed == [pytest.approx(step, rel=1e-6) for step in whole[4:]]  # norms are summed in any order
         for run in (folder / kind, folder / f"{kind}-resumed"):
-            final = run / "final"
-            assert [path.name for path in final.iterdir() if path.suffix in (".safetensors", ".bin", ".pt")] == [
-                FILES[kind]
-            ]
-            exported = load_file(final / FILES[kind])
-            assert exported.keys() == weights.keys()
-            for name, weight in weights.items():
-                assert exported[name].shape == weight.shape
-                assert (exported[name] - weight).abs().max() <= 1e-4 * weight.abs().max().clamp(min=1e-3), name
+            assert_same_export(alone[kind], run, kind)
 
+    if splits:
+        for kind in EXACT:
+            for micro_batch in json.loads((folder / kind / "gathers.json").read_text()):
+                for way, counts in micro_batch.items():
+                    in_layers = [n for name, n in counts.items() if ".layers." in name]
+                    assert in_layers and set(in_layers) == {2 if way == "both" else 1}, (kind, way, counts)
     if config == "zero3":
         index = workspace.folder / "alone" / "index.arrow"
         assert (folder / "index.arrow").read_bytes() == index.read_bytes()
-        for kind in KINDS:
-            for micro_batch in json.loads((folder / kind / "gathers.json").read_text()):
-                for way in ("forward", "backward"):
-                    in_layers = [n for name, n in micro_batch[way].items() if ".layers." in name]
-                    assert in_layers and set(in_layers) == {1}, (kind, way, micro_batch[way])
+
+    if config in ("zero2", "zero3"):  # ddp: test_training.py
+        goes_on_with_other_processes(workspace, alone, folder, config, runs)
     shutil.rmtree(folder)
+
+
+def goes_on_with_other_processes(workspace, alone, folder, config, runs):
+    """One process goes on from the checkpoint of two, and two from that of one."""
+
+    def run(kind, name, processes, checkpoint=None):
+        settings = [*runs[kind]["set"], f"training.gradient_accumulation_steps={4 // processes}"]
+        resume = f"{folder}/{kind}{checkpoint}/checkpoint-4" if checkpoint is not None else None
+        return {"output": f"{folder}/{kind}{name}", "set": settings, "resume": resume}
+
+    one = [run(kind, name, 1, source) for kind in EXACT for name, source in (("-one", None), ("-two-to-one", ""))]
+    launch(workspace, folder, config, one, processes=1)
+    launch(workspace, folder, config, [run(kind, "-one-to-two", 2, "-one") for kind in EXACT])
+    for kind in EXACT:
+        for name in ("-two-to-one", "-one-to-two"):
+            assert_same_steps(alone[kind], folder / f"{kind}{name}", 1e-6, first=4)
+            assert_same_export(alone[kind], folder / f"{kind}{name}", kind)

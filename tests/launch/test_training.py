@@ -111,6 +111,24 @@ def test_a_resumed_run_takes_the_steps_of_the_whole_one(workspace, lora_of_two, 
     assert after["loss_before"] is None and after["steps"] == 12
 
 
+def test_a_run_goes_on_with_another_number_of_processes(workspace, lora, lora_of_two, train, script):
+    """The batch of a step is the same; the checkpoint is one of the other number's, in the middle of an epoch."""
+    shutil.copytree(lora[0] / "checkpoint-8", workspace.folder / "one-to-two" / "checkpoint-8")
+    two = train("one-to-two", "training.per_device_train_batch_size=1", processes=2)
+    np.testing.assert_allclose(np.array(steps(two)), np.array(steps(lora[0])[8:]), rtol=1e-5, atol=1e-5)
+
+    settings = [f"output_dir={workspace.folder}/two-to-one", f"training.resume={lora_of_two}/checkpoint-8"]
+    settings.append(f"scoring.index={lora[0]}/index.arrow")
+    arguments = ["--preset", workspace.training, *(word for setting in settings for word in ("--set", setting))]
+    one = script("train", *arguments)
+    assert one.status == 0 and "WARNING" not in one.out, one
+    got = np.array(steps(workspace.folder / "two-to-one"))
+    np.testing.assert_allclose(got, np.array(steps(lora_of_two)[8:]), rtol=1e-5, atol=1e-5)
+    # With another batch it is another run from there on, and says so.
+    other = script("train", *arguments, "--set", "training.gradient_accumulation_steps=1")
+    assert "WARNING: an epoch had 6 steps" in other.out and "now it has 11" in other.out, other
+
+
 def test_a_resumed_run_draws_the_random_selections_of_the_whole_one(workspace, script):
     # This rule needs no index, and none is made.
     settings = ["selection.rule=random", "selection.ratio=0.3", "peft.dropout=0.2"]

@@ -3,8 +3,8 @@
 Usage: accelerate launch --config_file ... tests/launch/train_several.py PRESET RUNS.json
 
 RUNS.json is a list of `{"output": folder, "set": [overrides], "resume": checkpoint or null}`. Each run leaves, beside
-its usual files, `gathers.json` under ZeRO-3: how often each parameter was gathered in the forward pass and in the
-backward pass of each micro batch; and `traffic.json`, the bytes that sequence parallelism sent from the first process.
+its usual files, `gathers.json` under ZeRO-3 and FSDP2: how often each parameter was gathered in each micro batch; and
+`traffic.json`, the bytes that sequence parallelism sent from the first process.
 """
 
 import json
@@ -15,32 +15,47 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import Trainer, TrainerCallback
 
 from tokenseek.config import load_config
 from tokenseek.parallel import measured
+from tokenseek.runs import train as train_module
 from tokenseek.runs.processes import join_processes, zero_stage
 from tokenseek.runs.train import train
 
 
 class Gathers(TrainerCallback):
-    """Counts the gathers of ZeRO-3, by parameter."""
+    """Counts gathers, by parameter, in every micro batch; of ZeRO-3 those of the two passes apart."""
 
     def __init__(self):
+        self.counts, self.micro_batches = {"forward": Counter(), "backward": Counter()}, []
+        self.names: dict[int, str] = {}
+
+    def watch_zero3(self):
         from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
-        self.counts, self.micro_batches, self.names = {True: Counter(), False: Counter()}, [], {}
         gather = Coordinator._PartitionedParameterCoordinator__all_gather_params_
 
         def counted(coordinator, params, forward, quantize=False):
-            self.counts[forward].update(param.ds_id for param in params)
+            self.counts["forward" if forward else "backward"].update(self.names.get(param.ds_id) for param in params)
             return gather(coordinator, params, forward, quantize)
 
         Coordinator._PartitionedParameterCoordinator__all_gather_params_ = counted
 
+    def watch_fsdp2(self):
+        from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+        gather, self.counts = _fsdp_param_group.foreach_all_gather, {"both": Counter()}
+
+        def counted(params, *args, **kwargs):
+            self.counts["both"].update(param._param_fqn for param in params)
+            return gather(params, *args, **kwargs)
+
+        _fsdp_param_group.foreach_all_gather = counted
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.names = {p.ds_id: name for name, p in model.named_parameters()}
+        self.names = {getattr(p, "ds_id", None): name for name, p in model.named_parameters()}
         self.micro_batches = []
 
     def on_step_begin(self, *args, **kwargs):  # an evaluation may have come before
@@ -48,17 +63,35 @@ class Gathers(TrainerCallback):
             counts.clear()
 
     def on_substep_end(self, *args, **kwargs):
-        forward, backward = ({self.names[i]: n for i, n in self.counts[way].items()} for way in (True, False))
-        self.micro_batches.append({"forward": forward, "backward": backward})
+        self.micro_batches.append({way: dict(counts) for way, counts in self.counts.items()})
         self.on_step_begin()
 
     on_step_end = on_substep_end
 
 
+def believe_in_gpus() -> None:
+    """accelerate makes DDP of FSDP where there is no GPU; told that there are, it runs its FSDP2 on CPUs over gloo."""
+    init = PartialState.__init__
+
+    def with_gpus(state, *args, **kwargs):
+        init(state, *args, **kwargs)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = with_gpus
+    train_module.require_engine = lambda *_: None  # which refuses what is done here
+
+
 def main(preset: str, runs: list[dict]) -> None:
-    gathers = None
-    if zero_stage() == 3:
+    gathers, fsdp = None, parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if fsdp:
+        believe_in_gpus()
+    if fsdp or zero_stage() == 3:
         gathers = Gathers()
+        if fsdp:
+            gathers.watch_fsdp2()
+        else:
+            gathers.watch_zero3()
         init = Trainer.__init__
 
         def with_counter(trainer, *args, **kwargs):

@@ -22,6 +22,7 @@ from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.labels import IGNORED
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
+from tokenseek.runs.checkpoints import Resumed, fit_checkpoint
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.memory import peak_memory_bytes
 from tokenseek.runs.metrics import MetricsFile, held_out_loss
@@ -96,6 +97,8 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     arguments = training_arguments(config.training, output, config.seed)
     if arguments.world_size != state.num_processes:
         raise RuntimeError(f"Trainer sees {arguments.world_size} processes of the {state.num_processes} launched.")
+    if checkpoint:
+        fit_checkpoint(Path(checkpoint), arguments, state)
     set_seed(config.seed)
     model = load_model(config.model)
     if config.peft:
@@ -122,6 +125,8 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
         trainer = GroupTrainer(model, data_collator=PaddingCollator(tokenizer.pad_token_id), **common)
     timer = _Timer(trainer, held_out, loss_before)
     trainer.add_callback(timer)
+    if checkpoint:
+        trainer.add_callback(Resumed(Path(checkpoint)))
 
     result = trainer.train(resume_from_checkpoint=checkpoint)
     peak = int(state_max(trainer, peak_memory_bytes()))
