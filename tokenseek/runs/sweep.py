@@ -128,6 +128,8 @@ class Sweep:
                 summary = train(config, before[0]["loss_before"] if before else None)
                 row |= {**asdict(summary), **(self.measure(config, summary) if self.measure else {})}
                 del row["final"]  # the folder is removed
+            except UserError as error:
+                raise UserError(f"trial {trial.name}: {error}") from error
             except torch.OutOfMemoryError as error:  # a result: this method does not fit here
                 row["error"] = str(error).split(". ")[0]
         gc.collect()
