@@ -94,7 +94,7 @@ TABLE = PaperTable(title="t", paper=["m"], columns=["Average", "Max. mem. %"], r
 def result(row, seed, average, peak):
     return {
         "row": row, "seed": seed, "scores": {"ARC": 30.0, "Average": average}, "peak_memory_bytes": peak,
-        "loss_after": None, "seconds": 60.0,
+        "loss_after": None, "seconds": 60.0, "supervised_share": 0.5,
     }  # fmt: skip
 
 
@@ -103,12 +103,12 @@ def test_measured_stands_beside_the_papers():
     lines = render(TABLE, ROWS, results, "m").splitlines()
     assert lines[0] == "Figures of the paper: m. Mean (least to greatest) over seeds."
     assert lines[2] == (
-        "| setting | Average (paper) | Average | Max. mem. % (paper) | Max. mem. % | ARC | Peak memory "
-        "| Training seconds |"
+        "| setting | Average (paper) | Average | Max. mem. % (paper) | Max. mem. % | ARC "
+        "| Selected with a loss | Peak memory | Training seconds |"
     )
-    assert lines[4] == "| Full | 50 | 40.00 | 100 | 100.0 | 30.00 | 4.00 GiB | 60.0 |"
+    assert lines[4] == "| Full | 50 | 40.00 | 100 | 100.0 | 30.00 | 50% | 4.00 GiB | 60.0 |"
     assert lines[5] == (
-        "| Ours | 51.5 | 41.50 (41.00 to 42.00) | 20 | 25.0 | 30.00 (30.00 to 30.00) | 1.00 GiB | 60.0 |"
+        "| Ours | 51.5 | 41.50 (41.00 to 42.00) | 20 | 25.0 | 30.00 (30.00 to 30.00) | 50% | 1.00 GiB | 60.0 |"
     )
 
 

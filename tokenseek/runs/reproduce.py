@@ -139,6 +139,7 @@ def _measured(table: PaperTable, group: Group, full: Group | None) -> dict[str, 
         found[_LOSS] = group.spread("loss_after")
     if full_peak:
         found[_MEMORY] = f"{peak / full_peak:.1%}".rstrip("%")
+    found["Selected with a loss"] = f"{group.mean('supervised_share'):.0%}"
     found["Peak memory"] = gibibytes(peak)
     found["Training seconds"] = f"{group.mean('seconds'):.1f}"
     return found
