@@ -178,12 +178,14 @@ def test_offloaded_states_are_not_on_the_device():
         ("zero3", Engine("zero3", 8)),
         ("zero3_offload", Engine("zero3", 8, offload_optimizer=True, offload_parameters=True)),
         ("fsdp2", Engine("fsdp2", 8)),
+        ("sp2", Engine("ddp", 8, sp_size=2)),
+        ("sp_zero3", Engine("zero3", 8, sp_size=8)),
     ],
 )
 def test_engines_of_the_shipped_accelerate_configs(name, expected):
     assert read_engine(name) == expected
     if expected.processes > 1:
-        assert read_engine(name, num_processes=3).processes == 3
+        assert read_engine(name, num_processes=16).processes == 16
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,9 @@ def test_engines_of_the_shipped_accelerate_configs(name, expected):
     [
         ("distributed_type: XLA", "XLA cannot be planned"),
         ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "fsdp_version 2"),
-        ("distributed_type: MULTI_GPU\nparallelism_config: {parallelism_config_sp_size: 2}", "divide the tokens"),
+        ("parallelism_config: {parallelism_config_tp_size: 2}", "tensor and context parallelism"),
+        ("parallelism_config: {parallelism_config_sp_size: 2}", "does not divide the 1 process"),
+        ("distributed_type: FSDP\nparallelism_config: {parallelism_config_sp_size: 2}", "together with FSDP"),
     ],
 )
 def test_other_layouts_are_refused(tmp_path, text, message):
@@ -199,6 +203,18 @@ def test_other_layouts_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         read_engine(path)
+
+
+def test_ranks_that_share_texts_need_less_and_compute_their_part():
+    config = run_config(*LORA)
+    # Ranks that share a text train on all tokens as on a share of 1.
+    alone = plan_memory(config, Method(1.0), Engine("zero3", 4), model_config=LLAMA)
+    shared = plan_memory(config, Method(), Engine("zero3", 4, sp_size=4), model_config=LLAMA)
+    assert shared.peak - shared.states < 0.35 * (alone.peak - alone.states)
+    assert shared.work.flops == pytest.approx(alone.work.flops / 4, rel=0.02)
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(UserError, match="3 sequence-parallel ranks cannot share 4 query heads"):
+        plan_memory(config, Method(0.1), Engine("ddp", 3, sp_size=3), model_config=LLAMA)
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):

@@ -20,7 +20,7 @@ TOKENS = 128
 LLAMA = model_config("llama", hidden=64, layers=2, vocab=500, tokens=TOKENS)
 
 
-@pytest.mark.parametrize("name", [n for n in list_resources("accelerate config") if not n.startswith(("multi", "sp"))])
+@pytest.mark.parametrize("name", [n for n in list_resources("accelerate config") if not n.startswith("multi")])
 def test_processes_know_the_engine_that_was_launched(name, monkeypatch):
     arguments = ["--config_file", str(resolve_accelerate_config(name)), "--main_process_port", "0", "script.py"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))

@@ -21,6 +21,7 @@ from tokenseek.errors import UserError
 
 _SWITCH = "ACCELERATE_USE_PARALLELISM_CONFIG"
 _ATTENTION = "PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION"
+PARALLEL_SIZES = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
 
 
 def launched_sp_size() -> int:
@@ -31,29 +32,43 @@ def launched_sp_size() -> int:
     """
     if not parse_flag_from_env(_SWITCH):
         return 1
+    config = served_parallelism(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+    if config.sp_size > 1 and os.environ.get(_ATTENTION, "sdpa") != "sdpa":
+        raise UserError(
+            f"parallelism_config: sp_attn_implementation is {os.environ[_ATTENTION]}; which attention a model uses is "
+            "the preset's business (model.attn_implementation). Leave it out."
+        )
+    return config.sp_size
+
+
+def served_parallelism(fsdp: bool, **sizes: int) -> ParallelismConfig:
+    """An accelerate config's ``parallelism_config``, if its ``sp_size`` can be had with the rest of it.
+
+    Args:
+        fsdp: whether the config asks for FSDP.
+        sizes: by the names in PARALLEL_SIZES; what is not given is that of this launch.
+
+    Raises:
+        UserError: it is none, or asks for what cannot be had together with ``sp_size``.
+    """
     try:
-        config = ParallelismConfig()
+        config = ParallelismConfig(**sizes)
     except ValueError as error:
         raise UserError(f"parallelism_config of the accelerate config: {error}") from error
     if config.sp_size == 1:
-        return 1
+        return config
     for name in ("tp_size", "cp_size"):
         if getattr(config, name) > 1:
             raise UserError(
                 f"parallelism_config: sp_size {config.sp_size} and {name} {getattr(config, name)} cannot be had "
                 f"together; set {name} to 1."
             )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if fsdp:
         raise UserError(
             f"parallelism_config: sp_size {config.sp_size} together with FSDP is not supported. Launch with sp2.yaml, "
             "sp4.yaml (DDP) or sp_zero3.yaml, which splits parameters over all processes as FSDP does."
         )
-    if os.environ.get(_ATTENTION, "sdpa") != "sdpa":
-        raise UserError(
-            f"parallelism_config: sp_attn_implementation is {os.environ[_ATTENTION]}; which attention a model uses is "
-            "the preset's business (model.attn_implementation). Leave it out."
-        )
-    return config.sp_size
+    return config
 
 
 def sequence_group(device_type: str) -> dist.ProcessGroup | None:
@@ -76,20 +91,27 @@ def sequence_group(device_type: str) -> dist.ProcessGroup | None:
     size = launched_sp_size()
     if size == 1:
         return None
-    processes = dist.get_world_size() if dist.is_initialized() else 1
+    require_groups(ParallelismConfig(), dist.get_world_size() if dist.is_initialized() else 1)
+    return _mesh(dist.group.WORLD, device_type, size)["sp"].get_group()
+
+
+def require_groups(config: ParallelismConfig, processes: int) -> None:
+    """Raise UserError unless that many processes make whole groups of ``sp_size``, as many as ``config`` says."""
+    size = config.sp_size
+    if size == 1:
+        return
     if processes % size:
         accepted = [str(d) for d in range(1, processes + 1) if processes % d == 0]
         raise UserError(
             f"parallelism_config: sp_size {size} does not divide the {processes} process(es) of this launch; sizes "
             f"that do: {', '.join(accepted)}. Or change --num_processes."
         )
-    given = ParallelismConfig().data_parallel_size
+    given = config.data_parallel_size
     if given not in (1, processes // size):
         raise UserError(
             f"parallelism_config: dp_replicate_size x dp_shard_size is {given}, but {processes} processes in groups of "
             f"{size} (sp_size) leave {processes // size}. Leave both out: they follow from the other two."
         )
-    return _mesh(dist.group.WORLD, device_type, size)["sp"].get_group()
 
 
 @cache

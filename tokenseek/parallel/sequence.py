@@ -131,7 +131,7 @@ class SequenceParallelism:
         self, decoder: Decoder, arguments: dict, parts: Partition, labels_BS: torch.Tensor
     ) -> tuple[dict, LocalPartition, torch.Tensor]:
         """The body's arguments, the partition and the selected rows' labels, cut down to this rank."""
-        local = shard(parts, self.group, query_heads(decoder), self.layout, arguments)
+        local = self.shard(decoder, arguments, parts)
         places_BS = torch.where(parts.selected.valid_BR, parts.selected.index_BR, -1)
         by_position = labels_BS.new_full((len(labels_BS), parts.tokens + 1), IGNORED)
         by_position.scatter_(1, places_BS.where(places_BS >= 0, parts.tokens), labels_BS)
@@ -139,6 +139,10 @@ class SequenceParallelism:
         labels_BR = by_position.gather(1, mine_BR.where(mine_BR >= 0, parts.tokens))
         labels_BR = labels_BR.masked_fill(~local.selected.valid_BR, IGNORED)
         return local_arguments(arguments, local), local, labels_BR
+
+    def shard(self, decoder: Decoder, arguments: dict, parts: Partition) -> LocalPartition:
+        """This rank's share of the rows of `parts`."""
+        return shard(parts, self.group, query_heads(decoder), self.layout, arguments)
 
     def total(self, loss: torch.Tensor) -> torch.Tensor:
         """The sum over the group of every rank's part of the loss; its gradient suits the engine."""

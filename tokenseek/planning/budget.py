@@ -111,8 +111,10 @@ def _knobs(config: RunConfig, engine: Engine, tokens: int) -> Iterator[tuple[str
         how = "--set model.quantization=nf4 --set model.double_quantization=true"
         how += "" if config.peft else " --set peft.method=lora --set peft.r=8"
         yield how, with_lora.model_copy(update={"model": model}), engine, tokens
-    if engine.processes > 1 and not engine.shards_parameters and not config.model.quantization:
+    if config.model.quantization or engine.sp_size > 1:
+        return
+    if engine.processes > 1 and not engine.shards_parameters:
         yield "--accelerate-config fsdp2", config, replace(engine, kind="fsdp2"), tokens
-    if not config.model.quantization and not engine.offload_parameters:
+    if not engine.offload_parameters:
         offloaded = replace(engine, kind="zero3", offload_optimizer=True, offload_parameters=True)
         yield "--accelerate-config zero3_offload", config, offloaded, tokens

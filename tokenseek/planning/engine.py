@@ -1,4 +1,4 @@
-"""What a data-parallel engine keeps on every device, from an accelerate config."""
+"""What an engine keeps on every device, from an accelerate config."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate.utils import parse_flag_from_env
 
 from tokenseek.errors import UserError
+from tokenseek.parallel.launch import PARALLEL_SIZES, require_groups, served_parallelism
 from tokenseek.resources import resolve_accelerate_config
 from tokenseek.strict_yaml import parse_yaml
 
@@ -21,6 +22,7 @@ class Engine:
     Attributes:
         kind: "single", "ddp", "zero1", "zero2", "zero3" or "fsdp2".
         processes: P.
+        sp_size: how many of them share each text (sequence parallelism).
         on_cpu: the processes train on CPUs.
         offload_optimizer, offload_parameters: kept in host memory.
         reduce_bucket: elements of a bucket of gradients in DeepSpeed; None: as accelerate chooses, hidden size squared.
@@ -28,6 +30,7 @@ class Engine:
 
     kind: str = "single"
     processes: int = 1
+    sp_size: int = 1
     on_cpu: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -52,6 +55,7 @@ class Engine:
     def __str__(self) -> str:
         offload = [name for name in ("optimizer", "parameters") if getattr(self, f"offload_{name}")]
         processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        processes += f", {self.sp_size} to a text" if self.sp_size > 1 else ""
         return f"{self.kind}, {processes}" + (f", {' and '.join(offload)} in host memory" if offload else "")
 
 
@@ -81,8 +85,9 @@ def launched_engine(on_cpu: bool) -> Engine:
     config: dict = {
         "num_processes": int(env.get("WORLD_SIZE", 1)),
         "use_cpu": on_cpu,
-        "use_parallelism_config": parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"),
     }
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        config["parallelism_config"] = {name.lower(): value for name, value in env.items()}
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         names = ("config_file", "zero_stage", "offload_optimizer_device", "offload_param_device")
         given = {name: env.get(f"ACCELERATE_DEEPSPEED_{name.upper()}", "none") for name in names}
@@ -106,13 +111,18 @@ def _engine(config: dict, accelerate_config: str) -> Engine:
         config: keys as in an accelerate config.
         accelerate_config: what to call it.
     """
-    if config.get("parallelism_config") or config.get("use_parallelism_config"):
-        raise UserError(
-            f"{accelerate_config}: plan serves data parallelism (DDP, ZeRO, FSDP2); take its sequence or "
-            "tensor parallelism (parallelism_config) out and divide the tokens by its size yourself."
-        )
     kind = str(config.get("distributed_type", "NO")).upper()
     engine = Engine(processes=config.get("num_processes", 1), on_cpu=bool(config.get("use_cpu")))
+    if given := config.get("parallelism_config"):
+        sizes = {name: int(given.get(f"parallelism_config_{name}", 1)) for name in PARALLEL_SIZES}
+        parallelism = served_parallelism(kind == "FSDP", **sizes)
+        if parallelism.sp_size == 1 < parallelism.total_size:
+            raise UserError(
+                f"{accelerate_config}: of parallelism_config, plan serves sp_size; tensor and context parallelism and "
+                "hybrid sharding cannot be planned."
+            )
+        require_groups(parallelism, engine.processes)
+        engine = replace(engine, sp_size=parallelism.sp_size)
     if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
         return replace(engine, kind="ddp" if engine.processes > 1 else "single")
     if kind == "FSDP":

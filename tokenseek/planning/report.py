@@ -26,12 +26,12 @@ def time_table(plans: Sequence[MemoryPlan], name: str, gpu: Gpu) -> str:
     """One line for each plan: what an optimizer step computes and sends, and how long that takes on a GPU."""
     lines = [[f"{name}, estimate", "TFLOP", "compute s", "tokens/s", "sent GB", "sending s"]]
     for plan in plans:
-        work, examples = plan.work, plan.tokens[0] * plan.micro_batches
+        work, tokens = plan.work, plan.tokens[0] * plan.tokens[1] * plan.micro_batches / plan.engine.sp_size
         if plan.engine.offload_optimizer or plan.engine.offload_parameters:
             compute = speed = "-"  # bound by the host
         else:
             seconds = work.seconds(gpu)
-            compute, speed = f"{seconds:.4f}", f"{examples * plan.tokens[1] / seconds:,.0f}"
+            compute, speed = f"{seconds:.4f}", f"{tokens / seconds:,.0f}"
         sending = f"{work.sending_seconds(gpu):.4f}"
         lines.append([str(plan.method), f"{work.flops / 1e12:.2f}", compute, speed, f"{work.sent / 1e9:.2f}", sending])
     return _aligned(lines)

@@ -24,9 +24,11 @@ from tokenseek.ditching import enable_token_ditching, storage
 from tokenseek.ditching.rows import Partition, partition
 from tokenseek.errors import UserError
 from tokenseek.modeling import Decoder, find_decoder
+from tokenseek.parallel import measured
 from tokenseek.planning.engine import Engine
 from tokenseek.planning.ledger import Ledger
 from tokenseek.planning.packed import pack_linear_layers
+from tokenseek.planning.sequence import plan_as_first_rank
 from tokenseek.planning.sharding import ShardedState
 from tokenseek.planning.work import Gpu, StepWork, Work, sent_bytes
 from tokenseek.runs.models import add_adapter
@@ -59,7 +61,7 @@ class MemoryPlan:
         peak: their sum. What CUDA itself takes, and the gaps in its allocator, come on top.
         parts: by category (:data:`~tokenseek.planning.ledger.CATEGORIES`).
         states: parameters, gradients and optimizer states: what a step has before its first token.
-        tokens: (examples, tokens of each) in a micro batch.
+        tokens: (examples, tokens of each) in a micro batch of a process, or of those that share its texts.
         micro_batches: of an optimizer step.
         work: what an optimizer step computes and sends.
     """
@@ -126,7 +128,12 @@ def plan_memory(
     if method.ratio is not None:
         parts = partition(_spread_positions(method.ratio, *shape), None, shape[1])
         warm_up = partition(_spread_positions(0.5, 1, 2), None, 2)
+    elif engine.sp_size > 1:  # ranks that share a text select all of it
+        parts = partition(_spread_positions(1.0, *shape), None, shape[1])
     model = _build(config, model_config, method, engine)
+    if engine.sp_size > 1:
+        texts = [parts] if warm_up is None else [parts, warm_up]
+        plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, texts)
     decoder = find_decoder(model)
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -139,7 +146,8 @@ def plan_memory(
                 _run_first_layer(model, decoder, warm_up)
             ledger.reset_peak()
             work.reset()
-            _train_pass(model, decoder, state, ledger, config, engine, shape, parts)
+            with measured() as traffic:
+                _train_pass(model, decoder, state, ledger, config, engine, shape, parts)
             passes = StepWork(work.flops, 0, work.operations)
             work.reset()
             ledger.region = "workspace"
@@ -153,6 +161,7 @@ def plan_memory(
     states = sum(at_peak[name] for name in ("parameters", "gradients", "optimizer"))
     micro_batches = config.training.gradient_accumulation_steps
     sent = sent_bytes(engine, _nbytes(state.parameters), _nbytes(state.trained), micro_batches)
+    sent += micro_batches * sum([*traffic.forward.values(), *traffic.backward.values()])
     operations = work.operations + Counter({key: micro_batches * n for key, n in passes.operations.items()})
     whole = StepWork(work.flops + micro_batches * passes.flops, sent, operations)
     return MemoryPlan(method, engine, ledger.peak, at_peak, states, shape, micro_batches, whole)

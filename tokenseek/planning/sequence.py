@@ -1,0 +1,58 @@
+"""Sequence parallelism in a plan: the step of one rank, whose exchanges have their sizes and reach nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tokenseek.ditching.rows import Partition
+from tokenseek.modeling import find_decoder
+from tokenseek.parallel import enable_sequence_parallelism
+from tokenseek.parallel.sequence import SequenceParallelism
+from tokenseek.parallel.sharding import LocalPartition, shard
+from tokenseek.parallel.ulysses import query_heads
+
+
+def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, texts: Iterable[Partition]) -> None:
+    """Let `model` take its steps as rank 0 of `ranks` that share each text.
+
+    Args:
+        layout: as for :func:`tokenseek.parallel.enable_sequence_parallelism`.
+        texts: every partition that it will be called with, once, as ``selected_positions``. Who holds which rows is
+            settled here, on real positions, since sizes depend on it.
+
+    Raises:
+        UserError: the ranks cannot share this model's attention.
+    """
+    group = _group_without_others(ranks)
+    enable_sequence_parallelism(model, group, layout=layout)
+    decoder = find_decoder(model)
+    heads = query_heads(decoder)
+    dealt = {parts: shard(parts, group, heads, layout, {}) for parts in texts}
+    decoder.causal_lm._token_ditching.sequence = _FirstRank(group, layout, dealt)
+
+
+class _FirstRank(SequenceParallelism):
+    def __init__(self, group: dist.ProcessGroup, layout: str, dealt: dict[Partition, LocalPartition]):
+        super().__init__(group, layout, engine="averages")
+        self._dealt = dealt
+
+    def agreed_positions(self, arguments, selected_positions, labels, shift_labels):
+        return selected_positions  # there is nobody to disagree
+
+    def shard(self, decoder, arguments, parts):
+        return self._dealt.pop(parts)  # its masks live as long as the forward pass, as in a real step
+
+
+def _group_without_others(ranks: int) -> dist.ProcessGroup:
+    """Rank 0 of a group that torch does not list, so that it neither needs a default group nor disturbs one."""
+    # Torch's backend for dry runs: collectives return at once and leave their buffers as they are.
+    from torch._C._distributed_c10d import FakeProcessGroup  # late: not every build of torch has it
+
+    make = getattr(FakeProcessGroup, "_create_internal", FakeProcessGroup)  # older releases of torch call the class
+    group = dist.ProcessGroup(0, ranks)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, make(0, ranks))
+    return group
