@@ -15,7 +15,8 @@ def tiny_preset(folder: Path, *overrides: str, examples: int = 12) -> RunConfig:
     """The configuration, whose model and data are written into `folder`."""
     if not (folder / "model").exists():
         tokenizer = tiny_tokenizer()
-        tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder / "model")
+        model = tiny_model("llama_tied", vocab_size=len(tokenizer), max_position_embeddings=512)
+        model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         write_jsonl(folder / "train.jsonl", make_word_problems(examples))
     settings = [

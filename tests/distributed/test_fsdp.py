@@ -1,6 +1,6 @@
 """FSDP2: torch's `fully_shard` on every decoder layer, over gloo; gradients exact, and one gather for the two passes.
 
-accelerate runs DDP instead of FSDP where there is no GPU, so that it cannot be tested through the launcher here.
+Through accelerate: `tests/launch/test_engines.py`.
 """
 
 import copy
@@ -66,9 +66,9 @@ def gradients(model, rank, selected):
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}, (forward.count, backward.count)
 
 
-def exact(rank, selected):
+def exact(rank, kind, selected):
     mesh = init_device_mesh("cpu", (RANKS,))
-    plain = tiny_model("llama", dtype=torch.float64)
+    plain = tiny_model(kind, dtype=torch.float64)
     expected = expected_gradients(copy.deepcopy(plain), selected)
     layers = len(find_decoder(plain).layers)
     found = []
@@ -93,9 +93,10 @@ def exact(rank, selected):
     return found
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
 @pytest.mark.parametrize("selected", SELECTED)
-def test_gradients_are_exact_and_layers_gathered_once(selected):
-    assert len(spawn(RANKS, exact, selected)) == RANKS
+def test_gradients_are_exact_and_layers_gathered_once(kind, selected):
+    assert len(spawn(RANKS, exact, kind, selected)) == RANKS
 
 
 def mixed(rank):

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tokenseek.attention import require_masked_backend
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
+from tokenseek.ditching.embedding import forget_tied_weights, one_gradient_of_tied_weights
 from tokenseek.ditching.loss import selected_loss
 from tokenseek.ditching.packing import MaskedPartition, PackedPartition, partition_by_example
 from tokenseek.ditching.rows import Partition, Rows, partition
@@ -98,6 +99,7 @@ def disable_token_ditching(model: nn.Module) -> nn.Module:
             module.forward = module._forward_before_ditching
         del module._token_ditching, module._token_ditching_forward, module._forward_before_ditching
     ungather_layers(decoder)
+    forget_tied_weights(decoder)
     return model
 
 
@@ -183,7 +185,8 @@ def _causal_lm_forward(causal_lm: nn.Module):
             if num_items_in_batch is None:
                 num_items_in_batch = labels_BS.ne(IGNORED).sum()
             arguments, parts, labels_BS = sequence.share(decoder, arguments, parts, labels_BS)
-        body_output = decoder.body(**arguments, selected_positions=parts)
+        with one_gradient_of_tied_weights(decoder):
+            body_output = decoder.body(**arguments, selected_positions=parts)
         hidden_BSD = body_output.last_hidden_state
 
         loss = logits = None
