@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tokenseek.attention import require_masked_backend
+from tokenseek.attention import has_attention_interface, require_masked_backend
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
 from tokenseek.ditching.embedding import forget_tied_weights, one_gradient_of_tied_weights
@@ -127,19 +127,22 @@ class Ditching:
         # Old decoders give their output the shape of their input ids by a view, which only all T rows fit.
         source = inspect.getsource(inspect.unwrap(type(decoder.body).forward))
         self.returns_all_rows = "view(output_shape)" in source
-        # Whether the model looks its attention function up, so that ours runs; known after its first layer has run.
-        self.attention_is_ours = False
+        self.has_interface, self.interface_was_used = has_attention_interface(decoder), False
 
     def recomputes(self, layer: nn.Module) -> bool:
         return self.recompute or (getattr(layer, "gradient_checkpointing", False) and layer.training)
 
+    @property
+    def attention_is_ours(self) -> bool:
+        """Whether the model looks its attention function up, and finds one of ours: its backend is sdpa."""
+        return self.has_interface and self.decoder.causal_lm.config.get_text_config()._attn_implementation == "sdpa"
+
     def note_attention(self) -> None:
-        self.attention_is_ours = True
+        self.interface_was_used = True
 
     def attention(self, parts: Partition, replace: Callable[[Callable], Callable]) -> AbstractContextManager[None]:
-        """What one pass of one layer runs in, with attention replaced where the model's backend is sdpa."""
-        is_sdpa = self.decoder.causal_lm.config.get_text_config()._attn_implementation == "sdpa"
-        return parts.attention(self.decoder, replace if is_sdpa else None)
+        """What one pass of one layer runs in."""
+        return parts.attention(self.decoder, replace if self.attention_is_ours else None)
 
 
 class Step:
@@ -351,6 +354,11 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
             attention = ditching.attention(parts, replace)
             step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, seam, attention))
             _require_updated(seam, layer, ditching)
+            if ditching.attention_is_ours and not ditching.interface_was_used:
+                raise UserError(
+                    f"{type(layer).__name__} in {ditching.decoder.name} does not attend by Transformers' "
+                    "AttentionInterface, as its file makes believe: load the model with attn_implementation='eager'."
+                )
         except KeysAndValuesSeen:
             step.unselected_BUD = None
         except RuntimeError:

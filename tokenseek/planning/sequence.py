@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,12 +14,12 @@ from tokenseek.parallel.sharding import LocalPartition, shard
 from tokenseek.parallel.ulysses import query_heads
 
 
-def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, texts: Iterable[Partition]) -> None:
+def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, text: Partition) -> None:
     """Let `model` take its steps as rank 0 of `ranks` that share each text.
 
     Args:
         layout: as for :func:`tokenseek.parallel.enable_sequence_parallelism`.
-        texts: every partition that it will be called with, once, as ``selected_positions``. Who holds which rows is
+        text: the partition that it will be called with, once, as ``selected_positions``. Who holds which rows is
             settled here, on real positions, since sizes depend on it.
 
     Raises:
@@ -31,20 +29,20 @@ def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, texts: Iterabl
     enable_sequence_parallelism(model, group, layout=layout)
     decoder = find_decoder(model)
     heads = query_heads(decoder)
-    dealt = {parts: shard(parts, group, heads, layout, {}) for parts in texts}
+    dealt = shard(text, group, heads, layout, {})
     decoder.causal_lm._token_ditching.sequence = _FirstRank(group, layout, dealt)
 
 
 class _FirstRank(SequenceParallelism):
-    def __init__(self, group: dist.ProcessGroup, layout: str, dealt: dict[Partition, LocalPartition]):
+    def __init__(self, group: dist.ProcessGroup, layout: str, dealt: LocalPartition):
         super().__init__(group, layout, engine="averages")
-        self._dealt = dealt
+        self._dealt = [dealt]
 
     def agreed_positions(self, arguments, selected_positions, labels, shift_labels):
         return selected_positions  # there is nobody to disagree
 
     def shard(self, decoder, arguments, parts):
-        return self._dealt.pop(parts)  # its masks live as long as the forward pass, as in a real step
+        return self._dealt.pop()  # its masks live as long as the forward pass, as in a real step
 
 
 def _group_without_others(ranks: int) -> dist.ProcessGroup:

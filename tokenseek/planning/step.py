@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from unittest import mock
 
@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 
 from tokenseek.config import RunConfig
 from tokenseek.ditching import enable_token_ditching, storage
-from tokenseek.ditching.rows import Partition, partition
+from tokenseek.ditching.rows import partition
 from tokenseek.errors import UserError
 from tokenseek.modeling import Decoder, find_decoder
 from tokenseek.parallel import measured
@@ -124,16 +124,14 @@ def plan_memory(
     model_config = model_config or load_model_config(config)
     make_optimizer = _optimizer(config, engine)
     # Which rows are selected is decided on real positions: the sizes of what follows depend on them.
-    parts = warm_up = None
+    parts = None
     if method.ratio is not None:
         parts = partition(_spread_positions(method.ratio, *shape), None, shape[1])
-        warm_up = partition(_spread_positions(0.5, 1, 2), None, 2)
     elif engine.sp_size > 1:  # ranks that share a text select all of it
         parts = partition(_spread_positions(1.0, *shape), None, shape[1])
     model = _build(config, model_config, method, engine)
     if engine.sp_size > 1:
-        texts = [parts] if warm_up is None else [parts, warm_up]
-        plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, texts)
+        plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts)
     decoder = find_decoder(model)
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -142,8 +140,6 @@ def plan_memory(
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
             if config.training.gradient_accumulation_steps > 1:
                 state.accumulate_before()
-            if warm_up is not None:
-                _run_first_layer(model, decoder, warm_up)
             ledger.reset_peak()
             work.reset()
             with measured() as traffic:
@@ -283,23 +279,6 @@ def _put_away(ledger: Ledger) -> Iterator[None]:
     to_host, to_int8 = tracked(storage.to_host, None), tracked(storage.to_int8, "keys_values")
     with mock.patch.multiple(storage, to_host=to_host, to_int8=to_int8):
         yield
-
-
-class _Enough(Exception):
-    pass
-
-
-def _run_first_layer(model: nn.Module, decoder: Decoder, parts: Partition) -> None:
-    """What token ditching learns about a model in its first step, it knows in all that follow."""
-
-    def stop(*args):
-        raise _Enough
-
-    hook = decoder.layers[0].register_forward_hook(stop)
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    with torch.no_grad(), suppress(_Enough):
-        model(input_ids=ids, labels=ids, selected_positions=parts)
-    hook.remove()
 
 
 def _enter_head(ledger: Ledger, body_output) -> None:
