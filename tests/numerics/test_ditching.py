@@ -352,6 +352,18 @@ def test_bfloat16_autocast_keeps_the_gradient_of_every_weight():
         assert cosine > 0.95, f"{name}: cosine {cosine:.3f}"
 
 
+@pytest.mark.slow
+def test_a_compiled_model_takes_the_same_step():
+    model = tokenseek.enable_token_ditching(tiny_model("llama_tied", dtype=torch.float64))
+    compiled = torch.compile(model, backend="aot_eager")
+    for selected in (SELECTED, torch.tensor([[2, 3, 9], [1, 5, 8]])):
+        batch = dict(**make_batch(), selected_positions=selected)
+        expected = {name: gradient.clone() for name, gradient in gradients(model, model(**batch).loss).items()}
+        for name, gradient in gradients(model, compiled(**batch).loss).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-14)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def test_logits_of_selected_rows_without_labels():
     model = tokenseek.enable_token_ditching(tiny_model("gemma2", attn="eager"))
     batch = make_batch((13,))
