@@ -317,10 +317,11 @@ def _launch_sweep(args: argparse.Namespace) -> int:
     if args.command == "tune":
         load_config(args.preset, args.set)  # tell of mistakes before any process is started
     else:
-        _, rows, config = reproduction(args)
+        table, rows, config = reproduction(args)
         if args.list:
             print("\n".join(f"{row.name}: {row.label}: {row_settings(row, config)}" for row in rows))
             return 0
+        table.require_measurable(rows, config, args.seeds, args.tasks)
     options = argparse.ArgumentParser(add_help=False)
     _add_launch_arguments(options)
     return _launch_script(args, options.parse_known_args(args.words)[1])

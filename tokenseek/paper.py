@@ -71,6 +71,15 @@ class PaperTable(BaseModel):
                 raise UserError(f"--rows: there is no row {name!r}{did_you_mean(name, known)}; accepted are {accepted}")
         return [known[name] for name in known if name in chosen]
 
+    def require_measurable(self, rows: Sequence[TableRow], config: RunConfig, seeds: int, tasks: str | None) -> None:
+        """Raise UserError unless runs of `rows` can be compared as the table does."""
+        if self.shows == "variance" and seeds < 2:
+            raise UserError("the table shows a variance over seeds: give --seeds 2 or more")
+        if any(row.extra_data for row in rows) and config.eval_data is None and not tasks:
+            raise UserError(
+                "the rows have other data and no held-out data in common: give an eval_data section or --tasks"
+            )
+
 
 def load_table(name: str) -> PaperTable:
     """A table by its number in the paper, such as 1 or S11, or by the path of a file."""

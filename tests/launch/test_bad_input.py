@@ -188,3 +188,4 @@ def test_mistakes_are_told_before_anything_is_launched(console, workspace, monke
     assert_matches(console(*train, "--set", "selection.rul=all").refusal(), "did you mean rule")
     assert_matches(console(*train, "--accelerate-config", "dpp").refusal(), "did you mean ddp")
     assert_matches(console("score", "--preset", "gsm9k").refusal(), "did you mean gsm8k")
+    assert_matches(console("reproduce", "S13", "--preset", workspace.training).refusal(), "give --seeds 2 or more")

@@ -338,9 +338,10 @@ def test_stored_activations_grow_with_the_selected_rows_only():
     assert ours < 0.35 * full and recomputed < 0.6 * ours
 
 
-def test_bfloat16_autocast_keeps_the_gradient_of_every_weight():
+@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
+def test_bfloat16_autocast_keeps_the_gradient_of_every_weight(kind):
     """Autocast's weight cache, filled without gradient by the unselected pass, must not starve the selected pass."""
-    model = tokenseek.enable_token_ditching(tiny_model("llama"))
+    model = tokenseek.enable_token_ditching(tiny_model(kind))
     batch = make_batch()
     expected = gradients(model, model(**batch, selected_positions=SELECTED).loss)
     expected = {name: g.clone() for name, g in expected.items()}

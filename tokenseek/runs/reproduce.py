@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenseek.config import RunConfig, override_config
-from tokenseek.errors import UserError
 from tokenseek.paper import PaperTable, TableRow, row_settings
 from tokenseek.runs.processes import leave_launch
 from tokenseek.runs.sweep import Measure, Row, Sweep, Trial
@@ -47,10 +46,7 @@ def reproduce(
         The written table, in the launch's first process.
     """
     number = leave_launch()
-    if table.shows == "variance" and seeds < 2:
-        raise UserError("the table shows a variance over seeds: give --seeds 2 or more")
-    if any(row.extra_data for row in rows) and config.eval_data is None and not tasks:
-        raise UserError("the rows have other data and no held-out data in common: give an eval_data section or --tasks")
+    table.require_measurable(rows, config, seeds, tasks)
     trials = []
     for seed in range(seeds):
         for row in rows:
