@@ -1,7 +1,7 @@
 """What each selection rule teaches a real model: held-out loss after equal steps, over rules, ratios and seeds.
 
     python -m benchmarks.evidence run --model FOLDER --data FOLDER --output FOLDER
-    python -m benchmarks.evidence table FOLDER/rows.jsonl [--into docs/evidence.md]
+    python -m benchmarks.evidence table FOLDER/rows.jsonl ... [--into docs/evidence.md]
 
 `run` may be started any number of times at once, killed, and started again: every finished run is one line of
 ``rows.jsonl``. A seed decides the order of the data, the initial adapter and the random selections.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -45,15 +46,15 @@ OPTIONS = ("mixed-response", "explore", "bands")  # at the first ratio alone
 MAX_CHARACTERS = 250  # of question and answer
 
 
-def trials(ratios: list[float], seeds: list[int]) -> list[Trial]:
+def trials(ratios: list[float], seeds: list[int], rules: Iterable[str] = tuple(RULES)) -> list[Trial]:
     """In an order that makes a table early: all rules at the first ratio, seed by seed, then the other ratios."""
     found = []
     for ratio in ratios:
         for seed in seeds:
-            for rule, (_, settings) in RULES.items():
+            for rule in rules:
                 if ratio != ratios[0] and rule in ("full", *OPTIONS):
                     continue
-                settings = {**settings, "seed": seed, "selection.seed": seed}
+                settings = {**RULES[rule][1], "seed": seed, "selection.seed": seed}
                 labels = {"rule": rule, "seed": seed}
                 if rule == "full":
                     found.append(Trial(f"full-seed-{seed}", settings, {**labels, "ratio": 1.0}))
@@ -103,19 +104,20 @@ def base_config(args: argparse.Namespace) -> RunConfig:
 
 def table(rows: list[Row]) -> str:
     """Mean, and least to greatest, over the seeds, beside the share of the gap to full tuning that a rule closes."""
-    groups = grouped(rows, "ratio", "rule")
+    groups = grouped(rows, "ratio", "rule", "steps")
     order = {rule: number for number, rule in enumerate(RULES)}
-    groups.sort(key=lambda group: (group.values[1] != "full", group.values[0], order[group.values[1]]))
+    groups.sort(key=lambda g: (g.values[1] != "full", g.values[0], order[g.values[1]], g.values[2]))
     full = next((group.mean("loss_after") for group in groups if group.values[1] == "full"), None)
     lines = []
     for group in groups:
-        (ratio, rule), loss, before = group.values, group.mean("loss_after"), group.mean("loss_before")
+        (ratio, rule, steps), loss, before = group.values, group.mean("loss_after"), group.mean("loss_before")
         gap = "" if full is None else f"{(before - loss) / (before - full):.0%}"
         carrying = f"{group.mean('supervised_share'):.0%}"
-        lines.append([RULES[rule][0], f"{ratio:.0%}", carrying, group.spread("loss_after"), gap, str(len(group.rows))])
+        found = [carrying, group.spread("loss_after"), gap, str(len(group.rows))]
+        lines.append([RULES[rule][0], f"{ratio:.0%}", str(steps), *found])
     before = f"Held-out loss before training: {rows[0]['loss_before']:.4f} nats per supervised token.\n\n"
-    titles = ["rule (alpha, beta)", "r", "selected with a loss", "held-out loss", "of full tuning's gain", "runs"]
-    return before + markdown(titles, lines)
+    titles = ["rule (alpha, beta)", "r", "steps", "selected with a loss", "held-out loss"]
+    return before + markdown([*titles, "of full tuning's gain", "runs"], lines)
 
 
 def write_into(page: Path, text: str) -> None:
@@ -134,6 +136,7 @@ def main() -> None:
     run.add_argument("--model", type=Path, required=True, help="folder of SmolLM2-135M-Instruct")
     run.add_argument("--data", type=Path, required=True, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl")
     run.add_argument("--output", type=Path, required=True)
+    run.add_argument("--rules", choices=RULES, nargs="+", default=list(RULES))
     run.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--train", type=int, default=80, metavar="N", help="training examples")
@@ -142,17 +145,17 @@ def main() -> None:
     run.add_argument("--learning-rate", type=float, default=1e-3)
     run.add_argument("--threads", type=int, default=1)
     show = commands.add_parser("table")
-    show.add_argument("rows", type=Path)
+    show.add_argument("rows", type=Path, nargs="+")
     show.add_argument("--into", type=Path, metavar="PAGE", help="write it into a page, between its marks")
     args = parser.parse_args()
     if args.command == "table":
-        text = table(read_rows(args.rows))
+        text = table([row for rows in args.rows for row in read_rows(rows)])
         print(text)
         if args.into:
             write_into(args.into, text)
         return
     torch.set_num_threads(args.threads)
-    sweep = Sweep(args.output, base_config(args), trials(args.ratios, args.seeds))
+    sweep = Sweep(args.output, base_config(args), trials(args.ratios, args.seeds, args.rules))
     print(table(sweep.run(lambda line: print(line, flush=True))))
 
 

@@ -8,7 +8,7 @@ from benchmarks.evidence import OPTIONS, RULES, table, trials, write_into
 from tokenseek.runs.sweep import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = ROOT / "benchmarks" / "results" / "evidence-gsm8k.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "evidence.md"
 
 
@@ -27,15 +27,17 @@ def test_all_rules_come_first_seed_by_seed():
 
 
 def test_table(tmp_path):
-    def row(rule, ratio, loss):
-        return {"rule": rule, "ratio": ratio, "loss_before": 2.0, "loss_after": loss, "supervised_share": 0.5}
+    def row(rule, ratio, loss, steps=20):
+        losses = {"loss_before": 2.0, "loss_after": loss}
+        return {"rule": rule, "ratio": ratio, "steps": steps, "supervised_share": 0.5, **losses}
 
-    rows = [row("random", 0.1, 1.5), row("full", 1.0, 1.0), row("random", 0.1, 1.7)]
+    rows = [row("random", 0.1, 1.5), row("full", 1.0, 1.0), row("random", 0.1, 1.7), row("random", 0.1, 1.2, 40)]
     text = table(rows)
     assert "before training: 2.0000" in text
-    assert text.splitlines()[-2:] == [
-        "| all tokens, no ditching | 100% | 50% | 1.0000 | 100% | 1 |",
-        "| random | 10% | 50% | 1.6000 (1.5000 to 1.7000) | 40% | 2 |",
+    assert text.splitlines()[-3:] == [
+        "| all tokens, no ditching | 100% | 20 | 50% | 1.0000 | 100% | 1 |",
+        "| random | 10% | 20 | 50% | 1.6000 (1.5000 to 1.7000) | 40% | 2 |",
+        "| random | 10% | 40 | 50% | 1.2000 | 80% | 1 |",
     ]
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- table -->\nold\n<!-- end of table -->\nb\n")
@@ -47,4 +49,5 @@ def test_table(tmp_path):
 
 
 def test_the_page_shows_the_committed_rows():
-    assert f"<!-- table -->\n{table(read_rows(ROWS))}\n<!-- end of table -->" in PAGE.read_text(encoding="utf-8")
+    rows = [row for name in ("evidence-gsm8k", "evidence-gsm8k-longer") for row in read_rows(RESULTS / f"{name}.jsonl")]
+    assert f"<!-- table -->\n{table(rows)}\n<!-- end of table -->" in PAGE.read_text(encoding="utf-8")
