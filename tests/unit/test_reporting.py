@@ -21,7 +21,7 @@ from tokenseek.reporting import ShownExample, render_page, shown_example, token_
 from tokenseek.seeking import TokenScorer
 from tokenseek.selection import SelectionRule, combine_scores, select_positions
 
-PAGE = Path("tokenseek/reporting/page").resolve()
+PAGE = Path(__file__).resolve().parents[2] / "tokenseek/reporting/page"
 HOSTILE = [
     "</script><script>window.hacked = 1</script>",
     "<img src=x onerror='window.hacked = 2'>",
