@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
+from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.head import at_least_float32
 from tokenseek.modeling import Decoder, forward_replaced
 
@@ -53,7 +54,7 @@ def _is_tied(table: nn.Module, head: nn.Module) -> bool:
     if not isinstance(table, nn.Embedding) or not isinstance(head, nn.Linear) or table.weight is not head.weight:
         return False
     is_plain = table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
-    is_whole = type(table.weight) is nn.Parameter and not hasattr(table.weight, "ds_id")
+    is_whole = type(table.weight) is nn.Parameter and not is_partitioned(table)
     # Only of a linear layer of its own is the weight's gradient known to belong to nobody else.
     return is_plain and is_whole and type(head).forward is nn.Linear.forward and table.weight.requires_grad
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.head import at_least_float32, head_logits, rows_per_chunk
 from tokenseek.labels import IGNORED
 from tokenseek.modeling import Decoder
@@ -53,7 +54,7 @@ def selected_loss(
     rows = rows_per_chunk(decoder)
     chunks = list(zip(hidden_RD[None].split(rows, dim=1), labels_R.split(rows), weights_R.split(rows), strict=True))
     head = decoder.causal_lm.get_output_embeddings()
-    if _is_partitioned(head):
+    if is_partitioned(head):
         # Every chunk gathers the head's weights, and a gather needs all ranks: those with fewer chunks join in.
         most = torch.tensor(len(chunks), device=labels_R.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -91,9 +92,4 @@ class _LossWithGradient(torch.autograd.Function):
 def _is_constant(head: nn.Module) -> bool:
     """Whether it has no gradient of its own, and no engine whose hooks would take ours for the backward pass."""
     is_trained = any(parameter.requires_grad for parameter in head.parameters())
-    return not (is_trained or _is_partitioned(head) or isinstance(head, FSDPModule))
-
-
-def _is_partitioned(module: nn.Module) -> bool:
-    """By ZeRO-3, which gathers the parameters of a module for the length of each call."""
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+    return not (is_trained or is_partitioned(head) or isinstance(head, FSDPModule))

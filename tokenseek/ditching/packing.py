@@ -18,15 +18,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tokenseek.attention import attention_replaced, has_attention_interface
+from tokenseek.attention import attention_replaced
 from tokenseek.ditching.masks import begins_anew, whole_masks
 from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows, partition
 from tokenseek.errors import UserError
 from tokenseek.modeling import Decoder
 
 
-def partition_by_example(decoder: Decoder, selected_positions: torch.Tensor, position_ids: torch.Tensor) -> Partition:
+def partition_by_example(
+    decoder: Decoder, selected_positions: torch.Tensor, position_ids: torch.Tensor, attention_is_ours: bool
+) -> Partition:
     """The partition of a batch without padding, in whose rows `position_ids` [B | 1, T] may tell examples apart.
+
+    Args:
+        attention_is_ours: whether each example can attend alone, by an attention function in the place of sdpa's;
+            otherwise a mask tells examples apart.
 
     Raises:
         UserError: as :func:`tokenseek.ditching.rows.partition` does; for several examples in a row, where the decoder
@@ -41,8 +47,7 @@ def partition_by_example(decoder: Decoder, selected_positions: torch.Tensor, pos
         return partition(selected_positions, None, tokens)
     _require_position_ids(decoder)
     whole = partition(positions_BS, None, tokens)  # for its checks
-    by_mask = decoder.causal_lm.config.get_text_config()._attn_implementation != "sdpa"
-    if by_mask or len(positions_BS) > 1 or not whole.selected.valid_BR.any() or not has_attention_interface(decoder):
+    if not attention_is_ours or len(positions_BS) > 1 or not whole.selected.valid_BR.any():
         parts = partition(selected_positions, None, tokens)
         return MaskedPartition(parts.selected, parts.unselected, tokens, parts.padded, True, position_ids)
     borders = [0, *is_first_BT[0].nonzero().squeeze(1).tolist(), tokens]

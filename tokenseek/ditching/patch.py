@@ -11,8 +11,8 @@ Shapes: B batch, T tokens, S selected, U unselected, D hidden, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from types import MethodType
 
@@ -127,7 +127,7 @@ class Ditching:
         # Old decoders give their output the shape of their input ids by a view, which only all T rows fit.
         source = inspect.getsource(inspect.unwrap(type(decoder.body).forward))
         self.returns_all_rows = "view(output_shape)" in source
-        self.has_interface, self.interface_was_used = has_attention_interface(decoder), False
+        self.has_interface = has_attention_interface(decoder)
 
     def recomputes(self, layer: nn.Module) -> bool:
         return self.recompute or (getattr(layer, "gradient_checkpointing", False) and layer.training)
@@ -136,13 +136,6 @@ class Ditching:
     def attention_is_ours(self) -> bool:
         """Whether the model looks its attention function up, and finds one of ours: its backend is sdpa."""
         return self.has_interface and self.decoder.causal_lm.config.get_text_config()._attn_implementation == "sdpa"
-
-    def note_attention(self) -> None:
-        self.interface_was_used = True
-
-    def attention(self, parts: Partition, replace: Callable[[Callable], Callable]) -> AbstractContextManager[None]:
-        """What one pass of one layer runs in."""
-        return parts.attention(self.decoder, replace if self.attention_is_ours else None)
 
 
 class Step:
@@ -236,7 +229,7 @@ def _partition(ditching: Ditching, arguments: dict, selected_positions: torch.Te
     selected_positions = selected_positions.to(tokens.device)
     mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
     if mask is None and position_ids is not None and not ditching.sequence:
-        return partition_by_example(ditching.decoder, selected_positions, position_ids)
+        return partition_by_example(ditching.decoder, selected_positions, position_ids, ditching.attention_is_ours)
     return partition(selected_positions, mask, tokens.shape[1])
 
 
@@ -313,12 +306,13 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
     """The layer's output for the selected rows; moves ``step.unselected_BUD`` through the layer too."""
     step, parts = ditching.step, ditching.step.partition
     with_gradient, autocast_cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-    checkpointing = ditching.recomputes(layer)
+    checkpointing, attention_is_ours = ditching.recomputes(layer), ditching.attention_is_ours
 
-    def run(hidden, rows, cache, attention):
+    def run(hidden, rows, cache, replace):
         # Only an attention function of ours knows the rows; a model that has its own needs the mask in full.
-        keep_causality = rows is parts.unselected and ditching.attention_is_ours
+        keep_causality = rows is parts.unselected and attention_is_ours
         shrunk = {name: rows.shrink(name, value, keep_causality) for name, value in arguments.items()}
+        attention = parts.attention(ditching.decoder, replace if attention_is_ours else None)
         with _without_own_checkpointing(layer), attention:
             return _original_forward(layer)(hidden, **shrunk, **{ditching.decoder.cache_argument: cache})
 
@@ -328,7 +322,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
         # What is recomputed saves nothing until then.
         is_put_away = ditching.kv_storage != "device" and with_gradient and not checkpointing
         with saved_as_kept(lambda: (cache.keys, cache.values), ditching.kv_storage) if is_put_away else nullcontext():
-            output = run(hidden, parts.selected, cache, ditching.attention(parts, replace))
+            output = run(hidden, parts.selected, cache, replace)
         _require_updated(cache, layer, ditching)
         return output, cache.keys, cache.values
 
@@ -348,13 +342,12 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
     unselected_BUD = step.unselected_BUD.to(selected_BSD)
     with torch.no_grad(), _autocast_cache(False):
         try:
-            replace = parts.replacement(
-                parts.whole.unselected, partial(unselected_attention, on_call=ditching.note_attention)
-            )
-            attention = ditching.attention(parts, replace)
-            step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, seam, attention))
+            calls: list[nn.Module] = []
+            attend = partial(unselected_attention, on_call=lambda: calls.append(layer))
+            replace = parts.replacement(parts.whole.unselected, attend)
+            step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, seam, replace))
             _require_updated(seam, layer, ditching)
-            if ditching.attention_is_ours and not ditching.interface_was_used:
+            if attention_is_ours and not calls:
                 raise UserError(
                     f"{type(layer).__name__} in {ditching.decoder.name} does not attend by Transformers' "
                     "AttentionInterface, as its file makes believe: load the model with attn_implementation='eager'."

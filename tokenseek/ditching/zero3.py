@@ -41,6 +41,11 @@ def ungather_layers(decoder: Decoder) -> None:
         hook.remove()
 
 
+def is_partitioned(module: nn.Module) -> bool:
+    """By ZeRO-3, which gathers the parameters of a module for the length of each call."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
 def _require_gradient(module: nn.Module, args, output):
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()
