@@ -25,18 +25,20 @@ def rows_per_chunk(decoder: Decoder) -> int:
     return max(1, CHUNK_BYTES // (4 * decoder.causal_lm.config.get_text_config().vocab_size))
 
 
-def head_logits(decoder: Decoder, body_output, hidden_1RD: torch.Tensor) -> torch.Tensor:
-    """Logits [1, R, V] of R rows of final hidden states, by the model's own head code.
+def head_logits(decoder: Decoder, body_output, hidden_RD: torch.Tensor) -> torch.Tensor:
+    """Logits [R, V] of R rows of final hidden states, by the model's own head code.
 
     The causal LM's forward runs with its body standing still, so that soft-capping, logit scaling and whatever else the
     model does after its head is done here too, without a line of model-specific code.
 
     Args:
-        body_output: what the body returned; its hidden states are replaced by `hidden_1RD`.
+        body_output: what the body returned; its hidden states are replaced by `hidden_RD`.
     """
-    output = type(body_output)(**{**body_output, "last_hidden_state": hidden_1RD})
-    with forward_replaced(decoder.body, lambda *args, **kwargs: output):
-        return type(decoder.causal_lm).forward(decoder.causal_lm, inputs_embeds=hidden_1RD, use_cache=False).logits
+    hidden_1RD = hidden_RD[None]
+    body_output = type(body_output)(**{**body_output, "last_hidden_state": hidden_1RD})
+    with forward_replaced(decoder.body, lambda *args, **kwargs: body_output):
+        output = type(decoder.causal_lm).forward(decoder.causal_lm, inputs_embeds=hidden_1RD, use_cache=False)
+    return output.logits.squeeze(0)  # unlike [0], no copy among zeros in the backward pass
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,9 @@ from tiny_models import VOCAB, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenseek.ditching import enable_token_ditching
+from tokenseek.modeling import find_decoder
+from tokenseek.seeking import TokenScorer
+from tokenseek.seeking.gradient import _head_gradient
 
 pytestmark = [
     pytest.mark.gpu,
@@ -146,13 +149,28 @@ def _dense_loss_on_cuda(model, **batch):
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
 def test_scores_equal_those_of_the_cpu(kind, dtype, tolerance):
-    scorer = pytest.importorskip("tokenseek.seeking").TokenScorer
     batch = make_batch()
     model = tiny_model(kind, dtype=dtype)
-    expected = scorer(copy.deepcopy(model).float()).score(**batch)
-    actual = scorer(model.cuda()).score(**on_cuda(batch))
+    expected = TokenScorer(copy.deepcopy(model).float()).score(**batch)
+    actual = TokenScorer(model.cuda()).score(**on_cuda(batch))
     for scores, truth in zip(actual, expected, strict=True):
         assert (scores.cpu() - truth).norm() < tolerance * truth.norm()
+
+
+@pytest.mark.parametrize("vocab", [500, 32000, 128256])  # kernels differ by the length of a row
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_scores_at_real_vocabularies(vocab, dtype):
+    """The gradient of the logits is a softmax that is written over its own input."""
+    model = tiny_model("llama", vocab_size=vocab).to("cuda", dtype).requires_grad_(False)
+    decoder = find_decoder(model)
+    output = decoder.body(input_ids=torch.randint(vocab, (1, 300), device="cuda"), use_cache=False)
+    hidden, targets = output.last_hidden_state[0].detach(), torch.randint(vocab, (300,), device="cuda")
+    leaf = hidden.float().requires_grad_()
+    logits = leaf @ model.lm_head.weight.float().T
+    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    actual = _head_gradient(decoder, output, hidden, targets)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    assert (actual.float() - leaf.grad).norm() < tolerance * leaf.grad.norm()
 
 
 def test_selected_tokens_take_less_memory_than_all():

@@ -122,6 +122,15 @@ def test_chunks_of_the_head_make_no_difference(monkeypatch):
     torch.testing.assert_close(scorer.score(ids, mask, labels).gradient, expected, rtol=1e-6, atol=0)
 
 
+def test_logits_that_the_head_needs_again_are_left_alone():
+    ids, mask, labels = make_batch()
+    model = tiny_model("llama", dtype=torch.float64)
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Tanh())  # whose gradient is made of its output
+    expected = gradient_reference(model, ids, mask, labels, k=1).abs().sum(-1).float()
+    actual = TokenScorer(model).score(ids, mask, labels).gradient
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+
+
 def test_sequence_scope_takes_every_token_as_a_label():
     ids, mask, labels = make_batch()
     model = tiny_model("llama", dtype=torch.float64)

@@ -46,19 +46,19 @@ def selected_loss(
     else:
         weights_R = weights_BS.flatten()[supervised]
 
-    def chunk_loss(hidden_1CD, labels_C, weights_C):
-        logits_CV = at_least_float32(head_logits(decoder, body_output, hidden_1CD)[0])
+    def chunk_loss(hidden_CD, labels_C, weights_C):
+        logits_CV = at_least_float32(head_logits(decoder, body_output, hidden_CD))
         losses_C = cross_entropy(logits_CV, labels_C, ignore_index=IGNORED, reduction="none")
         return (losses_C * weights_C.to(losses_C)).sum()  # not `@`, which autocast would compute in 16 bits
 
     rows = rows_per_chunk(decoder)
-    chunks = list(zip(hidden_RD[None].split(rows, dim=1), labels_R.split(rows), weights_R.split(rows), strict=True))
+    chunks = list(zip(hidden_RD.split(rows), labels_R.split(rows), weights_R.split(rows), strict=True))
     head = decoder.causal_lm.get_output_embeddings()
     if is_partitioned(head):
         # Every chunk gathers the head's weights, and a gather needs all ranks: those with fewer chunks join in.
         most = torch.tensor(len(chunks), device=labels_R.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        without_loss = hidden_RD[None, :1], torch.full_like(labels_R[:1], IGNORED), weights_R[:1]
+        without_loss = hidden_RD[:1], torch.full_like(labels_R[:1], IGNORED), weights_R[:1]
         chunks += [without_loss] * (int(most) - len(chunks))
     if torch.is_grad_enabled() and hidden_RD.requires_grad and _is_constant(head):
         total = sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
@@ -75,18 +75,18 @@ class _LossWithGradient(torch.autograd.Function):
     """A chunk's loss and, at once, its gradient with respect to the hidden states: no logits are kept or recomputed."""
 
     @staticmethod
-    def forward(ctx, chunk_loss, hidden_1CD, labels_C, weights_C) -> torch.Tensor:
+    def forward(ctx, chunk_loss, hidden_CD, labels_C, weights_C) -> torch.Tensor:
         with torch.enable_grad():
-            hidden_1CD = hidden_1CD.detach().requires_grad_()
-            loss = chunk_loss(hidden_1CD, labels_C, weights_C)
+            hidden_CD = hidden_CD.detach().requires_grad_()
+            loss = chunk_loss(hidden_CD, labels_C, weights_C)
             loss.backward()  # reaches nothing but the hidden states
-        ctx.save_for_backward(hidden_1CD.grad)
+        ctx.save_for_backward(hidden_CD.grad)
         return loss.detach()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        (gradient_1CD,) = ctx.saved_tensors
-        return None, gradient_1CD * gradient, None, None
+        (gradient_CD,) = ctx.saved_tensors
+        return None, gradient_CD * gradient, None, None
 
 
 def _is_constant(head: nn.Module) -> bool:

@@ -198,7 +198,7 @@ def _causal_lm_forward(causal_lm: nn.Module):
             )
             loss = sequence.total(loss) if sequence else loss
         else:
-            logits = head_logits(decoder, body_output, hidden_BSD.flatten(0, 1)[None])[0]
+            logits = head_logits(decoder, body_output, hidden_BSD.flatten(0, 1))
             logits = logits.view(*hidden_BSD.shape[:2], -1)
         output = CausalLMOutputWithPast(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output

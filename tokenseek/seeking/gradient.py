@@ -10,13 +10,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from tokenseek.head import at_least_float32, head_logits, rows_per_chunk
 from tokenseek.labels import IGNORED
 from tokenseek.modeling import Decoder
 
-# Rows of logits that are held at once. More would save passes over the weights of the head, which no longer pay.
-MOST_ROWS = 128
+# Logits are held of this share of a batch's tokens at once, but of so many at least: every chunk reads all weights of
+# the head anew, and what it takes should stay below what the last layer's graph does.
+SHARE_OF_ROWS, FEWEST_ROWS = 1 / 5, 128
 
 # Eq. 4 sums the entries (signed); the text around it sums magnitudes (abs).
 REDUCTIONS = {
@@ -69,7 +71,7 @@ def loss_gradient(
 
     # The head is the widest part of the model, so it is taken a few rows at a time down to its input; the layers once.
     hidden_BTD = body_output.last_hidden_state
-    rows = min(MOST_ROWS, rows_per_chunk(decoder))
+    rows = min(rows_per_chunk(decoder), max(FEWEST_ROWS, int(SHARE_OF_ROWS * targets_BT.numel())))
     chunks = zip(
         hidden_BTD.detach()[supervised_BT].split(rows),
         targets_BT[supervised_BT].split(rows),
@@ -85,9 +87,23 @@ def loss_gradient(
 
 
 def _head_gradient(decoder: Decoder, body_output, hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-    """Of the sum of the cross-entropies, whose gradient with respect to the logits is their softmax less the target."""
+    """Of the sum of the cross-entropies, whose gradient with respect to the logits is their softmax less the target.
+
+    It is written over the logits, unless the head's own backward pass needs them.
+    """
     hidden_CD.requires_grad_()
-    logits_CV = head_logits(decoder, body_output, hidden_CD[None])[0]
-    gradient_CV = at_least_float32(logits_CV.detach()).softmax(-1)
+    needed = set()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        needed.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        logits_CV = head_logits(decoder, body_output, hidden_CD)
+    buffer_CV = logits_CV.detach()
+    if buffer_CV.untyped_storage()._cdata in needed:
+        buffer_CV = buffer_CV.clone()
+    gradient_CV = at_least_float32(buffer_CV)
+    torch.softmax(gradient_CV, -1, out=gradient_CV)
     gradient_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
-    return torch.autograd.grad(logits_CV, hidden_CD, gradient_CV.to(logits_CV.dtype))[0]
+    return torch.autograd.grad(logits_CV, hidden_CD, buffer_CV.copy_(gradient_CV))[0]
