@@ -189,6 +189,36 @@ def test_loss_in_chunks(monkeypatch):
     assert_same(model, make_batch(), SELECTED)
 
 
+@pytest.mark.parametrize("chunk_rows", [2, 1000])
+@pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
+def test_a_kept_graph_gives_the_same_gradients_again(monkeypatch, recompute, chunk_rows):
+    monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 4 * VOCAB * chunk_rows)
+    model = tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64), recompute=recompute)
+    loss = model(**make_batch(), selected_positions=SELECTED).loss
+    parameters = list(model.parameters())
+    once = torch.autograd.grad(loss, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_cross_entropy_holds_two_matrices_of_logits_at_most(monkeypatch, trained):
+    model = tiny_model("llama", vocab_size=4096, hidden_size=8).bfloat16()
+    model.get_output_embeddings().weight.requires_grad_(trained)
+    tokenseek.enable_token_ditching(model, recompute=True)
+    batch = make_batch()
+    rows = int(batch["labels"][:, 1:].ne(-100).sum())
+    monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 4 * 4096 * rows)
+    everywhere = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    everywhere = everywhere.masked_fill(batch["attention_mask"] == 0, -1)
+    with LiveStorages().ignore(model.parameters()) as live:
+        loss = model(**batch, selected_positions=everywhere).loss
+        forward_peak = live.peak
+        loss.backward()
+    matrix, weights = 4 * 4096 * rows, sum(p.nbytes for p in model.parameters())
+    assert forward_peak < 2 * matrix  # float32 and, beside it, 16 bits
+    assert live.peak < 2 * matrix + 2 * weights
+
+
 @pytest.mark.parametrize("chunk_rows", [3, 1000])
 @pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
 def test_a_head_that_is_not_trained_runs_once_and_keeps_no_logits(monkeypatch, recompute, chunk_rows):

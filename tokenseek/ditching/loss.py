@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from tokenseek.ditching.zero3 import is_partitioned
@@ -47,8 +47,7 @@ def selected_loss(
         weights_R = weights_BS.flatten()[supervised]
 
     def chunk_loss(hidden_CD, labels_C, weights_C):
-        logits_CV = at_least_float32(head_logits(decoder, body_output, hidden_CD))
-        losses_C = cross_entropy(logits_CV, labels_C, ignore_index=IGNORED, reduction="none")
+        losses_C = _CrossEntropy.apply(head_logits(decoder, body_output, hidden_CD), labels_C, not is_stored)
         return (losses_C * weights_C.to(losses_C)).sum()  # not `@`, which autocast would compute in 16 bits
 
     rows = rows_per_chunk(decoder)
@@ -60,15 +59,44 @@ def selected_loss(
         dist.all_reduce(most, dist.ReduceOp.MAX)
         without_loss = hidden_RD[:1], torch.full_like(labels_R[:1], IGNORED), weights_R[:1]
         chunks += [without_loss] * (int(most) - len(chunks))
-    if torch.is_grad_enabled() and hidden_RD.requires_grad and _is_constant(head):
-        total = sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
-    elif recompute or len(chunks) > 1:
-        total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
-    else:
+    is_constant = torch.is_grad_enabled() and hidden_RD.requires_grad and _is_constant(head)
+    is_stored = not (is_constant or recompute or len(chunks) > 1)
+    if is_stored:
         total = chunk_loss(*chunks[0])
+    elif is_constant:
+        total = sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
+    else:
+        total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
     if num_items_in_batch is None:
         num_items_in_batch = weights_R[labels_R.ne(IGNORED)].sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Of each row, in at least float32, 0 where IGNORED; what torch's own does in four matrices of [C, V] takes one.
+
+    The log-probabilities take the place of the float32 copy of 16-bit logits, and their gradient takes theirs where one
+    backward pass is all that they are for (`once`).
+    """
+
+    @staticmethod
+    def forward(ctx, logits_CV: torch.Tensor, labels_C: torch.Tensor, once: bool) -> torch.Tensor:
+        floats_CV = at_least_float32(logits_CV)
+        is_copy = floats_CV is not logits_CV  # else the head may need its logits again
+        log_probs_CV = torch.log_softmax(floats_CV, -1, out=floats_CV) if is_copy else floats_CV.log_softmax(-1)
+        ctx.dtype, ctx.once, ctx.is_ignored_C = logits_CV.dtype, once, labels_C.eq(IGNORED)
+        ctx.labels_C1 = labels_C.masked_fill(ctx.is_ignored_C, 0)[:, None]
+        ctx.save_for_backward(log_probs_CV)
+        return -log_probs_CV.gather(-1, ctx.labels_C1).squeeze(-1).masked_fill(ctx.is_ignored_C, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_C: torch.Tensor):
+        (log_probs_CV,) = ctx.saved_tensors
+        gradient_C1 = gradient_C.masked_fill(ctx.is_ignored_C, 0)[:, None]
+        gradient_CV = log_probs_CV.exp_() if ctx.once else log_probs_CV.exp()
+        gradient_CV.mul_(gradient_C1).scatter_add_(-1, ctx.labels_C1, -gradient_C1)
+        return gradient_CV.to(ctx.dtype), None, None
 
 
 class _LossWithGradient(torch.autograd.Function):
