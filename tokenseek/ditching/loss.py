@@ -73,10 +73,10 @@ def selected_loss(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Of each row, in at least float32, 0 where IGNORED; what torch's own does in four matrices of [C, V] takes one.
+    """Of each row, [C] in at least float32, 0 where IGNORED.
 
-    The log-probabilities take the place of the float32 copy of 16-bit logits, and their gradient takes theirs where one
-    backward pass is all that they are for (`once`).
+    As torch's, in fewer matrices of [C, V]: the log-probabilities are written over the float32 copy of 16-bit logits,
+    and their gradient over them if one backward pass is all that they are made for (`once`).
     """
 
     @staticmethod
