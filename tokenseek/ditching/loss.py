@@ -46,10 +46,6 @@ def selected_loss(
     else:
         weights_R = weights_BS.flatten()[supervised]
 
-    def chunk_loss(hidden_CD, labels_C, weights_C):
-        losses_C = _CrossEntropy.apply(head_logits(decoder, body_output, hidden_CD), labels_C, not is_stored)
-        return (losses_C * weights_C.to(losses_C)).sum()  # not `@`, which autocast would compute in 16 bits
-
     rows = rows_per_chunk(decoder)
     chunks = list(zip(hidden_RD.split(rows), labels_R.split(rows), weights_R.split(rows), strict=True))
     head = decoder.causal_lm.get_output_embeddings()
@@ -61,6 +57,11 @@ def selected_loss(
         chunks += [without_loss] * (int(most) - len(chunks))
     is_constant = torch.is_grad_enabled() and hidden_RD.requires_grad and _is_constant(head)
     is_stored = not (is_constant or recompute or len(chunks) > 1)
+
+    def chunk_loss(hidden_CD, labels_C, weights_C):
+        losses_C = _CrossEntropy.apply(head_logits(decoder, body_output, hidden_CD), labels_C, not is_stored)
+        return (losses_C * weights_C.to(losses_C)).sum()  # not `@`, which autocast would compute in 16 bits
+
     if is_stored:
         total = chunk_loss(*chunks[0])
     elif is_constant:
