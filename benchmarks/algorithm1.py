@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, pad, softmax
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from tokenseek.modeling import find_decoder
+from tokenseek.decoder.find import find_decoder
 
 
 def algorithm1_loss(

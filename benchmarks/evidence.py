@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from tokenseek.config import RunConfig, load_config
-from tokenseek.runs.sweep import Row, Sweep, Trial, read_rows
-from tokenseek.runs.tables import grouped, markdown
+from tokenseek.config.schema import RunConfig, load_config
+from tokenseek.sweeps.sweep import Row, Sweep, Trial, read_rows
+from tokenseek.sweeps.tables import grouped, markdown
 
 # Rule -> (how it is called, its settings but the ratio).
 RULES = {

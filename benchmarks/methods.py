@@ -14,10 +14,10 @@ from torch import nn
 
 from benchmarks.algorithm1 import algorithm1_loss
 from benchmarks.shapes import make_model
+from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
+from tokenseek.decoder.head import next_token_labels
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.loss import selected_loss
-from tokenseek.head import next_token_labels
-from tokenseek.modeling import find_decoder, keep_4bit_differentiable
 from tokenseek.training import PaddingCollator, TokenSeekCollator
 
 _OPTIONS = {

@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from benchmarks.memory import LiveStorages, storage_bytes
-from tokenseek.config import RunConfig, load_config
+from tokenseek.config.schema import RunConfig, load_config
 from tokenseek.ditching import enable_token_ditching
+from tokenseek.models.loading import add_adapter
 from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.planning import Engine, Method, plan_memory
-from tokenseek.runs.models import add_adapter
 
 # Gloo's threads let go of a buffer a moment late now and then; the lowest of some peaks is one of a step without that.
 STEPS_OF_A_GROUP = 3

@@ -20,7 +20,7 @@ from benchmarks.memory import LiveStorages, SavedActivations
 from benchmarks.methods import make_batch
 from benchmarks.shapes import make_model
 from benchmarks.step import DTYPES, MIB, WARM_UP_STEPS, machine, synchronize
-from tokenseek.modeling import find_decoder
+from tokenseek.decoder.find import find_decoder
 from tokenseek.seeking import TokenScorer
 
 

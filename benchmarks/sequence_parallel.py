@@ -29,11 +29,11 @@ import torch.multiprocessing as mp
 
 from benchmarks.memory import SavedActivations
 from benchmarks.shapes import make_model
+from tokenseek.decoder.find import find_decoder
 from tokenseek.index import TokenIndex
-from tokenseek.modeling import find_decoder
 from tokenseek.parallel import enable_sequence_parallelism, measured
-from tokenseek.parallel.layout import cut, deal
-from tokenseek.selection import SelectionRule, select_positions
+from tokenseek.selection.rules import SelectionRule, select_positions
+from tokenseek.ulysses.layout import cut, deal
 
 # name -> (layout, on all tokens)
 LAYOUTS = {

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.memory import LiveStorages, SavedActivations, storage_bytes
 from benchmarks.methods import DEFAULT_METHODS, Method, build, make_batch, make_ragged_batch
-from tokenseek.modeling import find_decoder
+from tokenseek.decoder.find import find_decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -6,7 +6,7 @@ from tokenseek.cli import reproduction, run_script
 
 
 def run(args, config):
-    from tokenseek.runs.reproduce import reproduce  # late: mistakes are told before torch is imported
+    from tokenseek.sweeps.reproduce import reproduce  # late: mistakes are told before torch is imported
 
     table, rows, config = reproduction(args)
     reproduce(

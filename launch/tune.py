@@ -6,7 +6,7 @@ from tokenseek.cli import run_script, tune_grid
 
 
 def run(args, config):
-    from tokenseek.runs.tune import tune  # late: a mistake in the configuration is told before torch is imported
+    from tokenseek.sweeps.tune import tune  # late: a mistake in the configuration is told before torch is imported
 
     tune(config, tune_grid(args), args.write)
 

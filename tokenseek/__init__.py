@@ -6,9 +6,9 @@ Names are imported when they are first used, so that ``tokenseek --help`` does n
 from importlib import import_module
 
 _WHERE = {
-    "DataConfig": "tokenseek.config",
+    "DataConfig": "tokenseek.config.schema",
     "PaddingCollator": "tokenseek.training",
-    "SelectionRule": "tokenseek.selection",
+    "SelectionRule": "tokenseek.selection.rules",
     "TokenIndex": "tokenseek.index",
     "TokenScorer": "tokenseek.seeking",
     "TokenSeekCollator": "tokenseek.training",
@@ -16,7 +16,7 @@ _WHERE = {
     "UserError": "tokenseek.errors",
     "disable_token_ditching": "tokenseek.ditching",
     "enable_token_ditching": "tokenseek.ditching",
-    "load_config": "tokenseek.config",
+    "load_config": "tokenseek.config.schema",
     "prepare_dataset": "tokenseek.data",
 }
 __all__ = sorted(_WHERE)

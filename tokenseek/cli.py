@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenseek.config import RunConfig, load_config
+from tokenseek.config.resources import find_resource, list_resources, resolve_accelerate_config
+from tokenseek.config.schema import RunConfig, load_config
+from tokenseek.config.sizes import parse_size
 from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import BENCHMARKS, HELD_OUT_LOSS, TABLE_1, runnable_tasks
 from tokenseek.evaluation.subject import Subject, find_subject
-from tokenseek.paper import PaperTable, TableRow, load_table, row_settings, table_config
-from tokenseek.resources import find_resource, list_resources, resolve_accelerate_config
-from tokenseek.sizes import parse_size
+from tokenseek.sweeps.paper import PaperTable, TableRow, load_table, row_settings, table_config
 
 if TYPE_CHECKING:
-    from tokenseek.runs.tune import Grid
+    from tokenseek.sweeps.tune import Grid
 
 USAGE_ERROR = 2
 # How long a process leaves it to the main one to tell an error; the launcher ends it as soon as the main one has.
@@ -329,7 +329,7 @@ def _launch_sweep(args: argparse.Namespace) -> int:
 
 def tune_grid(args: argparse.Namespace) -> Grid:
     """What the arguments of `tune` ask for."""
-    from tokenseek.runs.tune import PAPER_WEIGHTS, Grid  # late: needs torch
+    from tokenseek.sweeps.tune import PAPER_WEIGHTS, Grid  # late: needs torch
 
     return Grid(
         weights=args.weights or PAPER_WEIGHTS,

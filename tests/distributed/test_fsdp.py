@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenseek import enable_token_ditching
-from tokenseek.modeling import find_decoder
+from tokenseek.decoder.find import find_decoder
 
 RANKS, TOKENS = 2, 12
 # Rank 1 has fewer selected tokens than rank 0, and in the second case none that carries a loss.

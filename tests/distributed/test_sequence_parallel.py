@@ -20,8 +20,8 @@ from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tokenseek
+from tokenseek.decoder.find import find_decoder
 from tokenseek.errors import UserError
-from tokenseek.modeling import find_decoder
 from tokenseek.parallel import disable_sequence_parallelism, enable_sequence_parallelism, measured
 
 EAGER = dict(attn="eager")

@@ -100,9 +100,9 @@ def uneven_chunks(rank: int) -> list[float]:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    import tokenseek.head
+    import tokenseek.decoder.head
 
-    tokenseek.head.CHUNK_BYTES = 4 * VOCAB * 2  # two rows
+    tokenseek.decoder.head.CHUNK_BYTES = 4 * VOCAB * 2  # two rows
     batch = batch_of(Case(lengths=(13,), selected=[((2,),), ((2, 3, 4, 5, 6, 7, 8),)][rank]), seed=0)
     expected = dense_loss(tiny_model("llama"), **batch).item()
     deepspeed.init_distributed(dist_backend="gloo")

@@ -10,8 +10,8 @@ from numerics.dense_reference import dense_loss
 from tiny_models import VOCAB, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import enable_token_ditching
-from tokenseek.modeling import find_decoder
 from tokenseek.seeking import TokenScorer
 from tokenseek.seeking.gradient import _head_gradient
 

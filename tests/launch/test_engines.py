@@ -8,8 +8,8 @@ import yaml
 from conftest import ACCELERATE, steps
 from safetensors.torch import load_file
 
-from tokenseek.config import load_config
-from tokenseek.resources import find_resource
+from tokenseek.config.resources import find_resource
+from tokenseek.config.schema import load_config
 from tokenseek.runs.train import train
 
 pytest.importorskip("deepspeed")

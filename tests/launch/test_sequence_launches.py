@@ -9,8 +9,8 @@ import yaml
 from conftest import ACCELERATE, metrics, steps, wait_until, workers
 from safetensors.torch import load_file
 
+from tokenseek.config.resources import find_resource
 from tokenseek.index import TokenIndex
-from tokenseek.resources import find_resource
 
 FULL = ["peft=null", "training.learning_rate=1e-3"]
 KINDS = {

@@ -10,11 +10,11 @@ from conftest import metrics, steps
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokenseek.config import load_config
+from tokenseek.config.resources import list_resources
+from tokenseek.config.schema import load_config
 from tokenseek.data import prepare_dataset
+from tokenseek.models.loading import load_tokenizer
 from tokenseek.planning import Engine, Method, plan_memory
-from tokenseek.resources import list_resources
-from tokenseek.runs.models import load_tokenizer
 from tokenseek.training import TokenSeekCollator
 from tokenseek.training.sampling import EpochSampler
 

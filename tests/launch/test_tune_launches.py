@@ -2,8 +2,8 @@
 
 from conftest import TOKENSEEK, kill_tree, wait_until
 
-from tokenseek.config import load_config
-from tokenseek.runs.sweep import read_rows
+from tokenseek.config.schema import load_config
+from tokenseek.sweeps.sweep import read_rows
 
 TUNE = [*TOKENSEEK, "tune", "--accelerate-config", "ddp_cpu", "--num-processes", "2"]
 GRID = ["--steps", "2", "--hold-out", "4", "--weights", "1,0", "--weights", "5,5", "--ratios", "0.2,0.4"]

@@ -18,10 +18,10 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import Trainer, TrainerCallback
 
-from tokenseek.config import load_config
+from tokenseek.config.schema import load_config
+from tokenseek.launching.processes import join_processes, zero_stage
 from tokenseek.parallel import measured
 from tokenseek.runs import train as train_module
-from tokenseek.runs.processes import join_processes, zero_stage
 from tokenseek.runs.train import train
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel
 
-from tokenseek.modeling import find_decoder
+from tokenseek.decoder.find import find_decoder
 
 
 class _DetachingCache(Cache):

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tokenseek
 from benchmarks.memory import LiveStorages
+from tokenseek.decoder.find import find_decoder
 from tokenseek.errors import UserError
-from tokenseek.modeling import find_decoder
 
 SELECTED = torch.tensor([[1, 4, 5, 11], [0, 7, -1, -1]])
 # These compute norms, rotary embeddings, routing or softmax in float32 inside, whatever the model's dtype.
@@ -184,7 +184,7 @@ def test_num_items_in_batch_divides_the_sum(items):
 
 
 def test_loss_in_chunks(monkeypatch):
-    monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 4 * VOCAB * 2)
+    monkeypatch.setattr("tokenseek.decoder.head.CHUNK_BYTES", 4 * VOCAB * 2)
     model = tokenseek.enable_token_ditching(tiny_model("granite", dtype=torch.float64))
     assert_same(model, make_batch(), SELECTED)
 
@@ -192,7 +192,7 @@ def test_loss_in_chunks(monkeypatch):
 @pytest.mark.parametrize("chunk_rows", [2, 1000])
 @pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
 def test_a_kept_graph_gives_the_same_gradients_again(monkeypatch, recompute, chunk_rows):
-    monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 4 * VOCAB * chunk_rows)
+    monkeypatch.setattr("tokenseek.decoder.head.CHUNK_BYTES", 4 * VOCAB * chunk_rows)
     model = tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64), recompute=recompute)
     loss = model(**make_batch(), selected_positions=SELECTED).loss
     parameters = list(model.parameters())
@@ -207,7 +207,7 @@ def test_cross_entropy_holds_two_matrices_of_logits_at_most(monkeypatch, trained
     tokenseek.enable_token_ditching(model, recompute=True)
     batch = make_batch()
     rows = int(batch["labels"][:, 1:].ne(-100).sum())
-    monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 4 * 4096 * rows)
+    monkeypatch.setattr("tokenseek.decoder.head.CHUNK_BYTES", 4 * 4096 * rows)
     everywhere = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     everywhere = everywhere.masked_fill(batch["attention_mask"] == 0, -1)
     with LiveStorages().ignore(model.parameters()) as live:
@@ -222,7 +222,7 @@ def test_cross_entropy_holds_two_matrices_of_logits_at_most(monkeypatch, trained
 @pytest.mark.parametrize("chunk_rows", [3, 1000])
 @pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
 def test_a_head_that_is_not_trained_runs_once_and_keeps_no_logits(monkeypatch, recompute, chunk_rows):
-    monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 4 * VOCAB * chunk_rows)
+    monkeypatch.setattr("tokenseek.decoder.head.CHUNK_BYTES", 4 * VOCAB * chunk_rows)
     model = tiny_model("granite", dtype=torch.float64)  # which scales its logits
     model.get_output_embeddings().weight.requires_grad_(False)
     tokenseek.enable_token_ditching(model, recompute=recompute)

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tokenseek
 from tokenseek import TokenSeekCollator
+from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching.packing import require_packable
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
-from tokenseek.modeling import find_decoder
 
 TOLERANCE = {"sdpa": 1e-12, "eager": 1e-6}  # eager attention takes its softmax in float32, over rows of other lengths
 

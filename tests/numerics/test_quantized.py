@@ -12,8 +12,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tokenseek
-from tokenseek.config import ModelConfig, PeftSettings
-from tokenseek.runs.models import add_adapter, load_model
+from tokenseek.config.schema import ModelConfig, PeftSettings
+from tokenseek.models.loading import add_adapter, load_model
 
 pytest.importorskip("bitsandbytes")
 

@@ -11,9 +11,9 @@ from tiny_models import EAGER_ONLY, KINDS, VOCAB, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from tokenseek.decoder.find import find_decoder
+from tokenseek.decoder.head import next_token_labels
 from tokenseek.errors import UserError
-from tokenseek.head import next_token_labels
-from tokenseek.modeling import find_decoder
 from tokenseek.seeking import TokenScorer
 from tokenseek.seeking.context import attention_received
 from tokenseek.seeking.gradient import gradient_from, loss_gradient
@@ -118,7 +118,7 @@ def test_chunks_of_the_head_make_no_difference(monkeypatch):
     ids, mask, labels = make_batch()
     scorer = TokenScorer(tiny_model("llama", dtype=torch.float64))
     expected = scorer.score(ids, mask, labels).gradient
-    monkeypatch.setattr("tokenseek.head.CHUNK_BYTES", 5 * 4 * VOCAB)
+    monkeypatch.setattr("tokenseek.decoder.head.CHUNK_BYTES", 5 * 4 * VOCAB)
     torch.testing.assert_close(scorer.score(ids, mask, labels).gradient, expected, rtol=1e-6, atol=0)
 
 

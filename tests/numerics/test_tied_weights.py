@@ -14,8 +14,8 @@ from tiny_models import tiny_model
 
 import tokenseek
 from benchmarks.memory import LiveStorages
+from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import embedding
-from tokenseek.modeling import find_decoder
 
 
 def tied(kind="llama_tied", dtype=torch.float64, **config):

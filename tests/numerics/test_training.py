@@ -20,7 +20,7 @@ from transformers import Trainer
 
 import tokenseek
 from tokenseek import PaddingCollator, TokenSeekCollator, TokenSeekTrainer, UserError
-from tokenseek.modeling import find_decoder
+from tokenseek.decoder.find import find_decoder
 
 BATCH, ACCUMULATION, RATE = 2, 2, 0.5
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")

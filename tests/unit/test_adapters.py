@@ -7,8 +7,8 @@ from tiny_models import VOCAB, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tokenseek import UserError, enable_token_ditching
-from tokenseek.config import PeftSettings
-from tokenseek.runs.models import add_adapter
+from tokenseek.config.schema import PeftSettings
+from tokenseek.models.loading import add_adapter
 
 METHODS = {
     "lora": {"r": 4, "alpha": 8, "dropout": 0.05},

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tokenseek.errors import UserError
-from tokenseek.runs.checkpoints import fit_checkpoint
+from tokenseek.training.checkpoints import fit_checkpoint
 
 TWO = SimpleNamespace(num_processes=2, is_main_process=True, print=print)
 

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from tokenseek.config import DataConfig, RunConfig, load_config, save_resolved
+from tokenseek.config.schema import DataConfig, RunConfig, load_config, save_resolved
+from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
-from tokenseek.strict_yaml import parse_yaml
 
 MINIMAL = ["model.name_or_path=m", "data.sources.0.path=d.jsonl", "output_dir=out"]
 
@@ -32,7 +32,7 @@ def test_minimal_config_has_the_documented_defaults():
 def test_configurations_are_checked_without_heavy_imports():
     code = (
         "import sys; "
-        "from tokenseek.config import load_config; load_config('llama-3.2-1b-qlora'); "
+        "from tokenseek.config.schema import load_config; load_config('llama-3.2-1b-qlora'); "
         "assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -225,7 +225,7 @@ def test_require_trainable():
 def test_schedulers_are_those_of_transformers():
     from transformers import SchedulerType
 
-    from tokenseek.config import TrainingConfig
+    from tokenseek.config.schema import TrainingConfig
 
     accepted = TrainingConfig.model_fields["lr_scheduler_type"].annotation.__args__
     assert set(accepted) <= {member.value for member in SchedulerType}
@@ -236,8 +236,8 @@ def test_training_fields_are_those_of_training_arguments():
 
     from transformers import TrainingArguments
 
-    from tokenseek.config import TrainingConfig
-    from tokenseek.runs.train import _OURS
+    from tokenseek.config.schema import TrainingConfig
+    from tokenseek.training.arguments import _OURS
 
     assert set(TrainingConfig.model_fields) - _OURS <= {field.name for field in fields(TrainingArguments)}
 

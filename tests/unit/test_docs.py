@@ -14,10 +14,10 @@ from tiny_run import write_index
 
 import tokenseek
 import tokenseek.cli
+from tokenseek.config.resources import resolve_accelerate_config
 from tokenseek.data.toy import make_word_problems
 from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import split_tasks
-from tokenseek.resources import resolve_accelerate_config
 from tokenseek.runs.score import run_fingerprints
 
 ROOT = Path(__file__).resolve().parents[2]

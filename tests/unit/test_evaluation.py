@@ -20,7 +20,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from tokenseek import cli
-from tokenseek.config import ModelConfig, load_config, load_evaluated, save_resolved
+from tokenseek.config.schema import ModelConfig, load_config, load_evaluated, save_resolved
 from tokenseek.data import prepare_dataset
 from tokenseek.errors import UserError
 from tokenseek.evaluation import EvaluationResult, Score, evaluate
@@ -109,9 +109,7 @@ def test_prompts_are_those_of_the_official_tasks(scored):
 
     anatomy, astronomy = (prompts(scored, "mmlu")[subject] for subject in (0, 1))
     for subject, questions in (("anatomy", anatomy), ("astronomy", astronomy)):
-        solved = "".join(
-            f"dev {subject} {n}?\nA. w\nB. x\nC. y\nD. z\nAnswer: {'ABCDA'[n]}\n\n" for n in range(5)
-        )
+        solved = "".join(f"dev {subject} {n}?\nA. w\nB. x\nC. y\nD. z\nAnswer: {'ABCDA'[n]}\n\n" for n in range(5))
         about = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         asked = f"test {subject} 0?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
         assert [list(question) for question in questions] == [[about + solved + asked, f" {c}"] for c in "ABCD"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evidence import OPTIONS, RULES, table, trials, write_into
-from tokenseek.runs.sweep import read_rows
+from tokenseek.sweeps.sweep import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tokenseek.errors import UserError
-from tokenseek.parallel import layout
-from tokenseek.parallel.layout import cut, deal, owner_of, shard_heads
-from tokenseek.parallel.regroup import plan_move
+from tokenseek.ulysses import layout
+from tokenseek.ulysses.layout import cut, deal, owner_of, shard_heads
+from tokenseek.ulysses.regroup import plan_move
 
 
 def random_positions(seed: int, batch: int = 3, tokens: int = 23) -> torch.Tensor:

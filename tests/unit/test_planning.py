@@ -14,6 +14,7 @@ import benchmarks.plan
 from benchmarks.plan import CASES, LORA, measured_flops, measured_peak, model_config
 from tokenseek.cli import main
 from tokenseek.errors import UserError
+from tokenseek.models.loading import load_model
 from tokenseek.planning import (
     CATEGORIES,
     EFFICIENCY,
@@ -28,7 +29,6 @@ from tokenseek.planning import (
 from tokenseek.planning.ledger import Ledger
 from tokenseek.planning.packed import packed_bytes
 from tokenseek.planning.work import Work
-from tokenseek.runs.models import load_model
 
 SIZES = dict(hidden=128, layers=2, vocab=1000, tokens=384)
 LLAMA = model_config("llama", **SIZES)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tokenseek.config import load_config
+from tokenseek.config.resources import assets_root, find_resource, folder_of, list_resources, resolve_accelerate_config
+from tokenseek.config.schema import load_config
 from tokenseek.errors import UserError
-from tokenseek.paper import load_table
-from tokenseek.resources import assets_root, find_resource, folder_of, list_resources, resolve_accelerate_config
+from tokenseek.sweeps.paper import load_table
 
 PAPER_MODELS = {
     "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", 1.0, 0.0),
@@ -106,7 +106,7 @@ def test_accelerate_hands_sp_size_to_the_processes(name, monkeypatch):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_extend_env_parallelism_config
 
-    from tokenseek.parallel.launch import launched_sp_size
+    from tokenseek.launching.sequence import launched_sp_size
 
     path = find_resource("accelerate config", name)
     words = ["--config_file", str(path), "train.py"]
@@ -183,7 +183,8 @@ def test_deepspeed_file_is_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_temporary_config_is_removed_at_exit(tmp_path):
     code = (
-        "from tokenseek.resources import resolve_accelerate_config as r; p = r('zero2'); assert p.is_file(); print(p)"
+        "from tokenseek.config.resources import resolve_accelerate_config as r\n"
+        "p = r('zero2'); assert p.is_file(); print(p)"
     )
     env = {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
     done = subprocess.run(

@@ -7,9 +7,9 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from tokenseek.config.resources import find_resource
 from tokenseek.errors import UserError
-from tokenseek.resources import find_resource
-from tokenseek.runs.processes import require_engine, whole_models, zero_stage
+from tokenseek.launching.processes import require_engine, whole_models, zero_stage
 
 CPU, GPU = (SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", "cuda"))
 

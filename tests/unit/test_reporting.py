@@ -19,7 +19,7 @@ from tokenseek.cli import main
 from tokenseek.errors import UserError
 from tokenseek.reporting import ShownExample, render_page, shown_example, token_maps
 from tokenseek.seeking import TokenScorer
-from tokenseek.selection import SelectionRule, combine_scores, select_positions
+from tokenseek.selection.rules import SelectionRule, combine_scores, select_positions
 
 PAGE = Path(__file__).resolve().parents[2] / "tokenseek/reporting/page"
 HOSTILE = [
@@ -211,7 +211,7 @@ def run(tmp_path_factory):
         "data.sources.0.path": write_jsonl(folder / "data.jsonl", rows),
         "output_dir": folder,
     }
-    from tokenseek.config import load_config
+    from tokenseek.config.schema import load_config
     from tokenseek.runs.score import score
 
     arguments = [f"{key}={value}" for key, value in settings.items()]

@@ -3,12 +3,12 @@
 import pytest
 from tiny_preset import tiny_preset
 
-from tokenseek.config import override_config, save_resolved
+from tokenseek.config.resources import list_resources
+from tokenseek.config.schema import override_config, save_resolved
 from tokenseek.errors import UserError
-from tokenseek.paper import PaperTable, TableRow, load_table, row_settings, table_config
-from tokenseek.resources import list_resources
-from tokenseek.runs.reproduce import render, reproduce
-from tokenseek.runs.sweep import Sweep, Trial
+from tokenseek.sweeps.paper import PaperTable, TableRow, load_table, row_settings, table_config
+from tokenseek.sweeps.reproduce import render, reproduce
+from tokenseek.sweeps.sweep import Sweep, Trial
 
 TABLES = ["1", "2", "S11", "S12", "S13", "S14", "S3", "S5", "S6"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tokenseek.errors import UserError
-from tokenseek.selection import (
+from tokenseek.selection.rules import (
     SelectionRule,
     combine_scores,
     select_positions,

@@ -10,8 +10,8 @@ from tiny_run import tiny_arguments, tiny_dataset
 
 from tokenseek import enable_token_ditching
 from tokenseek.errors import UserError
+from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
 from tokenseek.parallel import sequence_group, shared_by
-from tokenseek.parallel.launch import launched_sp_size, unseen_by_accelerate
 from tokenseek.training import GroupTrainer, PaddingCollator
 
 
@@ -23,8 +23,8 @@ def launched(monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
         for name, size in sizes.items():
             monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", str(size))
-        monkeypatch.setattr("tokenseek.parallel.launch.dist.is_initialized", lambda: True)
-        monkeypatch.setattr("tokenseek.parallel.launch.dist.get_world_size", lambda: processes)
+        monkeypatch.setattr("tokenseek.launching.sequence.dist.is_initialized", lambda: True)
+        monkeypatch.setattr("tokenseek.launching.sequence.dist.get_world_size", lambda: processes)
 
     return launch
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_preset import tiny_preset
 
-from tokenseek.config import override_config
+from tokenseek.config.schema import override_config
 from tokenseek.data import hold_out, prepare_dataset
 from tokenseek.errors import UserError
-from tokenseek.runs import sweep as engine
-from tokenseek.runs.models import load_tokenizer
-from tokenseek.runs.sweep import Sweep, Trial, append_row, lock, read_rows
+from tokenseek.models.loading import load_tokenizer
+from tokenseek.sweeps import sweep as engine
+from tokenseek.sweeps.sweep import Sweep, Trial, append_row, lock, read_rows
 
 TRIALS = [
     Trial("full", {"training.ditching": False}, {"rule": "full"}),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from tokenseek.config import DataConfig, SourceConfig
+from tokenseek.config.schema import DataConfig, SourceConfig
 from tokenseek.data.encoding import (
     digest,
     encode_batch,

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset, load_dataset
 from datasets.utils.logging import get_logger
 
-from tokenseek.config import SourceConfig
+from tokenseek.config.schema import SourceConfig
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
 

@@ -20,7 +20,7 @@ _UNGROUPED = SimpleNamespace(is_causal=True)
 
 
 def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Callable[[Callable], Callable]:
-    """A replacement (see :func:`tokenseek.attention.attention_replaced`) for the unselected pass.
+    """A replacement (see :func:`tokenseek.decoder.attention.attention_replaced`) for the unselected pass.
 
     Where the mask is plain causality (None), the queries are put back to their places among T, so that the causal
     flash kernels serve: half the work of a masked kernel, and no [U, T] mask.
@@ -69,4 +69,3 @@ def selected_attention(rows: Rows) -> Callable[[Callable], Callable]:
         return attention
 
     return replace
-

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
+from tokenseek.decoder.find import Decoder, forward_replaced
+from tokenseek.decoder.head import at_least_float32
 from tokenseek.ditching.zero3 import is_partitioned
-from tokenseek.head import at_least_float32
-from tokenseek.modeling import Decoder, forward_replaced
 
 _EMBEDDING = inspect.signature(embedding)
 

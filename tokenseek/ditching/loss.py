@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.head import at_least_float32, head_logits, rows_per_chunk
 from tokenseek.ditching.zero3 import is_partitioned
-from tokenseek.head import at_least_float32, head_logits, rows_per_chunk
 from tokenseek.labels import IGNORED
-from tokenseek.modeling import Decoder
 
 
 def selected_loss(

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tokenseek.attention import attention_replaced
-from tokenseek.ditching.masks import begins_anew, whole_masks
+from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.masks import begins_anew, whole_masks
 from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows, partition
 from tokenseek.errors import UserError
-from tokenseek.modeling import Decoder
 
 
 def partition_by_example(

@@ -21,7 +21,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tokenseek.attention import has_attention_interface, require_masked_backend
+from tokenseek.decoder.attention import has_attention_interface, require_masked_backend
+from tokenseek.decoder.find import Decoder, find_decoder, keep_4bit_differentiable
+from tokenseek.decoder.head import head_logits, next_token_labels
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
 from tokenseek.ditching.embedding import forget_tied_weights, one_gradient_of_tied_weights
@@ -31,9 +33,7 @@ from tokenseek.ditching.rows import Partition, Rows, partition
 from tokenseek.ditching.storage import STORAGES, TakenOnce, saved_as_kept
 from tokenseek.ditching.zero3 import gather_layers_once, ungather_layers
 from tokenseek.errors import UserError
-from tokenseek.head import head_logits, next_token_labels
 from tokenseek.labels import IGNORED
-from tokenseek.modeling import Decoder, find_decoder, keep_4bit_differentiable
 
 
 def enable_token_ditching(model: nn.Module, *, recompute: bool = False, kv_storage: str = "device") -> nn.Module:

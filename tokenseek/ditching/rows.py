@@ -12,9 +12,9 @@ from functools import cached_property
 
 import torch
 
-from tokenseek.attention import attention_replaced
+from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.find import Decoder
 from tokenseek.errors import UserError
-from tokenseek.modeling import Decoder
 
 MASK_ARGUMENTS = ("attention_mask", "causal_mask")
 # Biases over the keys alone: every row needs them whole.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from tokenseek.modeling import Decoder
+from tokenseek.decoder.find import Decoder
 
 
 def gather_layers_once(decoder: Decoder) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenseek.config import DataConfig
+from tokenseek.config.schema import DataConfig
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
 
@@ -48,18 +48,18 @@ class Benchmark:
 _ALL = [
     Benchmark("arc_challenge", "ARC", "arc", "arc_challenge", "acc_norm,none", 25, "arc_challenge.jsonl"),
     Benchmark("hellaswag", "HellaSwag", "hellaswag", "hellaswag", "acc_norm,none", 10, "hellaswag.jsonl"),
-    Benchmark(
-        "mmlu", "MMLU", "mmlu/default", "mmlu_.*", "acc,none", 5, "mmlu_test.jsonl", "mmlu_dev.jsonl", True
-    ),
+    Benchmark("mmlu", "MMLU", "mmlu/default", "mmlu_.*", "acc,none", 5, "mmlu_test.jsonl", "mmlu_dev.jsonl", True),
     Benchmark("truthfulqa", "TruthfulQA", "truthfulqa", "truthfulqa_mc2", "acc,none", 0, "truthfulqa_mc.json"),
     Benchmark("winogrande", "WinoGrande", "winogrande", "winogrande", "acc,none", 0, "winogrande.jsonl"),
     # "Five MMLU ethics tasks", in the words of the paper's Table 1: its column is this one (see docs/evaluation.md).
-    Benchmark("ethics", "ETHICS", "hendrycks_ethics", "ethics_(cm|deontology|justice|utilitarianism|virtue)",
-              "acc,none", 5),
+    Benchmark(
+        "ethics", "ETHICS", "hendrycks_ethics", "ethics_(cm|deontology|justice|utilitarianism|virtue)", "acc,none", 5
+    ),
     Benchmark("arc_easy", "ARC-easy", "arc", "arc_easy", "acc_norm,none", 25, "arc_easy.jsonl"),
     Benchmark("humaneval", "HumanEval", None, "humaneval", "pass@1,create_test", 0, "human_eval.jsonl", runs_code=True),
-    Benchmark("gsm8k", "GSM8K", "gsm8k", "gsm8k", "exact_match,strict-match", 5, "gsm8k_test.jsonl",
-              "gsm8k_train.jsonl"),
+    Benchmark(
+        "gsm8k", "GSM8K", "gsm8k", "gsm8k", "exact_match,strict-match", 5, "gsm8k_test.jsonl", "gsm8k_train.jsonl"
+    ),
     Benchmark("translation", "BLEU", "translation", "wmt16-de-en", "bleu,none", 0, "translation.jsonl", percent=False),
 ]
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}

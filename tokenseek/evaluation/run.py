@@ -18,17 +18,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from tokenseek import __version__
-from tokenseek.config import DataConfig, ModelConfig
+from tokenseek.config.schema import DataConfig, ModelConfig
 from tokenseek.data import prepare_dataset
 from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import HELD_OUT_LOSS, TABLE_1, Chosen, local_files, runnable_tasks
 from tokenseek.evaluation.result import EvaluationResult, Score
 from tokenseek.evaluation.subject import Subject, require_adapter
-from tokenseek.parallel.launch import launched_sp_size
-from tokenseek.runs.metrics import held_out_loss
-from tokenseek.runs.models import load_model, load_tokenizer, require_decoder
-from tokenseek.runs.processes import first_on_main, join_processes, whole_models
+from tokenseek.launching.processes import first_on_main, join_processes, whole_models
+from tokenseek.launching.sequence import launched_sp_size
+from tokenseek.models.loading import load_model, load_tokenizer, require_decoder
 from tokenseek.training import GroupTrainer, PaddingCollator
+from tokenseek.training.metrics import held_out_loss
 
 # Processes with longer examples finish later than others, which wait for them; the launcher ends all when one dies.
 _PATIENCE = timedelta(days=7)

@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.rows import Partition
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
-from tokenseek.modeling import Decoder, find_decoder
-from tokenseek.parallel.agreement import require_same
-from tokenseek.parallel.layout import LAYOUTS
 from tokenseek.parallel.sharding import LocalPartition, local_arguments, shard
-from tokenseek.parallel.ulysses import query_heads, require_shareable
+from tokenseek.ulysses.agreement import require_same
+from tokenseek.ulysses.heads import query_heads, require_shareable
+from tokenseek.ulysses.layout import LAYOUTS
 
 ENGINES = ("averages", "sums")
 # A fixed list, so that a rank that was given other arguments than the rest still takes part in the same collective.

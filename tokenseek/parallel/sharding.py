@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tokenseek.ditching.masks import whole_masks
+from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.masks import whole_masks
 from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows
 from tokenseek.errors import UserError
-from tokenseek.modeling import Decoder
-from tokenseek.parallel.layout import Shards, cut, deal
-from tokenseek.parallel.regroup import Move, plan_move
-from tokenseek.parallel.ulysses import heads_exchanged, key_heads_exchanged
+from tokenseek.ulysses.heads import heads_exchanged, key_heads_exchanged
+from tokenseek.ulysses.layout import Shards, cut, deal
+from tokenseek.ulysses.regroup import Move, plan_move
 
 
 class LocalRows(Rows):

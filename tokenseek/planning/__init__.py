@@ -1,7 +1,7 @@
 """Plan: the memory of a run and the time of its steps, before any weight is loaded and without a GPU."""
 
+from tokenseek.launching.engine import Engine, launched_engine, read_engine
 from tokenseek.planning.budget import Choice, Knob, largest_ratio
-from tokenseek.planning.engine import Engine, launched_engine, read_engine
 from tokenseek.planning.ledger import CATEGORIES
 from tokenseek.planning.report import describe_choice, plan_table, time_table
 from tokenseek.planning.step import MemoryPlan, Method, method_of, plan_memory

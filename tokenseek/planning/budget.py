@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tokenseek.config import PeftSettings, RunConfig
-from tokenseek.planning.engine import Engine
+from tokenseek.config.schema import PeftSettings, RunConfig
+from tokenseek.launching.engine import Engine
 from tokenseek.planning.step import MemoryPlan, load_model_config, method_of, plan_memory
 
 # Ratios are chosen in steps of a percent.

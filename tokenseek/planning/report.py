@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tokenseek.config.sizes import format_size
 from tokenseek.planning.budget import Choice
 from tokenseek.planning.ledger import CATEGORIES
 from tokenseek.planning.step import MemoryPlan
 from tokenseek.planning.work import Gpu
-from tokenseek.sizes import format_size
 
 
 def plan_table(plans: Sequence[MemoryPlan]) -> str:

@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching.rows import Partition
-from tokenseek.modeling import find_decoder
 from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.parallel.sequence import SequenceParallelism
 from tokenseek.parallel.sharding import LocalPartition, shard
-from tokenseek.parallel.ulysses import query_heads
+from tokenseek.ulysses.heads import query_heads
 
 
 def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, text: Partition) -> None:

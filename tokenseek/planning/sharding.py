@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tokenseek.modeling import Decoder
-from tokenseek.planning.engine import Engine
+from tokenseek.decoder.find import Decoder
+from tokenseek.launching.engine import Engine
 from tokenseek.planning.ledger import Ledger
 
 

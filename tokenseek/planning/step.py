@@ -19,19 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, masking_utils
 from transformers.initialization import no_init_weights
 
-from tokenseek.config import RunConfig
+from tokenseek.config.schema import RunConfig
+from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.ditching import enable_token_ditching, storage
 from tokenseek.ditching.rows import partition
 from tokenseek.errors import UserError
-from tokenseek.modeling import Decoder, find_decoder
+from tokenseek.launching.engine import Engine
+from tokenseek.models.loading import add_adapter
 from tokenseek.parallel import measured
-from tokenseek.planning.engine import Engine
 from tokenseek.planning.ledger import Ledger
 from tokenseek.planning.packed import pack_linear_layers
 from tokenseek.planning.sequence import plan_as_first_rank
 from tokenseek.planning.sharding import ShardedState
 from tokenseek.planning.work import Gpu, StepWork, Work, sent_bytes
-from tokenseek.runs.models import add_adapter
+from tokenseek.training.arguments import training_arguments
 
 _CPU = torch.device("cpu")
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -301,7 +302,6 @@ def _save(ledger: Ledger, tensor: torch.Tensor) -> torch.Tensor:
 
 def _optimizer(config: RunConfig, engine: Engine) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     """The optimizer that Trainer would make, as a function of its parameters."""
-    from tokenseek.runs.train import training_arguments
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(config.training.model_copy(update={"mixed_precision": "no"}), folder, 0)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from tokenseek.errors import UserError
-from tokenseek.planning.engine import Engine
+from tokenseek.launching.engine import Engine
 from tokenseek.spelling import did_you_mean
 
 _aten = torch.ops.aten

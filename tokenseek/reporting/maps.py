@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tokenseek.decoder.find import find_decoder
 from tokenseek.errors import UserError
-from tokenseek.modeling import find_decoder
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from tokenseek.config import RunConfig, load_config
+from tokenseek.config.schema import RunConfig, load_config
+from tokenseek.config.sizes import format_size, parse_size
 from tokenseek.errors import UserError
+from tokenseek.launching.memory import free_memory_bytes
+from tokenseek.launching.processes import first_on_main
 from tokenseek.planning import Engine, describe_choice, largest_ratio, launched_engine
-from tokenseek.runs.memory import free_memory_bytes
-from tokenseek.runs.processes import first_on_main
-from tokenseek.sizes import format_size, parse_size
 
 # What the plan does not know of: gaps in the allocator, memory inside kernels.
 SHARE_OF_FREE_MEMORY = 0.9

@@ -15,14 +15,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from tokenseek.config import RunConfig
+from tokenseek.config.schema import RunConfig
 from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.errors import UserError
 from tokenseek.index import IndexHeader, ShardStore, TokenIndex, merge_shards
 from tokenseek.index.schema import differences
+from tokenseek.launching.processes import first_on_main, join_processes, whole_models
+from tokenseek.models.loading import fingerprint_model, load_model, load_tokenizer, model_folder, require_decoder
 from tokenseek.parallel import sequence_group
-from tokenseek.runs.models import fingerprint_model, load_model, load_tokenizer, model_folder, require_decoder
-from tokenseek.runs.processes import first_on_main, join_processes, whole_models
 from tokenseek.seeking import (
     ScoringPlan,
     SeekingProgress,

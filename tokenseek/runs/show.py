@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenseek.config import RunConfig
+from tokenseek.config.schema import RunConfig
 from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
+from tokenseek.models.loading import load_model, load_tokenizer
 from tokenseek.reporting import describe_index, render_example, render_page, shown_example, token_maps
-from tokenseek.runs.models import load_model, load_tokenizer
 from tokenseek.runs.score import run_fingerprints
 from tokenseek.training import TokenSeekCollator
 

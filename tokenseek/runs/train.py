@@ -11,26 +11,27 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
-from tokenseek.config import RunConfig, TrainingConfig, save_resolved
+from tokenseek.config.schema import RunConfig, save_resolved
 from tokenseek.data import PreparedData, hold_out, prepare_dataset
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.labels import IGNORED
+from tokenseek.launching.memory import peak_memory_bytes
+from tokenseek.launching.processes import first_on_main, join_processes, require_engine
+from tokenseek.models.loading import add_adapter, load_model, load_tokenizer, require_decoder
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
-from tokenseek.runs.checkpoints import Resumed, fit_checkpoint
 from tokenseek.runs.export import write_model_card
-from tokenseek.runs.memory import peak_memory_bytes
-from tokenseek.runs.metrics import MetricsFile, held_out_loss
-from tokenseek.runs.models import add_adapter, load_model, load_tokenizer, require_decoder
-from tokenseek.runs.processes import first_on_main, join_processes, require_engine
 from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.score import run_fingerprints, score
 from tokenseek.training import GroupTrainer, PaddingCollator, TokenSeekCollator, TokenSeekTrainer
+from tokenseek.training.arguments import training_arguments
+from tokenseek.training.checkpoints import Resumed, fit_checkpoint
+from tokenseek.training.metrics import MetricsFile, held_out_loss
 
 
 @dataclass(frozen=True)
@@ -154,37 +155,6 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
         write_model_card(final, config, _card_rows(summary, len(training)))
     state.wait_for_everyone()
     return summary
-
-
-# Settings of a TrainingConfig that are no fields of TrainingArguments.
-_OURS = {
-    "ditching",
-    "recompute",
-    "kv_storage",
-    "packing",
-    "sequence_layout",
-    "memory_budget",
-    "mixed_precision",
-    "resume",
-    "extra",
-}
-
-
-def training_arguments(training: TrainingConfig, output: Path, seed: int) -> TrainingArguments:
-    """Transformers' arguments of a run; what is not set here keeps Transformers' default."""
-    own = training.model_dump(exclude=_OURS)
-    return TrainingArguments(
-        output_dir=str(output),
-        seed=seed,
-        bf16=training.mixed_precision == "bf16",
-        fp16=training.mixed_precision == "fp16",
-        use_cpu=not torch.accelerator.is_available(),  # or each of several CPU processes would train alone
-        remove_unused_columns=False,
-        include_num_input_tokens_seen="all" if training.packing else "non_padding",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **own,
-        **training.extra,
-    )
 
 
 def _checkpoint(config: RunConfig, output: Path) -> str | None:

@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-from tokenseek.attention import attention_replaced
+from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.find import Decoder
 from tokenseek.errors import UserError
-from tokenseek.modeling import Decoder
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def attention_received(
     Args:
         valid_BT: True at tokens, False at padding; rows of A at padding do not count.
         replaced: replaces the attention function by one that attends from all T tokens, if the model's own alone does
-            not: where ranks share a text (:meth:`tokenseek.parallel.text.DealtText.attention`). Heads are then those
+            not: where ranks share a text (:meth:`tokenseek.ulysses.text.DealtText.attention`). Heads are then those
             of one rank.
 
     Yields:

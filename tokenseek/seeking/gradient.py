@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from tokenseek.head import at_least_float32, head_logits, rows_per_chunk
+from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.head import at_least_float32, head_logits, rows_per_chunk
 from tokenseek.labels import IGNORED
-from tokenseek.modeling import Decoder
 
 # Logits are held of this share of a batch's tokens at once, but of so many at least: every chunk reads all weights of
 # the head anew, and what it takes should stay below what the last layer's graph does.

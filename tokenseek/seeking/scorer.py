@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
+from tokenseek.decoder.head import next_token_labels
 from tokenseek.errors import UserError
-from tokenseek.head import next_token_labels
 from tokenseek.labels import IGNORED
-from tokenseek.modeling import find_decoder, keep_4bit_differentiable
-from tokenseek.parallel.text import DealtText
-from tokenseek.parallel.ulysses import require_shareable
 from tokenseek.seeking.context import attention_received
 from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, loss_gradient
+from tokenseek.ulysses.heads import require_shareable
+from tokenseek.ulysses.text import DealtText
 
 LOSS_SCOPES = ("response", "sequence")
 
@@ -41,10 +41,10 @@ class TokenScorer:
     """Scores tokens with a Transformers causal language model, in any precision, plain or wrapped by PEFT.
 
     The model is used as it is and left as it was: only during scoring is dropout off and needs no parameter a gradient.
-    Its 4-bit weights, if any, are kept from being repacked (`tokenseek.modeling.keep_4bit_differentiable`).
+    Its 4-bit weights, if any, are kept from being repacked (`tokenseek.decoder.find.keep_4bit_differentiable`).
 
     Args:
-        model: see `tokenseek.modeling.find_decoder` for what is accepted.
+        model: see `tokenseek.decoder.find.find_decoder` for what is accepted.
         gradient_layer: k takes the gradient at the input of layer N-k+1 of N; 1 is the last layer (Eq. 4, Table S14).
         reduction: of the gradient's D entries: "abs" sums magnitudes, "signed" the entries, "l2" is their norm.
         loss_scope: "response" trusts the labels; "sequence" takes every token as its own label.

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex, tokens_crc
 from tokenseek.labels import IGNORED
-from tokenseek.selection import SelectionRule, select_weighted, supervised_positions
+from tokenseek.selection.rules import SelectionRule, select_weighted, supervised_positions
 
 
 class PaddingCollator:

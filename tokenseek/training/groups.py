@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from tokenseek.decoder.find import find_decoder
 from tokenseek.errors import UserError
-from tokenseek.modeling import find_decoder
+from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
 from tokenseek.parallel import shared_by
-from tokenseek.parallel.launch import launched_sp_size, unseen_by_accelerate
 from tokenseek.training.sampling import EpochSampler, WithBlanks
 
 

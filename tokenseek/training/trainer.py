@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.zero3 import gather_layers_once
 from tokenseek.errors import UserError
-from tokenseek.modeling import find_decoder
 from tokenseek.training.collator import TokenSeekCollator
 from tokenseek.training.groups import GroupTrainer
 

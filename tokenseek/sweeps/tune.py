@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from tokenseek.config import RunConfig, override_config
+from tokenseek.config.schema import RunConfig, override_config
 from tokenseek.errors import UserError
-from tokenseek.runs.processes import leave_launch
-from tokenseek.runs.sweep import Sweep, Trial
-from tokenseek.runs.tables import Group, gibibytes, grouped, markdown
+from tokenseek.launching.processes import leave_launch
+from tokenseek.sweeps.sweep import Sweep, Trial
+from tokenseek.sweeps.tables import Group, gibibytes, grouped, markdown
 
 PAPER_WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (5.0, 5.0), (7.0, 3.0), (3.0, 7.0))
 _GRID = ("alpha", "beta", "ratio")

@@ -170,9 +170,9 @@ def select_positions(
         >>> select_positions(SelectionRule(ratio=0.5), np.array([4.0, 1, 2, 3]), np.zeros(4), row=0)
         array([0, 3])
     """
-    return select_weighted(
-        rule, context, gradient, row=row, visit=visit, supervised=supervised, num_tokens=num_tokens
-    )[0]
+    return select_weighted(rule, context, gradient, row=row, visit=visit, supervised=supervised, num_tokens=num_tokens)[
+        0
+    ]
 
 
 def select_weighted(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from accelerate.utils import parse_flag_from_env
 
+from tokenseek.config.resources import resolve_accelerate_config
+from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
-from tokenseek.parallel.launch import PARALLEL_SIZES, require_groups, served_parallelism
-from tokenseek.resources import resolve_accelerate_config
-from tokenseek.strict_yaml import parse_yaml
+from tokenseek.launching.sequence import PARALLEL_SIZES, require_groups, served_parallelism
 
 
 @dataclass(frozen=True)

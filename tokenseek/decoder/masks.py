@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
+from tokenseek.decoder.find import Decoder
 from tokenseek.errors import UserError
-from tokenseek.modeling import Decoder
 
 
 @contextmanager

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tokenseek.attention import attention_replaced, has_attention_interface
+from tokenseek.decoder.attention import attention_replaced, has_attention_interface
+from tokenseek.decoder.find import Decoder
 from tokenseek.errors import UserError
-from tokenseek.modeling import Decoder
-from tokenseek.parallel.all_to_all import heads_to_rows, rows_to_heads
-from tokenseek.parallel.layout import shard_heads
+from tokenseek.ulysses.all_to_all import heads_to_rows, rows_to_heads
+from tokenseek.ulysses.layout import shard_heads
 
 
 class _OfSomeHeads:
@@ -125,7 +125,7 @@ def heads_exchanged(
 
     Args:
         replace: attention on all rows runs ``replace(original)`` (see
-            :func:`tokenseek.attention.attention_replaced`) if not None.
+            :func:`tokenseek.decoder.attention.attention_replaced`) if not None.
 
     Raises:
         UserError: on leaving the block, if no attention function was called in it.

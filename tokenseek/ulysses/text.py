@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import pad
 
-from tokenseek.attention import attention_replaced
-from tokenseek.modeling import Decoder
-from tokenseek.parallel.agreement import require_same
-from tokenseek.parallel.layout import deal
-from tokenseek.parallel.sharding import whole_masks
-from tokenseek.parallel.ulysses import SharedAttention
+from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.masks import whole_masks
+from tokenseek.ulysses.agreement import require_same
+from tokenseek.ulysses.heads import SharedAttention
+from tokenseek.ulysses.layout import deal
 
 
 class DealtText:

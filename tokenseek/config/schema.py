@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tokenseek.config.resources import find_resource, folder_of
+from tokenseek.config.sizes import parse_size
+from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
-from tokenseek.resources import find_resource, folder_of
-from tokenseek.selection import SelectionRule
-from tokenseek.sizes import parse_size
+from tokenseek.selection.rules import SelectionRule
 from tokenseek.spelling import did_you_mean
-from tokenseek.strict_yaml import parse_yaml
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

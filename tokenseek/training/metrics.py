@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
 
 from tokenseek.labels import IGNORED
-from tokenseek.runs.memory import peak_memory_bytes, reset_peak_memory
+from tokenseek.launching.memory import peak_memory_bytes, reset_peak_memory
 from tokenseek.training import GroupTrainer
 
 

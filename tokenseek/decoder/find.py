@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tokenseek.errors import UserError
 
 # The names under which Transformers' decoder layers take the key/value cache.
-CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value", "cache")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Literal
 
 import yaml
 
+from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
-from tokenseek.strict_yaml import parse_yaml
 
 Kind = Literal["preset", "accelerate config", "DeepSpeed config", "launch script", "table"]
 
@@ -28,7 +28,7 @@ _FOLDER_AND_SUFFIX: dict[str, tuple[str, str]] = {
 
 def assets_root() -> Path:
     """The folder of `launch/`, `accelerate_configs/` and `ds_configs/`: `_assets` in the wheel, or the checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return package / "_assets" if (package / "_assets").is_dir() else package.parent
 
 

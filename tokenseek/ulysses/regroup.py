@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tokenseek.parallel.all_to_all import exchange_rows
-from tokenseek.parallel.layout import Shards
+from tokenseek.ulysses.all_to_all import exchange_rows
+from tokenseek.ulysses.layout import Shards
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tokenseek.config import ModelConfig, PeftSettings
+from tokenseek.config.schema import ModelConfig, PeftSettings
+from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
 from tokenseek.ditching.packing import require_packable
 from tokenseek.errors import UserError
-from tokenseek.modeling import find_decoder, keep_4bit_differentiable
-from tokenseek.parallel.ulysses import require_shareable
-from tokenseek.runs.processes import whole_models
+from tokenseek.launching.processes import whole_models
+from tokenseek.ulysses.heads import require_shareable
 
 if TYPE_CHECKING:  # half of all that scoring would import, which needs no adapters
     from peft import PeftModel

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
+from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.labels import IGNORED
-from tokenseek.modeling import Decoder, forward_replaced
 
 # Logits of one chunk of rows in float32; bounds the head's memory whatever the vocabulary.
 CHUNK_BYTES = 64 * 2**20

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenseek.config import RunConfig, override_config
-from tokenseek.paper import PaperTable, TableRow, row_settings
-from tokenseek.runs.processes import leave_launch
-from tokenseek.runs.sweep import Measure, Row, Sweep, Trial
-from tokenseek.runs.tables import Group, gibibytes, grouped, markdown
+from tokenseek.config.schema import RunConfig, override_config
+from tokenseek.launching.processes import leave_launch
 from tokenseek.runs.train import TrainingSummary
-from tokenseek.runs.tune import short_runs
+from tokenseek.sweeps.paper import PaperTable, TableRow, row_settings
+from tokenseek.sweeps.sweep import Measure, Row, Sweep, Trial
+from tokenseek.sweeps.tables import Group, gibibytes, grouped, markdown
+from tokenseek.sweeps.tune import short_runs
 
 _MEMORY = "Max. mem. %"
 _LOSS = "Held-out loss"

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tokenseek.decoder.find import Decoder
 from tokenseek.errors import UserError
-from tokenseek.modeling import Decoder
 
 # Backends that take a mask of any shape, which selected tokens need: a flash kernel only knows "causal".
 MASKED_BACKENDS = ("sdpa", "eager")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenseek.runs.sweep import Row
+from tokenseek.sweeps.sweep import Row
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from tokenseek.config import RunConfig, load_config, override_config
+from tokenseek.config.resources import find_resource, folder_of
+from tokenseek.config.schema import RunConfig, load_config, override_config
+from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
-from tokenseek.resources import find_resource, folder_of
 from tokenseek.spelling import did_you_mean
-from tokenseek.strict_yaml import parse_yaml
 
 # Rows of Open-Platypus that the paper trains on: shares of other data are kept when fewer are used.
 _PAPER_EXAMPLES = 21_221

@@ -86,7 +86,7 @@ def rows_to_heads(
     N may differ from tensor to tensor; the p-th of P equal stretches of heads goes to rank p.
 
     Args:
-        interleaved: see :class:`tokenseek.parallel.layout.Shards`.
+        interleaved: see :class:`tokenseek.ulysses.layout.Shards`.
     """
     if group.size() == 1:
         return tensors

@@ -1,0 +1,40 @@
+"""Transformers' arguments of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from tokenseek.config.schema import TrainingConfig
+
+# Settings of a TrainingConfig that are no fields of TrainingArguments.
+_OURS = {
+    "ditching",
+    "recompute",
+    "kv_storage",
+    "packing",
+    "sequence_layout",
+    "memory_budget",
+    "mixed_precision",
+    "resume",
+    "extra",
+}
+
+
+def training_arguments(training: TrainingConfig, output: Path, seed: int) -> TrainingArguments:
+    """Transformers' arguments of a run; what is not set here keeps Transformers' default."""
+    own = training.model_dump(exclude=_OURS)
+    return TrainingArguments(
+        output_dir=str(output),
+        seed=seed,
+        bf16=training.mixed_precision == "bf16",
+        fp16=training.mixed_precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),  # or each of several CPU processes would train alone
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="all" if training.packing else "non_padding",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **own,
+        **training.extra,
+    )
