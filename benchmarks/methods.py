@@ -16,6 +16,7 @@ from benchmarks.algorithm1 import algorithm1_loss
 from benchmarks.shapes import make_model
 from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
 from tokenseek.decoder.head import next_token_labels
+from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.loss import selected_loss
 from tokenseek.training import PaddingCollator, TokenSeekCollator
@@ -66,7 +67,7 @@ def build(name: str, shape: str, dtype: torch.dtype, device: str) -> tuple[nn.Mo
 
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=FEED_FORWARD)).train()
     if "checkpoint" in method.options:
-        find_decoder(model).causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(find_decoder(model).causal_lm)
 
     if method.base == "tokenseek":
         kv_storage = next((s for s in ("host", "int8") if f"kv-{s}" in method.options), "device")

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from benchmarks.memory import LiveStorages, storage_bytes
 from tokenseek.config.schema import RunConfig, load_config
+from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.models.loading import add_adapter
 from tokenseek.parallel import enable_sequence_parallelism
@@ -120,7 +121,7 @@ def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model
     if method.ratio is not None:
         enable_token_ditching(model, recompute=method.recompute, kv_storage=training.kv_storage)
     elif method.recompute:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     if group is not None:
         enable_sequence_parallelism(model, group, layout=training.sequence_layout)
     trained = [p for p in model.parameters() if p.requires_grad]

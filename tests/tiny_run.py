@@ -9,6 +9,7 @@ import numpy as np
 from tiny_models import VOCAB
 from transformers import TrainingArguments
 
+from tokenseek.decoder.names import spelled_for_trainer
 from tokenseek.index import IndexHeader, ScoredExample, ShardStore, merge_shards, tokens_crc
 
 # The prompt is any share of an example, so that equal numbers of selected tokens carry unequal numbers of losses.
@@ -68,6 +69,6 @@ def tiny_arguments(folder: Path, cls: type[TrainingArguments] = TrainingArgument
         use_cpu=True,
         # Defaults that TRL changes.
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
     )
-    return cls(**values | options)
+    return cls(**spelled_for_trainer(values | options))

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tokenseek
 from benchmarks.memory import LiveStorages
 from tokenseek.decoder.find import find_decoder
+from tokenseek.decoder.names import checkpoints, disable_checkpointing, enable_checkpointing
 from tokenseek.errors import UserError
 
 SELECTED = torch.tensor([[1, 4, 5, 11], [0, 7, -1, -1]])
@@ -48,7 +49,7 @@ def assert_same(model, batch, selected, tolerance=1e-12, **loss_kwargs):
     reference = copy.deepcopy(model)
     if hasattr(find_decoder(reference).causal_lm, "_token_ditching"):
         tokenseek.disable_token_ditching(reference)
-    reference.gradient_checkpointing_disable()  # it would take the reference's cache away
+    disable_checkpointing(reference)  # it would take the reference's cache away
     expected_loss = dense_loss(reference, **batch, selected_positions=selected, **loss_kwargs)
     expected = gradients(reference, expected_loss)
     loss = model(**batch, selected_positions=selected, **loss_kwargs).loss
@@ -326,14 +327,14 @@ def test_peft(config, patch_first):
 
 def test_transformers_gradient_checkpointing_recomputes_the_selected_pass():
     model = tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64)).train()
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     assert_same(model, make_batch(), SELECTED)
     calls = []
     # Before the forward: a recomputation ends as soon as it has what the backward pass needs.
     find_decoder(model).layers[1].mlp.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
     model(**make_batch(), selected_positions=SELECTED).loss.backward()
     assert sorted(calls) == [4, 4, 8]  # selected rows twice, unselected rows (up to the last selected one) once
-    assert all(layer.gradient_checkpointing for layer in find_decoder(model).layers)
+    assert all(checkpoints(layer) for layer in find_decoder(model).layers)
 
 
 def test_each_row_is_computed_once_and_the_last_layer_stops_at_its_keys():

@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from closeness import assert_close, tolerance
 from numerics.test_ditching import FLOAT32_INSIDE, gradients
 from tiny_models import EAGER_ONLY, KINDS, VOCAB, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,7 +20,9 @@ from tokenseek.ditching.packing import require_packable
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 
-TOLERANCE = {"sdpa": 1e-12, "eager": 1e-6}  # eager attention takes its softmax in float32, over rows of other lengths
+# Eager attention takes its softmax in float32, over rows of other lengths.
+COMPUTED_IN = {"sdpa": torch.float64, "eager": torch.float32}
+TOLERANCE = {attn: tolerance(dtype) for attn, dtype in COMPUTED_IN.items()}
 
 EVERY = [(k, a) for k in KINDS for a in ("sdpa", "eager") if a == "eager" or k not in EAGER_ONLY]
 
@@ -103,11 +106,9 @@ def test_examples_without_selected_tokens(attn, selected):
     longest = max(map(len, rows))
     padded["selected_positions"] = torch.tensor([row + [-1] * (longest - len(row)) for row in rows], dtype=torch.int64)
     losses = [model(**batch).loss for batch in (padded, packed)]
-    torch.testing.assert_close(*losses, rtol=TOLERANCE[attn], atol=0)
+    assert_close(losses[1], losses[0], COMPUTED_IN[attn])
     padded_gradients, packed_gradients = (copy.deepcopy(gradients(model, loss)) for loss in losses)
-    for name, gradient in padded_gradients.items():
-        tolerance = TOLERANCE[attn]
-        torch.testing.assert_close(packed_gradients[name], gradient, rtol=10 * tolerance, atol=tolerance / 100)
+    assert_close(packed_gradients, padded_gradients, COMPUTED_IN[attn])
 
 
 @pytest.mark.parametrize("kind,masks", [("llama", [None]), ("mistral", [[1, 1, 40, 40]])])

@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import tokenseek
+from tokenseek.decoder.names import CACHE_ARGUMENTS
 from tokenseek.errors import UserError
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=50)
@@ -65,7 +66,11 @@ def test_layers_that_do_not_show_their_keys_and_values(monkeypatch):
     attention = transformers.models.llama.modeling_llama.LlamaAttention
     forward = attention.forward
     monkeypatch.setattr(
-        attention, "forward", lambda self, *a, past_key_values=None, **k: forward(self, *a, past_key_values=None, **k)
+        attention,
+        "forward",
+        lambda self, *args, **given: forward(
+            self, *args, **{n: v for n, v in given.items() if n not in CACHE_ARGUMENTS}
+        ),
     )
     model = tokenseek.enable_token_ditching(tiny_model("llama"))
     with pytest.raises(UserError, match="does not pass its keys and values"):

@@ -272,7 +272,7 @@ def test_two_batches_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, scorer.score(ids, mask, labels), strict=True))
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "codegen", "gptj", "mpt"])
+@pytest.mark.parametrize("model_type", ["bloom", "gpt_neo", "mpt"])
 def test_attention_outside_the_interface_is_refused(model_type):
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "hidden_size": 64, "rotary_dim": 8}
     config = AutoConfig.for_model(model_type, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, **sizes)

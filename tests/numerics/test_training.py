@@ -83,8 +83,8 @@ def dense_training(model, dataset, collator, mean_of_means=False):
     return losses, trainable(model)
 
 
-def by_hand(model, dataset, collator, folder, gradient_checkpointing=False, bf16=False):
-    tokenseek.enable_token_ditching(model, recompute=gradient_checkpointing).train()
+def by_hand(model, dataset, collator, folder, activation_checkpointing=False, bf16=False):
+    tokenseek.enable_token_ditching(model, recompute=activation_checkpointing).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     losses = []
     for step in chunks(list(DataLoader(dataset, BATCH, collate_fn=collator)), ACCUMULATION):
@@ -155,7 +155,7 @@ def test_every_loop_takes_the_same_steps(loop, build, checkpointing, dataset, in
     calls = []
     find_decoder(model).layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 
-    losses = loop(model, dataset, collator, tmp_path, gradient_checkpointing=checkpointing)
+    losses = loop(model, dataset, collator, tmp_path, activation_checkpointing=checkpointing)
 
     assert len(calls) == 4 * (3 if checkpointing else 2)  # four micro batches; selected rows run once more
     # Trainers add losses up in float32, and TRL's head computes in it.

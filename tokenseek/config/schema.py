@@ -7,7 +7,6 @@ at once and each with its dotted path, before a model is loaded.
 import re
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -280,11 +279,12 @@ class TrainingConfig(_Section):
             if name in own or name in _OWNED_ELSEWHERE:
                 raise ValueError(f"{name} is set as {_OWNED_ELSEWHERE.get(name, f'training.{name}')}, not in extra")
         if extra:
-            from transformers import TrainingArguments  # late: only a preset that uses `extra` pays for the import
+            # late: only a preset that uses `extra` pays for the import of Transformers
+            from tokenseek.decoder.names import trainer_field, trainer_fields
 
-            accepted = {field.name for field in dataclass_fields(TrainingArguments) if field.init}
+            accepted = trainer_fields()
             for name in extra:
-                if name not in accepted:
+                if trainer_field(name) not in accepted:
                     raise ValueError(
                         f"{name} is not a field of transformers.TrainingArguments{did_you_mean(name, accepted)}"
                     )

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.names import ATTENTION_TABLE, EAGER_ATTENTION
 from tokenseek.errors import UserError
+from tokenseek.versions import what_to_install
 
 # Backends that take a mask of any shape, which selected tokens need: a flash kernel only knows "causal".
 MASKED_BACKENDS = ("sdpa", "eager")
@@ -34,7 +36,7 @@ def require_masked_backend(model: PreTrainedModel) -> None:
 def has_attention_interface(decoder: Decoder) -> bool:
     """Whether the decoder's attention is looked up at every call, so that it can be replaced."""
     modules = {type(module).__module__ for layer in decoder.layers for module in layer.modules()}
-    looks_up = any(hasattr(sys.modules[name], "ALL_ATTENTION_FUNCTIONS") for name in modules)
+    looks_up = any(hasattr(sys.modules[name], ATTENTION_TABLE) for name in modules)
     return looks_up and not getattr(decoder.causal_lm.config, "reorder_and_upcast_attn", False)
 
 
@@ -46,7 +48,12 @@ class _Replacement:
 
     def __call__(self, module: nn.Module, *args, **kwargs):
         # Eager attention is no entry of the interface but a function of each modelling file.
-        original = self.own or sys.modules[type(module).__module__].eager_attention_forward
+        original = self.own or getattr(sys.modules[type(module).__module__], EAGER_ATTENTION, None)
+        if original is None:
+            raise UserError(
+                f"{type(module).__module__} has no {EAGER_ATTENTION}, its eager attention: load the "
+                f"model with attn_implementation='sdpa'. {what_to_install('transformers')}"
+            )
         return self.replace(original)(module, *args, **kwargs)
 
 

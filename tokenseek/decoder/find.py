@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from tokenseek.decoder.names import CACHE_ARGUMENTS, cache_argument
 from tokenseek.errors import UserError
-
-# The names under which Transformers' decoder layers take the key/value cache.
-CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value", "cache")
+from tokenseek.versions import what_to_install
 
 
 @dataclass(frozen=True)
@@ -103,21 +101,17 @@ def _require_causal_lm(model: PreTrainedModel) -> None:
 
 def _find_layers(body: nn.Module, count: int) -> nn.ModuleList | None:
     lists = [m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return next((m for m in lists if any(_takes(layer, CACHE_ARGUMENTS) for layer in m)), lists[0] if lists else None)
-
-
-def _takes(layer: nn.Module, names: tuple[str, ...]) -> str | None:
-    # The class's forward, since an instance's own may be a wrapper (accelerate's device hooks, for one).
-    parameters = inspect.signature(type(layer).forward).parameters
-    return next((name for name in names if name in parameters), None)
+    return next((m for m in lists if any(cache_argument(layer) for layer in m)), lists[0] if lists else None)
 
 
 def _cache_argument(name: str, layers: nn.ModuleList) -> str:
-    found = {_takes(layer, CACHE_ARGUMENTS) for layer in layers}
+    found = {cache_argument(layer) for layer in layers}
     if len(found) != 1 or None in found:
+        without = next((layer for layer in layers if cache_argument(layer) is None), layers[0])
         raise UserError(
-            f"{name}: {type(layers[0]).__name__}.forward takes no key/value cache (looked for "
-            f"{', '.join(CACHE_ARGUMENTS)}); TokenSeek reaches keys and values through it and cannot serve this model."
+            f"{name}: {type(without).__name__}.forward takes no key/value cache (looked for "
+            f"{', '.join(CACHE_ARGUMENTS)}); TokenSeek reaches keys and values through it and cannot serve this model. "
+            f"{what_to_install('transformers')}"
         )
     return found.pop()
 

@@ -12,6 +12,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
 from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.names import require_known_mask_function
 from tokenseek.errors import UserError
 
 
@@ -29,6 +30,7 @@ def whole_masks(
     """
     backend = decoder.causal_lm.config.get_text_config()._attn_implementation
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
+    require_known_mask_function(make_mask)
     packed_BT, made = None, []
     if attention_mask_BT is None and position_ids_BT is not None:
         example_BT = begins_anew(position_ids_BT).cumsum(1)

@@ -22,6 +22,7 @@ class _OnceCache(Cache):
     """A cache that lives for one pass through one layer and is updated once in it."""
 
     def __init__(self):  # the base class would build storage for every layer
+        self.layers = []
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
 

@@ -21,7 +21,8 @@ from torch import nn
 from tokenseek.decoder.attention import attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import begins_anew, whole_masks
-from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows, partition
+from tokenseek.decoder.names import MASK_ARGUMENTS
+from tokenseek.ditching.rows import Partition, Rows, partition
 from tokenseek.errors import UserError
 
 

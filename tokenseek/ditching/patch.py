@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tokenseek.decoder.attention import has_attention_interface, require_masked_backend
 from tokenseek.decoder.find import Decoder, find_decoder, keep_4bit_differentiable
 from tokenseek.decoder.head import head_logits, next_token_labels
+from tokenseek.decoder.names import CACHE_ARGUMENTS, OUTPUTS_OF_ALL_TOKENS, checkpoints, without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
 from tokenseek.ditching.embedding import forget_tied_weights, one_gradient_of_tied_weights
@@ -49,8 +50,8 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False, kv_stora
     Args:
         model: a causal LM, plain or PEFT-wrapped, before or after it is wrapped for data parallelism.
         recompute: run the selected rows of each layer once more in the backward pass instead of storing their
-            activations; keys and values are then all that a layer stores. ``gradient_checkpointing_enable()`` means
-            the same.
+            activations; keys and values are then all that a layer stores. ``activation_checkpointing_enable()``
+            means the same.
         kv_storage: where the keys and values of all tokens wait for the backward pass: "device"; "host", copied to and
             from pinned memory; or "int8", 8 bits a number and a scale for each token and head, with which gradients are
             no longer exact (docs/performance.md says by how much).
@@ -130,7 +131,7 @@ class Ditching:
         self.has_interface = has_attention_interface(decoder)
 
     def recomputes(self, layer: nn.Module) -> bool:
-        return self.recompute or (getattr(layer, "gradient_checkpointing", False) and layer.training)
+        return self.recompute or checkpoints(layer)
 
     @property
     def attention_is_ours(self) -> bool:
@@ -239,7 +240,7 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
     if selected_positions is None:
         return _original_forward(self)(*args, **kwargs)
     arguments = dict(zip(_argument_names(type(self)), args, strict=False)) | kwargs
-    for name in ("past_key_values", "output_attentions", "output_hidden_states", "output_router_logits"):
+    for name in (*CACHE_ARGUMENTS, *OUTPUTS_OF_ALL_TOKENS):
         if arguments.pop(name, None) or getattr(self.config, name, None):
             raise UserError(f"{name} cannot be had together with selected_positions: leave it out, in the config too.")
     arguments["use_cache"] = False
@@ -313,7 +314,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
         keep_causality = rows is parts.unselected and attention_is_ours
         shrunk = {name: rows.shrink(name, value, keep_causality) for name, value in arguments.items()}
         attention = parts.attention(ditching.decoder, replace if attention_is_ours else None)
-        with _without_own_checkpointing(layer), attention:
+        with without_checkpointing(layer), attention:
             return _original_forward(layer)(hidden, **shrunk, **{ditching.decoder.cache_argument: cache})
 
     def run_selected(hidden, keys=None, values=None):
@@ -375,19 +376,6 @@ def _argument_names(layer_class: type) -> list[str]:
 
 def _hidden_states(layer_output) -> torch.Tensor:
     return layer_output[0] if isinstance(layer_output, tuple) else layer_output
-
-
-@contextmanager
-def _without_own_checkpointing(layer: nn.Module) -> Iterator[None]:
-    """Transformers' gradient checkpointing takes the cache away from its layers; ours recomputes the selected rows."""
-    if not getattr(layer, "gradient_checkpointing", False):
-        yield
-        return
-    layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        layer.gradient_checkpointing = True
 
 
 @contextmanager

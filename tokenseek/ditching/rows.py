@@ -14,12 +14,11 @@ import torch
 
 from tokenseek.decoder.attention import attention_replaced
 from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.names import CACHE_PLACES, KEY_ARGUMENTS, MASK_ARGUMENTS
 from tokenseek.errors import UserError
 
-MASK_ARGUMENTS = ("attention_mask", "causal_mask")
-# Biases over the keys alone: every row needs them whole.
-KEY_ARGUMENTS = ("alibi",)
-
+# Every row needs biases over the keys whole, and the caches of both passes ask for no places.
+WHOLE_ARGUMENTS = (*KEY_ARGUMENTS, *CACHE_PLACES)
 
 # Keys that a span of rows does not see are left out of its attention; spans of fewer rows are not worth a call, and
 # kernels like numbers of keys that their blocks divide.
@@ -108,7 +107,7 @@ class Rows:
             return type(value)(self.shrink(f"{name}.{i}", v) for i, v in enumerate(value))
         if name in MASK_ARGUMENTS and value is None:
             return None if keep_causality else self._causal_mask
-        if not isinstance(value, torch.Tensor) or name in KEY_ARGUMENTS:
+        if not isinstance(value, torch.Tensor) or name in WHOLE_ARGUMENTS:
             return value
         return self._once(name, value, lambda: self._shrink(name, value))
 

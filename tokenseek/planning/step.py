@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 
 from tokenseek.config.schema import RunConfig
 from tokenseek.decoder.find import Decoder, find_decoder
+from tokenseek.decoder.names import asks_for_checkpointing, enable_checkpointing
 from tokenseek.ditching import enable_token_ditching, storage
 from tokenseek.ditching.rows import partition
 from tokenseek.errors import UserError
@@ -171,11 +172,11 @@ def _nbytes(tensors: list[torch.Tensor]) -> int:
 def method_of(config: RunConfig, ratio: float | None = None) -> Method:
     """The method that a run is configured for; with token ditching at `ratio` if one is given."""
     if ratio is None and not config.training.ditching:
-        return Method(None, bool(config.training.extra.get("gradient_checkpointing")) or config.training.recompute)
+        return Method(None, config.training.recompute or asks_for_checkpointing(config.training.extra))
     if ratio is None:
         rule = config.selection.to_rule()
         ratio = {"all": 1.0, "bands": sum(high - low for low, high in rule.bands or ())}.get(rule.rule, rule.ratio)
-    recompute = config.training.recompute or bool(config.training.extra.get("gradient_checkpointing"))
+    recompute = config.training.recompute or asks_for_checkpointing(config.training.extra)
     return Method(ratio, recompute)
 
 
@@ -227,7 +228,7 @@ def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, en
     if method.ratio is not None:
         enable_token_ditching(model, recompute=method.recompute, kv_storage=config.training.kv_storage)
     elif method.recompute:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     return model.train()
 
 

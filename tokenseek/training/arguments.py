@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from tokenseek.config.schema import TrainingConfig
+from tokenseek.decoder.names import spelled_for_trainer
 
 # Settings of a TrainingConfig that are no fields of TrainingArguments.
 _OURS = {
@@ -36,5 +37,5 @@ def training_arguments(training: TrainingConfig, output: Path, seed: int) -> Tra
         include_num_input_tokens_seen="all" if training.packing else "non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
         **own,
-        **training.extra,
+        **spelled_for_trainer(training.extra),
     )

@@ -28,7 +28,7 @@ class TokenSeekTrainer(GroupTrainer):
 
     Args:
         model: a causal LM, plain or PEFT-wrapped.
-        args: as for Trainer; ``gradient_checkpointing=True`` recomputes the selected tokens only.
+        args: as for Trainer; ``activation_checkpointing=True`` recomputes the selected tokens only.
         data_collator: a :class:`TokenSeekCollator`.
 
     Example:
