@@ -61,16 +61,16 @@ def checkpoints(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def without_checkpointing(layer: nn.Module) -> Iterator[None]:
-    """Inside the block, Transformers does not recompute this layer (it would take its key/value cache away)."""
-    switched_on = [name for name in CHECKPOINTING if getattr(layer, name, False)]
-    for name in switched_on:
-        setattr(layer, name, False)
+def without_checkpointing(*modules: nn.Module) -> Iterator[None]:
+    """Inside the block, Transformers recomputes none of these modules (it would take layers' key/value cache away)."""
+    switched_on = [(module, name) for module in modules for name in CHECKPOINTING if getattr(module, name, False)]
+    for module, name in switched_on:
+        setattr(module, name, False)
     try:
         yield
     finally:
-        for name in switched_on:
-            setattr(layer, name, True)
+        for module, name in switched_on:
+            setattr(module, name, True)
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

@@ -142,8 +142,10 @@ class Ditching:
 class Step:
     """One forward pass: the partition of its tokens and, between layers, the unselected rows."""
 
-    def __init__(self, parts: Partition):
+    def __init__(self, parts: Partition, recomputed: set[nn.Module]):
         self.partition = parts
+        # Layers whose selected rows run once more in the backward pass.
+        self.recomputed = recomputed
         self.unselected_BUD: torch.Tensor | None = None
         self.started = False
 
@@ -256,9 +258,11 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
         # Its masks are made by example; with a mask of its own the model does not do so once more.
         arguments["attention_mask"] = parts.selected.index_BR.new_ones(len(parts.selected.index_BR), parts.tokens)
 
-    ditching.step = Step(parts)
+    layers = ditching.decoder.layers
+    ditching.step = Step(parts, {layer for layer in layers if ditching.recomputes(layer)})
     try:
-        with parts.masks(ditching.decoder):
+        # Until 5.22, Transformers recomputes a layer from outside its forward.
+        with parts.masks(ditching.decoder), without_checkpointing(self, *layers):
             output = _original_forward(self)(**{name: value for name, value in arguments.items() if value is not None})
     finally:
         ditching.step = None
@@ -307,7 +311,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
     """The layer's output for the selected rows; moves ``step.unselected_BUD`` through the layer too."""
     step, parts = ditching.step, ditching.step.partition
     with_gradient, autocast_cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-    checkpointing, attention_is_ours = ditching.recomputes(layer), ditching.attention_is_ours
+    checkpointing, attention_is_ours = layer in step.recomputed, ditching.attention_is_ours
 
     def run(hidden, rows, cache, replace):
         # Only an attention function of ours knows the rows; a model that has its own needs the mask in full.
