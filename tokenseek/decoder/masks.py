@@ -15,6 +15,25 @@ from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.names import require_known_mask_function
 from tokenseek.errors import UserError
 
+# Kernels take a mask as it is where its rows begin at multiples of so many elements, and make a copy otherwise.
+MASK_STRIDE = 16
+
+
+def aligned_mask(mask: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:
+    """A mask to be added to the scores, [.., `repeats` * rows, keys], from `mask` [.., rows, keys].
+
+    A boolean one becomes 0 where it is true and -inf elsewhere. Rows follow each other in their order, `repeats` times.
+    """
+    *batch, rows, keys = mask.shape
+    stride = -(-keys // MASK_STRIDE) * MASK_STRIDE
+    added = torch.zeros(*batch, repeats, rows, stride, dtype=dtype, device=mask.device)
+    within = added[..., :keys]
+    if mask.dtype == torch.bool:
+        within.masked_fill_(~mask.unsqueeze(-3), float("-inf"))
+    else:
+        within.copy_(mask.unsqueeze(-3))
+    return added.flatten(-3, -2)[..., :keys]
+
 
 @contextmanager
 def whole_masks(

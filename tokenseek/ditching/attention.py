@@ -7,16 +7,19 @@ Shapes: B batch, T tokens, S selected, U unselected, N query heads, K key/value 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from tokenseek.ditching.rows import Rows
+from tokenseek.ditching.staircase import Span, is_served, make_spans, staircase_attention
 
 # What sdpa's function reads from an attention module, for one without grouped heads: it then repeats no key or value.
 _UNGROUPED = SimpleNamespace(is_causal=True)
+# Kernels count the entries of a mask in 32 bits.
+MOST_MASK_ENTRIES = 2**31 - 1
 
 
 def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Callable[[Callable], Callable]:
@@ -30,7 +33,11 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Callable[[C
         def attention(module: nn.Module, query_BNUH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs):
             on_call()
             if attention_mask is not None:
-                return original(module, query_BNUH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs)
+                outputs = []
+                for first, last, _ in _within_limit([(0, query_BNUH.shape[2], 0)], attention_mask[..., :1, :].numel()):
+                    mask, query = attention_mask[:, :, first:last], query_BNUH[:, :, first:last]
+                    outputs.append(original(module, query, key_BKTH, value_BKTH, mask, *args, **kwargs)[0])
+                return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
             query_BNTH = rows.spread(query_BNUH)
             output_BTNH, _ = original(module, query_BNTH, key_BKTH, value_BKTH, None, *args, **kwargs)
             return rows.take(output_BTNH, 1), None
@@ -43,18 +50,27 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Callable[[C
 def selected_attention(rows: Rows) -> Callable[[Callable], Callable]:
     """A replacement for the selected pass, in which keys and values are stored for the backward pass.
 
-    Under a mask, sdpa repeats them for every query head of a group. Queries of a group are taken as G times the rows of
-    one head instead, so that autograd stores the keys and values of K heads and not of N. Early rows, which see few
-    keys, are given no others.
+    Where the mask is plain causality (None) and rows are many, no mask of rows times keys is made
+    (:mod:`tokenseek.ditching.staircase`).
+
+    Under a mask, sdpa repeats keys and values for every query head of a group. Queries of a group are taken as G times
+    the rows of one head instead, so that autograd stores the keys and values of K heads and not of N. Early rows, which
+    see few keys, are given no others.
     """
 
     def replace(original):
         def attention(module: nn.Module, query_BNSH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs):
-            if attention_mask is None or attention_mask.shape[1] > 1 or kwargs.get("position_bias") is not None:
+            if attention_mask is None:
+                qkv = _as_autocast(query_BNSH, key_BKTH, value_BKTH)
+                spans = _staircase(rows, *qkv, *args, **kwargs)
+                if spans is not None:
+                    return staircase_attention(*qkv, spans, kwargs.get("scaling")), None
+                attention_mask = rows.causal_mask
+            if attention_mask.shape[1] > 1 or kwargs.get("position_bias") is not None:
                 return original(module, query_BNSH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs)
             groups = query_BNSH.shape[1] // key_BKTH.shape[1]
             outputs = []
-            for span in rows.spans:
+            for span in _within_limit(rows.spans, len(query_BNSH) * groups):
                 first, last, keys = span
                 # q: (B, N, S, H) -> (B, K, G * S, H): the heads of a group are neighbours
                 packed = query_BNSH[:, :, first:last].unflatten(1, (-1, groups)).flatten(2, 3)
@@ -69,3 +85,43 @@ def selected_attention(rows: Rows) -> Callable[[Callable], Callable]:
         return attention
 
     return replace
+
+
+def _staircase(rows: Rows, query_BNSH, key_BKTH, value_BKTH, *args, dropout: float = 0.0, **kwargs):
+    """The spans that serve these rows without a mask; None where one masked call serves better, or alone."""
+    is_plain = not args and not dropout and kwargs.get("position_bias") is None
+    if not is_plain or not is_served(query_BNSH, key_BKTH, value_BKTH):
+        return None
+    dtype = query_BNSH.dtype
+
+    def make() -> list[list[Span]] | None:
+        valid_BS = rows.valid_BR.tolist()
+        if any(valid[i] < valid[i + 1] for valid in valid_BS for i in range(len(valid) - 1)):
+            return None  # dealt to ranks with gaps between
+        positions_BS = [
+            positions[: sum(valid)] for positions, valid in zip(rows.index_BR.tolist(), valid_BS, strict=True)
+        ]
+        return make_spans(positions_BS, rows.tokens, query_BNSH.device, dtype)
+
+    return rows._once(f"staircase.{dtype}", rows.index_BR, make)
+
+
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As autocast would hand them to ``scaled_dot_product_attention``."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _within_limit(spans, entries: int) -> Iterator[tuple[int, int, int]]:
+    """`spans` (first row, last, keys), cut where the mask of one would have too many entries for a kernel.
+
+    Args:
+        entries: of the mask for one row, or for one row and key where a span says how many keys.
+    """
+    for first, last, keys in spans:
+        rows = max(1, MOST_MASK_ENTRIES // (entries * max(1, keys)))
+        for begin in range(first, last, rows):
+            yield begin, min(last, begin + rows), keys

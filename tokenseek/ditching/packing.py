@@ -148,7 +148,7 @@ class PackedPartition(Partition):
                 outputs = []
                 for rows, attend_one, *qkv in zip(own, attend, queries, keys, values, strict=True):
                     if rows is not None:
-                        mask = _mask_of(rows, attention_mask, keep_causality=not is_selected)
+                        mask = _mask_of(rows, attention_mask)
                         outputs.append(attend_one(module, *qkv, mask, *args, **kwargs)[0])
                 return torch.cat(outputs, dim=1), None
 
@@ -179,10 +179,10 @@ class PackedPartition(Partition):
             )
 
 
-def _mask_of(rows: Rows, mask_11MM: torch.Tensor | None, keep_causality: bool) -> torch.Tensor | None:
+def _mask_of(rows: Rows, mask_11MM: torch.Tensor | None) -> torch.Tensor | None:
     """The mask of one example's rows [1, 1, rows, its tokens], a corner of that of the longest, once a step."""
     if mask_11MM is None:
-        return rows.shrink("attention_mask", None, keep_causality)
+        return None
     corner = mask_11MM[:, :, : rows.tokens, : rows.tokens]
     return rows._once("corner", mask_11MM, lambda: rows.shrink("attention_mask", corner))
 

@@ -315,8 +315,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
 
     def run(hidden, rows, cache, replace):
         # Only an attention function of ours knows the rows; a model that has its own needs the mask in full.
-        keep_causality = rows is parts.unselected and attention_is_ours
-        shrunk = {name: rows.shrink(name, value, keep_causality) for name, value in arguments.items()}
+        shrunk = {name: rows.shrink(name, value, attention_is_ours) for name, value in arguments.items()}
         attention = parts.attention(ditching.decoder, replace if attention_is_ours else None)
         with without_checkpointing(layer), attention:
             return _original_forward(layer)(hidden, **shrunk, **{ditching.decoder.cache_argument: cache})

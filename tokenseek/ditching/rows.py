@@ -14,6 +14,7 @@ import torch
 
 from tokenseek.decoder.attention import attention_replaced
 from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.masks import aligned_mask
 from tokenseek.decoder.names import CACHE_PLACES, KEY_ARGUMENTS, MASK_ARGUMENTS
 from tokenseek.errors import UserError
 
@@ -89,10 +90,7 @@ class Rows:
         first, last, keys = span
 
         def make() -> torch.Tensor:
-            mask = mask_B1RT[:, :, first:last, :keys].repeat(1, 1, groups, 1)
-            if mask.dtype != torch.bool:
-                return mask.to(dtype)
-            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+            return aligned_mask(mask_B1RT[:, :, first:last, :keys], dtype, groups)
 
         return self._once(f"packed.{span}.{groups}.{dtype}", mask_B1RT, make)
 
@@ -101,12 +99,12 @@ class Rows:
 
         Args:
             keep_causality: leave a missing mask missing, for an attention function that knows these rows; otherwise it
-                becomes the mask of causality.
+                becomes :attr:`causal_mask`.
         """
         if isinstance(value, (tuple, list)):
             return type(value)(self.shrink(f"{name}.{i}", v) for i, v in enumerate(value))
         if name in MASK_ARGUMENTS and value is None:
-            return None if keep_causality else self._causal_mask
+            return None if keep_causality else self.causal_mask
         if not isinstance(value, torch.Tensor) or name in WHOLE_ARGUMENTS:
             return value
         return self._once(name, value, lambda: self._shrink(name, value))
@@ -143,7 +141,7 @@ class Rows:
         return x
 
     @cached_property
-    def _causal_mask(self) -> torch.Tensor:
+    def causal_mask(self) -> torch.Tensor:
         """[B, 1, R, T] bool: where the model gave no mask it left causality to the kernel, which does not know rows."""
         keys = torch.arange(self.tokens, device=self.index_BR.device)
         return (keys <= self.index_BR[:, :, None])[:, None]

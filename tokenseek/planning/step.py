@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from tokenseek.config.schema import RunConfig
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.names import asks_for_checkpointing, enable_checkpointing
-from tokenseek.ditching import enable_token_ditching, storage
+from tokenseek.ditching import enable_token_ditching, staircase, storage
 from tokenseek.ditching.rows import partition
 from tokenseek.errors import UserError
 from tokenseek.launching.engine import Engine
@@ -137,7 +137,15 @@ def plan_memory(
     decoder = find_decoder(model)
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, Ledger() as ledger, Work() as work, _LargestBatch(ledger), _put_away(ledger):
+        limits = {} if engine.on_cpu else {"cpu": staircase.LIMITS["cuda"]}  # the fake tensors say that they are on one
+        with (
+            mock.patch.dict(staircase.LIMITS, limits),
+            fake,
+            Ledger() as ledger,
+            Work() as work,
+            _LargestBatch(ledger),
+            _put_away(ledger),
+        ):
             _materialise(model)
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
             if config.training.gradient_accumulation_steps > 1:

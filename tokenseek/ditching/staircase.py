@@ -1,0 +1,298 @@
+"""Causal attention from some rows to all keys, exact, in memory linear in T: no mask of rows times keys.
+
+Rows ascend, so that they climb a staircase: all rows of a span look at every key before the span's first position.
+There the kernels without a mask serve, and a mask is left for the few keys between a span's first position and the next
+span's. The two parts of a row's softmax are merged by their log-sum-exps; the backward kernels, which compute
+probabilities anew from the log-sum-exp that they are given, are given that of the whole.
+
+The forward pass goes span by span, the backward pass by the keys between two steps, so that gradients of keys and
+values are complete at once and only those of the few queries are added up.
+
+Kernels are called below ``scaled_dot_product_attention``, which neither takes nor returns log-sum-exps. The heads of a
+group are the heads of a call and the key/value heads its batch: keys and values are then views, repeated by a stride
+of zero, and a mask is shared by all heads.
+
+Shapes: B batch, T tokens, S rows, N query heads, K key/value heads, G = N / K, H head dim; s rows of a span, R keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from tokenseek.decoder.masks import aligned_mask
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a device likes its spans. Where there would be fewer than `fewest` spans, one masked call serves better.
+
+    Attributes:
+        rows: that a span has at least.
+        keys: that lie between two steps on average, at least.
+        most: spans of an example; n of them leave 1 / n of the mask.
+    """
+
+    rows: int
+    keys: int
+    fewest: int
+    most: int = 32
+
+
+# Measured on a CPU (benchmarks/selected_attention.py). On a GPU a launch costs as much as the mask of 256 rows.
+LIMITS = {"cpu": Limits(rows=48, keys=256, fewest=4), "cuda": Limits(rows=256, keys=1024, fewest=2)}
+
+
+class Span(NamedTuple):
+    """Rows [first, last) of an example, the earliest of which is at position `before`, the latest before `keys`.
+
+    Attributes:
+        mask_sR: of its rows at keys [before, keys), to be added to the scores.
+    """
+
+    first: int
+    last: int
+    before: int
+    keys: int
+    mask_sR: torch.Tensor
+
+
+def make_spans(
+    positions_BS: Sequence[Sequence[int]], tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[list[Span]] | None:
+    """The spans of each example; None where there are too few rows or tokens to be worth it.
+
+    Args:
+        positions_BS: of the rows, ascending, without those that fill an example up.
+        tokens: T.
+    """
+    limits = LIMITS.get(device.type)
+    if limits is None:
+        return None
+    counts = [min(limits.most, len(positions) // limits.rows, tokens // limits.keys) for positions in positions_BS]
+    if max(counts) < limits.fewest:
+        return None
+    return [
+        _spans_of(positions, max(1, count), device, dtype)
+        for positions, count in zip(positions_BS, counts, strict=True)
+    ]
+
+
+def _spans_of(positions_S: Sequence[int], count: int, device: torch.device, dtype: torch.dtype) -> list[Span]:
+    if not positions_S:
+        return []
+    rows = [len(positions_S) * i // count for i in range(count + 1)]
+    # The first span begins at the first key, where it sees all keys before: none.
+    steps = [0, *(positions_S[row] for row in rows[1:-1]), positions_S[-1] + 1]
+    position_S = torch.tensor(positions_S).to(device, non_blocking=True)
+    spans = []
+    for first, last, before, keys in zip(rows, rows[1:], steps, steps[1:], strict=False):
+        seen_sR = torch.arange(before, keys, device=device) <= position_S[first:last, None]
+        spans.append(Span(first, last, before, keys, aligned_mask(seen_sR, dtype)))
+    return spans
+
+
+def is_served(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether there are kernels that give their log-sum-exp for tensors such as these."""
+    return _kernels(query) is not None and key.shape[-1] == value.shape[-1] and key.dtype == value.dtype == query.dtype
+
+
+def staircase_attention(
+    query_BNSH: torch.Tensor,
+    key_BKTH: torch.Tensor,
+    value_BKTH: torch.Tensor,
+    spans: Sequence[Sequence[Span]],
+    scale: float | None = None,
+) -> torch.Tensor:
+    """[B, S, N, H]: causal attention of S rows; zeros for rows in no span.
+
+    Args:
+        spans: of each example, ascending, the first from row 0, each from the row and the position where the one before
+            it ends.
+        scale: of the scores; 1 / sqrt(H) by default.
+    """
+    return _Staircase.apply(query_BNSH, key_BKTH, value_BKTH, spans, scale)
+
+
+class _Staircase(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query_BNSH, key_BKTH, value_BKTH, spans, scale) -> torch.Tensor:
+        batch, heads, rows, head_dim = query_BNSH.shape
+        key_heads = key_BKTH.shape[1]
+        unmasked, masked = _kernels(query_BNSH)
+        output_BSNH = query_BNSH.new_zeros(batch, rows, heads, head_dim)
+        lse_BNS = query_BNSH.new_zeros(batch, heads, rows, dtype=_lse_dtype(query_BNSH))
+        for b, of_example in enumerate(spans):
+            query, output = (_grouped(x, key_heads) for x in (query_BNSH[b], output_BSNH[b].transpose(0, 1)))
+            key, value = key_BKTH[b], value_BKTH[b]
+            lse = _grouped(lse_BNS[b], key_heads)
+            for first, last, before, keys, mask in of_example:
+                query_s = query[:, :, first:last]
+                near = slice(before, keys)
+                out, total = masked.forward(query_s, key[:, near], value[:, near], mask, scale)
+                if before:
+                    far, far_lse = unmasked.forward(query_s, key[:, :before], value[:, :before], None, scale)
+                    out, total = _merged(out, total, far, far_lse)
+                output[:, :, first:last] = out
+                lse[:, :, first:last] = total
+        ctx.save_for_backward(query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS)
+        ctx.spans, ctx.scale = spans, scale
+        return output_BSNH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BSNH: torch.Tensor):
+        query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS = ctx.saved_tensors
+        key_heads = key_BKTH.shape[1]
+        unmasked, masked = _kernels(query_BNSH)
+        dquery_BNSH = torch.zeros_like(query_BNSH)
+        dkey_BKTH, dvalue_BKTH = torch.zeros_like(key_BKTH), torch.zeros_like(value_BKTH)
+        for b, of_example in enumerate(ctx.spans):
+            rows = [query_BNSH[b], output_BSNH[b].transpose(0, 1), grad_BSNH[b].transpose(0, 1), lse_BNS[b]]
+            query, output, grad, lse = (_grouped(x, key_heads) for x in rows)
+            dquery = _grouped(dquery_BNSH[b], key_heads)
+            key, value = key_BKTH[b], value_BKTH[b]
+            end = of_example[-1].last if of_example else 0
+            for first, last, before, keys, mask in of_example:
+                # The keys under this step: the span's own rows see some of them, the rows of all later spans see all.
+                near = slice(before, keys)
+                for kernel, some, mask_sR in (masked, slice(first, last), mask), (unmasked, slice(last, end), None):
+                    if some.start == some.stop:
+                        continue
+                    given = (x[:, :, some] for x in (grad, query, output, lse))
+                    sums = dquery[:, :, some], dkey_BKTH[b, :, near], dvalue_BKTH[b, :, near]
+                    kernel.add_gradients(*sums, *given, key[:, near], value[:, near], mask_sR, ctx.scale)
+        return dquery_BNSH, dkey_BKTH, dvalue_BKTH, None, None
+
+
+def _grouped(x_NSH: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """[K, G, S, ..]: a view."""
+    return x_NSH.unflatten(0, (key_heads, -1))
+
+
+def _merged(out, lse, more, more_lse) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to two sets of keys, [K, G, s, H] with its log-sum-exp [K, G, s], from attention to each of them."""
+    total = torch.logaddexp(lse, more_lse)
+    share, more_share = ((x - total).exp_()[..., None] for x in (lse, more_lse))
+    return torch.addcmul(out * share, more, more_share), total
+
+
+def _lse_dtype(query: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+# Kernels with one signature: queries, outputs and their gradients are [K, G, s, H], log-sum-exps (natural, of scaled
+# scores) [K, G, s], keys, values and their gradients [K, R, H], masks [s, R] or None.
+
+
+class _CpuFlash:
+    """Heads of a group are taken as more rows of one head: blocks of keys are loaded once for all of them."""
+
+    # Rows of one call in the backward pass, which copies them.
+    ROWS = 128
+
+    @classmethod
+    def forward(cls, query, key, value, mask, scale):
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            cls._packed(query), key[None], value[None], attn_mask=cls._packed_mask(mask, query), scale=scale
+        )
+        return out.view(query.shape), lse.squeeze(0).unflatten(1, query.shape[1:3])
+
+    @classmethod
+    def add_gradients(cls, dquery, dkey, dvalue, grad, query, out, lse, key, value, mask, scale):
+        for first in range(0, query.shape[2], cls.ROWS):
+            rows = slice(first, first + cls.ROWS)
+            query_s = query[:, :, rows]
+            dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                cls._packed(grad[:, :, rows]), cls._packed(query_s), key[None], value[None],
+                cls._packed(out[:, :, rows]), cls._packed(lse[:, :, rows]), 0.0, False,
+                attn_mask=None if mask is None else cls._packed_mask(mask[rows], query_s), scale=scale,
+            )  # fmt: skip
+            dquery[:, :, rows] += dq.squeeze(0).unflatten(1, query_s.shape[1:3])
+            dkey += dk.squeeze(0)
+            dvalue += dv.squeeze(0)
+            del dq, dk, dv  # before the next call makes such
+
+    @staticmethod
+    def _packed(x: torch.Tensor) -> torch.Tensor:
+        """[1, K, G * s, ..]"""
+        return x.flatten(1, 2)[None]
+
+    @staticmethod
+    def _packed_mask(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+        return None if mask is None else mask.repeat(query.shape[1], 1)
+
+
+class _CudaFlash:
+    """In 16 bits, without a mask."""
+
+    @staticmethod
+    def forward(query, key, value, mask, scale):
+        key, value = (_repeated(x, query) for x in (key, value))
+        return _aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+
+    @staticmethod
+    def add_gradients(dquery, dkey, dvalue, grad, query, out, lse, key, value, mask, scale):
+        key, value = (_repeated(x, query) for x in (key, value))
+        # Random state, which is of dropout alone.
+        seed, offset = (torch.empty(n, dtype=torch.uint64, device=query.device) for n in (2, ()))
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
+            grad, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, False,
+            seed, offset, scale=scale,
+        )  # fmt: skip
+        dquery += dq
+        dkey += _summed(dk)
+        dvalue += _summed(dv)
+
+
+class _CudaEfficient:
+    """In any precision but float64. Its log-sum-exps are filled up to a multiple of 32 rows."""
+
+    @staticmethod
+    def forward(query, key, value, mask, scale):
+        bias = None if mask is None else mask.expand(*query.shape[:2], *mask.shape)
+        key, value = (_repeated(x, query) for x in (key, value))
+        out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
+        return out, lse[:, :, : query.shape[2]]
+
+    @staticmethod
+    def add_gradients(dquery, dkey, dvalue, grad, query, out, lse, key, value, mask, scale):
+        bias = None if mask is None else mask.expand(*query.shape[:2], *mask.shape)
+        key, value = (_repeated(x, query) for x in (key, value))
+        lse = pad(lse, (0, -lse.shape[2] % 32), value=float("inf"))
+        seed = offset = torch.empty((), dtype=torch.int64, device=query.device)
+        dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
+            grad, query, key, value, bias, out, lse, seed, offset, 0.0, [True, True, True, False], scale=scale
+        )
+        dquery += dq
+        dkey += _summed(dk)
+        dvalue += _summed(dv)
+
+
+def _repeated(x_KRH: torch.Tensor, like_KGsH: torch.Tensor) -> torch.Tensor:
+    """[K, G, R, H]: a view."""
+    return x_KRH[:, None].expand(-1, like_KGsH.shape[1], -1, -1)
+
+
+def _summed(x_KGRH: torch.Tensor) -> torch.Tensor:
+    return x_KGRH.squeeze(1) if x_KGRH.shape[1] == 1 else x_KGRH.sum(1)
+
+
+def _kernels(query: torch.Tensor):
+    """Of attention without and with a mask; None where there are none."""
+    device, dtype, head_dim = query.device.type, query.dtype, query.shape[-1]
+    if device == "cpu":
+        return _CpuFlash, _CpuFlash
+    if device == "cuda" and torch.version.hip is None and dtype != torch.float64 and head_dim % 8 == 0:
+        # Its backward pass for wider heads is not on every GPU.
+        is_flash = dtype in (torch.float16, torch.bfloat16) and head_dim <= 192
+        is_flash = is_flash and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        return (_CudaFlash if is_flash else _CudaEfficient), _CudaEfficient
+    return None
