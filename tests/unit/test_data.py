@@ -9,8 +9,9 @@ from helpers import tiny_tokenizer, write_jsonl
 
 from tokenseek.config.schema import DataConfig
 from tokenseek.data import prepare_dataset
+from tokenseek.data.chat import ChatRenderer
 from tokenseek.data.encoding import tokenizer_fingerprint
-from tokenseek.data.templates import render_chat, render_instruction
+from tokenseek.data.templates import Ends, render_instruction
 from tokenseek.data.toy import make_word_problems
 from tokenseek.errors import UserError
 
@@ -79,7 +80,9 @@ def test_alpaca_template_of_the_paper(rows_file):
 def test_tokens_are_those_of_the_whole_text(bos, rows_file):
     tokenizer = tiny_tokenizer(bos)
     for row, example in zip(ROWS, prepare({"path": str(rows_file)}, tokenizer=tokenizer).dataset, strict=True):
-        text = render_instruction("alpaca", row["instruction"], row["input"] or "", row["response"], "</s>").text
+        text = render_instruction(
+            "alpaca", row["instruction"], row["input"] or "", row["response"], Ends(eos="</s>")
+        ).text
         assert example["input_ids"] == tokenizer(text)["input_ids"]
         assert (example["input_ids"][0] == tokenizer.bos_token_id) == bos
         assert example["labels"][0] == -100
@@ -130,25 +133,18 @@ def test_chat_supervises_every_assistant_turn(tmp_path):
 
 def test_chat_template_with_a_date_gives_the_same_text_every_day():
     tokenizer = tiny_tokenizer(chat_template="{{ strftime_now('%d %b %Y') }}" + tiny_tokenizer().chat_template)
-    assert render_chat(tokenizer, CHAT).text.startswith("26 Jul 2024<|im_start|>")
-
-
-def test_chat_template_that_rewrites_earlier_turns_is_refused():
-    unstable = (
-        "{% for m in messages %}"
-        "[{{ m['role'] }}]{% if loop.last %}<think></think>{% endif %}{{ m['content'] }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    with pytest.raises(UserError, match="renders message 2 differently when later messages follow"):
-        render_chat(tiny_tokenizer(chat_template=unstable), CHAT)
+    [rendered] = ChatRenderer(tokenizer).render(CHAT)
+    assert rendered.text.startswith("26 Jul 2024<|im_start|>")
 
 
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
         ([{"role": "user", "content": "hi"}], "no message of role assistant"),
-        ([{"from": "user", "value": "hi"}], "row 0 after filters: message 0 has the keys ['from', 'value']"),
+        (
+            [{"who": "user", "says": "hi"}],
+            "chat.jsonl, line 1: column 'messages': message 0 has the keys ['says', 'who']",
+        ),
         (None, "holds no list of messages"),
     ],
 )
@@ -160,7 +156,7 @@ def test_bad_conversations(tmp_path, messages, expected):
 def test_chat_needs_a_chat_template(tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}])
     message = refusal({"path": str(path), "kind": "chat"}, tokenizer=tiny_tokenizer(chat_template=None))
-    assert "chat needs a tokenizer with a chat template" in message
+    assert "rows of kind chat need a tokenizer with a chat template" in message
 
 
 def test_truncation_keeps_the_first_tokens_and_counts(rows_file):
@@ -328,8 +324,8 @@ def test_eval_data_is_named_as_such():
     [
         ("empty.jsonl", "", "is empty"),
         ("empty.csv", "instruction,response\n", "no rows in"),
-        ("broken.jsonl", "{'not': json\n", "cannot read"),
-        ("data.txt", "text", "accepted is one kind of .json, .jsonl, .csv, .parquet"),
+        ("broken.jsonl", "{'not': json\n", "broken.jsonl, line 1: not valid JSON"),
+        ("data.txt", "text", "accepted is one kind of .json, .jsonl, .csv, .tsv, .parquet"),
     ],
 )
 def test_unusable_files(tmp_path, name, content, expected):
@@ -358,7 +354,7 @@ def test_unreachable_hub_data_set(monkeypatch):
 def test_cells_that_are_no_text(tmp_path):
     rows = [{"instruction": "a", "response": "b"}, {"instruction": "a", "response": None}]
     message = refusal({"path": str(write_jsonl(tmp_path / "none.jsonl", rows))})
-    assert "data.sources.0, row 1 after filters: column 'response' holds None" in message
+    assert "data.sources.0: none.jsonl, line 2: column 'response' holds nothing" in message
     assert "data.sources.0.drop: {response: [null]}" in message
     tokenizer = tiny_tokenizer()
     numbers = write_jsonl(tmp_path / "numbers.jsonl", [{"instruction": "1 + 1", "response": 2}])
@@ -367,7 +363,9 @@ def test_cells_that_are_no_text(tmp_path):
 
 def test_an_example_without_tokens_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "text.jsonl", [{"text": "a"}, {"text": ""}])
-    assert "example 1 has no tokens" in refusal({"path": str(path), "kind": "text"}, append_eos=False)
+    assert "text.jsonl, line 2: the example has no tokens" in refusal(
+        {"path": str(path), "kind": "text"}, append_eos=False
+    )
 
 
 def test_a_slow_tokenizer_is_refused(rows_file):

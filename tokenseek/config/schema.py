@@ -54,17 +54,27 @@ class ModelConfig(_Section):
 class Columns(_Section):
     """The data's own name of each column that the kind of source reads.
 
-    `input` left out reads the column `input` where the data has one (Alpaca's layout).
+    `input`, `tools` and `system` left out are read from columns of these names where the data has them.
     """
 
     instruction: str = "instruction"
     input: str | None = None
     response: str = "response"
     messages: str = "messages"
+    tools: str | None = None
+    system: str | None = None
+    prompt: str = "prompt"
+    completion: str = "completion"
     text: str = "text"
 
 
-_COLUMNS_OF_KIND = {"instruction": {"instruction", "input", "response"}, "chat": {"messages"}, "text": {"text"}}
+_COLUMNS_OF_KIND = {
+    "auto": set(),
+    "instruction": {"instruction", "input", "response"},
+    "chat": {"messages", "tools", "system"},
+    "completion": {"prompt", "completion", "tools"},
+    "text": {"text"},
+}
 
 
 class SourceConfig(_Section):
@@ -73,13 +83,17 @@ class SourceConfig(_Section):
     `drop` and `keep` filter rows by the values of a column. A source adds all its rows; or `rows` of them; or, among
     the sources that have a `weight`, the largest share that keeps the proportion of the weights without repeating a
     row. Drawn rows are chosen with `seed` and stay in the data's order.
+
+    `kind` says what a row is: an `instruction` (with an input or without) and its response; a `chat`, as messages or in
+    ShareGPT's form; a prompt and its `completion`, of text or of messages; or `text`. With `auto`, kind and columns are
+    recognised from the first rows.
     """
 
     path: str | None = None
     name: str | None = None
     config_name: str | None = None
     split: str = "train"
-    kind: Literal["instruction", "chat", "text"] = "instruction"
+    kind: Literal["auto", "instruction", "chat", "completion", "text"] = "instruction"
     columns: Columns = Columns()
     drop: dict[str, list[CellValue]] = {}
     keep: dict[str, list[CellValue]] = {}
@@ -102,7 +116,8 @@ class SourceConfig(_Section):
         if surplus := [
             name for name, column in self.columns if name not in read and column != getattr(Columns(), name)
         ]:
-            raise ValueError(f"columns {surplus} are not read by kind {self.kind}; it reads {sorted(read)}")
+            reads = f"it reads {sorted(read)}" if read else "name the kind that the columns belong to"
+            raise ValueError(f"columns {surplus} are not read by kind {self.kind}; {reads}")
         return self
 
 
@@ -110,12 +125,22 @@ class DataConfig(_Section):
     """Sources, and how a row becomes tokens and labels.
 
     `labels: response` puts the loss on responses (assistant turns) only, `sequence` on every token. `limit` keeps the
-    first examples after mixing and shuffling. `hold_out` examples of training data, drawn with `seed`, are kept out of
+    first rows after mixing and shuffling. `hold_out` rows of training data, drawn with `seed`, are kept out of
     training and are its `eval_data`; they are scored like the others, so that an index serves with and without them.
+
+    `template` renders instructions: as `alpaca`, `plain`, by the tokenizer's `chat` template, or with `auto` by that if
+    there is one and else as `alpaca`. Conversations always take the chat template, with `template_options` as its
+    further variables (`{enable_thinking: false}`). In them `loss_on: last` puts the loss on the last turn of the
+    assistant only; the fields `train` and `weight` of a message win. Some templates render a turn differently once
+    others follow: `rewritten_turns: refuse` such conversations, or train these turns in examples of their own
+    (`separate`).
     """
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
-    template: Literal["alpaca", "plain"] = "alpaca"
+    template: Literal["auto", "alpaca", "plain", "chat"] = "alpaca"
+    template_options: dict[str, Any] = {}
+    loss_on: Literal["all", "last"] = "all"
+    rewritten_turns: Literal["refuse", "separate"] = "refuse"
     max_length: Annotated[int, Field(ge=2)] = 2048
     labels: Literal["response", "sequence"] = "response"
     append_eos: bool = True

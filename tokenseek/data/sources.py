@@ -1,23 +1,56 @@
-"""Sources: loads local files and data sets of the hub, filters their rows, and draws the rows of a mixture."""
+"""Sources: finds local files and data sets of the hub, reads and filters their rows, and draws those of a mixture."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
-from datasets import Dataset, load_dataset
+import pyarrow as pa
+from datasets import Dataset, ReadInstruction, load_dataset
+from datasets.table import MemoryMappedTable
 from datasets.utils.logging import get_logger
 
 from tokenseek.config.schema import SourceConfig
+from tokenseek.data.reading import READERS, RawRow, arrow_rows, parse_row, read_file
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
 
 logger = get_logger(__name__)
 
-_BUILDER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_SCHEMA = pa.schema([("row", pa.large_string()), ("place", pa.string())])
+_ROWS_AT_ONCE = 1000
+_CHUNK_BYTES = 1 << 20
 
 
-def load_source(source: SourceConfig, key: str) -> tuple[Dataset, int]:
-    """The rows of one source after its filters, and the number of rows read before them.
+@dataclass(frozen=True)
+class LoadedSource:
+    """The rows of a source behind its filters.
+
+    Attributes:
+        rows: columns `row`, the text of a JSON object (:func:`tokenseek.data.reading.parse_row`), and `place`, where it
+            stands, for errors.
+        columns: names of the cells that the rows have, in the order of their first appearance.
+        rows_read: number of rows before the filters.
+        notes: what a user should know, such as files that were left out.
+    """
+
+    rows: Dataset
+    columns: tuple[str, ...]
+    rows_read: int
+    notes: tuple[str, ...] = ()
+
+
+def load_source(source: SourceConfig, key: str) -> LoadedSource:
+    """The rows of one source after its filters.
 
     Args:
         key: the source's dotted path in the configuration (`data.sources.0`), with which errors begin.
@@ -25,27 +58,29 @@ def load_source(source: SourceConfig, key: str) -> tuple[Dataset, int]:
     Raises:
         UserError: missing or unreadable data, a missing column (lists the columns there are), or no row left.
     """
-    rows = _load_local(source, key) if source.path is not None else _load_hub(source, key)
-    rows_read = len(rows)
+    loaded = _load_local(source, key) if source.path is not None else _load_hub(source, key)
+    rows = loaded.rows
     for filter_key, filters, wanted in (("drop", source.drop, False), ("keep", source.keep, True)):
         for column, values in filters.items():
-            require_column(rows, column, f"{key}.{filter_key}")
-            cells = list(rows[column])
+            require_column(loaded.columns, column, f"{key}.{filter_key}")
+            cells = [parse_row(row).get(column) for row in rows["row"]]
             for value in values:
-                if value not in cells:
+                if not any(_is_meant(cell, value) for cell in cells):
                     logger.warning("%s.%s.%s: no row holds %r", key, filter_key, column, value)
-            rows = rows.select([row for row, cell in enumerate(cells) if (cell in values) == wanted])
+            rows = rows.select(
+                [row for row, cell in enumerate(cells) if any(_is_meant(cell, v) for v in values) == wanted]
+            )
     if not len(rows):
-        filtered = f": its filters drop all {rows_read} rows" if rows_read else ""
+        filtered = f": its filters drop all {loaded.rows_read} rows" if loaded.rows_read else ""
         raise UserError(f"{key}: no rows in {source.path or source.name}{filtered}; give data with at least one row")
-    return rows, rows_read
+    return LoadedSource(rows, loaded.columns, loaded.rows_read, loaded.notes)
 
 
-def require_column(rows: Dataset, column: str, key: str) -> None:
-    if column not in rows.column_names:
+def require_column(columns: Sequence[str], column: str, key: str) -> None:
+    if column not in columns:
         raise UserError(
-            f"{key}: the data has no column {column!r}{did_you_mean(column, rows.column_names)}; "
-            f"its columns are {', '.join(rows.column_names)}"
+            f"{key}: the data has no column {column!r}{did_you_mean(column, columns)}; "
+            f"its columns are {', '.join(columns)}"
         )
 
 
@@ -72,39 +107,147 @@ def draw_rows(sources: Sequence[SourceConfig], sizes: Sequence[int], key: str) -
     return drawn
 
 
-def _load_local(source: SourceConfig, key: str) -> Dataset:
-    path = Path(source.path).expanduser()
-    suffixes = ", ".join(_BUILDER_OF_SUFFIX)
+def local_files(path: Path, key: str) -> tuple[list[Path], list[Path]]:
+    """The files that a path stands for, and the hidden ones among them (of notebooks and file systems), not read.
+
+    Raises:
+        UserError: there is none, or they are of several kinds.
+    """
+    suffixes = ", ".join(READERS)
     if not path.exists():
-        raise UserError(f"{key}.path: no file or folder {source.path!r} (working directory {Path.cwd()})")
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDER_OF_SUFFIX)
+        raise UserError(f"{key}.path: no file or folder {str(path)!r} (working directory {Path.cwd()})")
+    if not path.is_dir():
+        files, hidden = [path], []
+    else:
+        found = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+        hidden = [file for file in found if _is_hidden(file.relative_to(path))]
+        files = [file for file in found if file not in set(hidden)]
         if not files:
-            raise UserError(f"{key}.path: the folder {source.path!r} holds no file of the kinds {suffixes}")
-    found = sorted({file.suffix for file in files})
-    builders = {_BUILDER_OF_SUFFIX.get(suffix) for suffix in found}
-    if len(builders) > 1 or None in builders:
-        raise UserError(f"{key}.path: {source.path!r} is of kind {found}; accepted is one kind of {suffixes}")
+            only = f" that is not hidden ({len(hidden)} are)" if hidden else ""
+            raise UserError(f"{key}.path: the folder {str(path)!r} holds no file of the kinds {suffixes}{only}")
+    kinds = sorted({file.suffix for file in files})
+    if len(kinds) > 1 or kinds[0] not in READERS:
+        raise UserError(f"{key}.path: {str(path)!r} is of kind {kinds}; accepted is one kind of {suffixes}")
+    return files, hidden
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def _is_meant(cell: Any, value: Any) -> bool:
+    """Whether a cell is what a filter names. Where one of them is text, as all cells of a CSV are, texts decide."""
+    if isinstance(cell, bool) or isinstance(value, bool):
+        return str(cell).lower() == str(value).lower()
+    if isinstance(cell, str) != isinstance(value, str) and None not in (cell, value):
+        return str(cell) == str(value)
+    return cell == value
+
+
+def _load_local(source: SourceConfig, key: str) -> LoadedSource:
+    path = Path(source.path).expanduser()
+    files, hidden = local_files(path, key)
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{key}.path: {source.path!r} is empty; give data with at least one row")
-    split = source.split.partition("[")[0]  # "train[:10%]" slices the split "train"
-    data_files = {split: [str(file) for file in files]}
-    return _load(
-        key, f"{key}.path: cannot read {source.path!r}", builders.pop(), data_files=data_files, split=source.split
-    )
+    names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
 
+    def read() -> Iterable[RawRow]:
+        for file, name in zip(files, names, strict=True):
+            for row in read_file(file):
+                yield row._replace(place=f"{name}, {row.place}")
 
-def _load_hub(source: SourceConfig, key: str) -> Dataset:
-    failure = f"{key}.name: cannot load the data set {source.name!r} (split {source.split!r})"
-    return _load(key, failure, source.name, name=source.config_name, split=source.split)
-
-
-def _load(key: str, failure: str, *args, **kwargs) -> Dataset:
     try:
-        return load_dataset(*args, **kwargs)
+        content = [_content_digest(file) for file in files]
+        rows, columns = _cached(read, [source.path, *names, *content])
+    except UserError as error:
+        raise UserError(f"{key}.path: {error}") from error
+    except OSError as error:
+        raise UserError(f"{key}.path: cannot read {source.path!r}: {error}") from error
+    notes = []
+    if hidden:
+        some = ", ".join(str(file.relative_to(path)) for file in hidden[:3]) + (", ..." if len(hidden) > 3 else "")
+        notes.append(f"{key}.path: {len(hidden)} hidden file(s) of {source.path!r} are left out: {some}")
+    rows = _sliced(rows, source.split, f"{key}.split")
+    return LoadedSource(rows, columns, len(rows), tuple(notes))
+
+
+def _load_hub(source: SourceConfig, key: str) -> LoadedSource:
+    try:
+        table = load_dataset(source.name, name=source.config_name, split=source.split)
     # datasets raises its own errors, pyarrow's, the hub's and requests' for what is always one matter: unusable data.
     except Exception as error:
-        if "corresponds to no data" in str(error):  # a file with a header and no row
-            return Dataset.from_dict({})
-        raise UserError(f"{failure}: {error.__cause__ or error}") from error
+        raise UserError(
+            f"{key}.name: cannot load the data set {source.name!r} (split {source.split!r}): {error.__cause__ or error}"
+        ) from error
+
+    def read() -> Iterable[RawRow]:
+        number = 0
+        for batch in table.with_format("arrow").iter(_ROWS_AT_ONCE):
+            for text in arrow_rows(batch):
+                number += 1
+                yield RawRow(text, f"{source.name}, row {number}", table.column_names)
+
+    rows, columns = _cached(read, ["hub", source.name, table._fingerprint])
+    return LoadedSource(rows, columns or tuple(table.column_names), len(rows))
+
+
+def _sliced(rows: Dataset, split: str, key: str) -> Dataset:
+    """The rows of `train[:10%]`; a local path has one split, whatever its name is."""
+    name = split.partition("[")[0]
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"{key}: {split!r} is not a split such as train or train[:10%]: {error}") from error
+    return rows.select([row for part in parts for row in range(*slice(part.from_, part.to).indices(len(rows)))])
+
+
+def _content_digest(file: Path) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as content:
+        while chunk := content.read(_CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _cached(read: Callable[[], Iterable[RawRow]], identity: list[str]) -> tuple[Dataset, tuple[str, ...]]:
+    """The rows that `read` yields, as a memory-mapped data set, and their columns.
+
+    They are read once for an `identity`, which names the content and not the time of a file, and for this package's
+    code. Processes may do so at once: the folder appears whole or not at all.
+    """
+    code = [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("reading.py", "sources.py")]
+    key = hashlib.blake2b(json.dumps([identity, code]).encode(), digest_size=16).hexdigest()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "tokenseek" / key
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+        try:
+            _write_rows(read(), new)
+            os.replace(new, folder)
+        except OSError:
+            if not folder.exists():  # else another process has finished it
+                raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    rows = Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=key)
+    return rows, tuple(json.loads((folder / "columns.json").read_text(encoding="utf-8")))
+
+
+def _write_rows(rows: Iterable[RawRow], folder: Path) -> None:
+    columns: dict[str, None] = {}
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+        waiting: list[RawRow] = []
+
+        def write() -> None:
+            cells = [row.text for row in waiting], [row.place for row in waiting]
+            arrays = [pa.array(column, kind) for column, kind in zip(cells, _SCHEMA.types, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+            waiting.clear()
+
+        for row in rows:
+            columns.update(dict.fromkeys(row.columns))
+            waiting.append(row)
+            if len(waiting) == _ROWS_AT_ONCE:
+                write()
+        write()
+    (folder / "columns.json").write_text(json.dumps(list(columns)), encoding="utf-8")

@@ -1,14 +1,13 @@
 """Rendering: one row of a data set becomes one text, with the spans of characters that carry a loss.
 
 Rendering to text first keeps the tokenizer out of it: prompt and response are tokenised together, exactly as the model
-will meet them when it generates (see `tokenseek.data.encoding`).
+will meet them when it generates (see `tokenseek.data.encoding`). Conversations are rendered by `tokenseek.data.chat`.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
-
-from tokenseek.errors import UserError
 
 # Section S1.1 (Taori et al., 2023), in the layout of Stanford's code; `without_input` is for rows with an empty input.
 TEMPLATES: dict[str, dict[str, str]] = {
@@ -27,10 +26,6 @@ TEMPLATES: dict[str, dict[str, str]] = {
     "plain": {"with_input": "{instruction}\n\n{input}\n\n", "without_input": "{instruction}\n\n"},
 }
 
-# Some chat templates print today's date (Llama 3.2's). With a fixed one the examples, and so an index, stay the same
-# tomorrow. A macro, because it wins over the function of this name that Transformers hands to every template.
-_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-
 
 @dataclass(frozen=True)
 class Rendered:
@@ -44,72 +39,65 @@ class Rendered:
     add_special_tokens: bool
 
 
-def render_instruction(template: str, instruction: str, input: str, response: str, eos: str) -> Rendered:
-    """Prompt by `template`, then response and `eos` (may be empty), which carry the loss.
+@dataclass(frozen=True)
+class Ends:
+    """How a text begins and ends with a tokenizer.
+
+    Attributes:
+        bos: what the tokenizer puts in front of every text; empty if nothing.
+        eos: text of its end-of-sequence token; empty if it has none.
+        appended: texts are to end with `eos`.
+        adds_eos: the tokenizer puts `eos` behind every text.
+    """
+
+    bos: str = ""
+    eos: str = ""
+    appended: bool = True
+    adds_eos: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: Any, appended: bool) -> Ends:
+        ids = tokenizer("a")["input_ids"]
+        adds_bos = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+        adds_eos = bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+        return cls(tokenizer.bos_token if adds_bos else "", tokenizer.eos_token or "", appended, adds_eos)
+
+    def once(self, text: str, start: int = 0) -> Rendered:
+        """The text with one BOS and one EOS, whatever of them it brings itself.
+
+        Args:
+            start: the first character that carries a loss; all behind it do.
+        """
+        if self.bos and text.startswith(self.bos):
+            text = text[len(self.bos) :]
+            start = max(0, start - len(self.bos))
+        if self.eos:
+            if text.rstrip().endswith(self.eos):
+                text = text.rstrip()  # nothing follows the end
+                if self.adds_eos:
+                    text = text.removesuffix(self.eos)
+            elif self.appended and not self.adds_eos:
+                text += self.eos
+        return Rendered(text, ((min(start, len(text)), len(text)),), add_special_tokens=True)
+
+
+def render_instruction(template: str, instruction: str, input: str, response: str, ends: Ends) -> Rendered:
+    """Prompt by `template`, then the response with its end, which carry the loss.
 
     Example:
-        >>> rendered = render_instruction("plain", "Add 1 and 2.", "", "3", "</s>")
+        >>> rendered = render_instruction("plain", "Add 1 and 2.", "", "3", Ends(eos="</s>"))
         >>> rendered.text, rendered.spans
         ('Add 1 and 2.\\n\\n3</s>', ((14, 19),))
     """
     form = TEMPLATES[template]["with_input" if input else "without_input"]
-    prompt = form.format(instruction=instruction, input=input)
-    text = prompt + response + eos
-    return Rendered(text, ((len(prompt), len(text)),), add_special_tokens=True)
+    return render_completion(form.format(instruction=instruction, input=input), response, ends)
 
 
-def render_text(text: str, eos: str) -> Rendered:
+def render_completion(prompt: str, completion: str, ends: Ends) -> Rendered:
+    """One behind the other; the completion with its end carries the loss."""
+    return ends.once(prompt + completion, len(prompt))
+
+
+def render_text(text: str, ends: Ends) -> Rendered:
     """All of the text carries the loss."""
-    text += eos
-    return Rendered(text, ((0, len(text)),), add_special_tokens=True)
-
-
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Rendered:
-    """A conversation by the tokenizer's chat template; each assistant turn carries the loss, its end marker included.
-
-    A turn's span is what its message adds: from the conversation before it with the generation prompt, to the
-    conversation up to it. Both must be prefixes of the whole text.
-
-    Raises:
-        UserError: messages without role and content, no assistant turn, a template that refuses the conversation or
-            renders earlier turns differently once later ones are there.
-    """
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    for position, message in enumerate(messages):
-        if not {"role", "content"} <= message.keys():
-            raise UserError(
-                f"message {position} has the keys {sorted(message)}; accepted are messages with role and content"
-            )
-    turns = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        roles = [message["role"] for message in messages]
-        raise UserError(f"no message of role assistant (roles are {roles}), so there is nothing to learn")
-
-    text = _apply(tokenizer, messages, add_generation_prompt=False)
-    spans = []
-    for turn in turns:
-        prompt = _apply(tokenizer, messages[:turn], add_generation_prompt=True)
-        upto = _apply(tokenizer, messages[: turn + 1], add_generation_prompt=False)
-        if not (text.startswith(upto) and upto.startswith(prompt)):
-            raise UserError(
-                f"the chat template renders message {turn} differently when later messages follow it, so the tokens of "
-                "the assistant cannot be told apart; end each conversation at its first assistant turn or give the "
-                "tokenizer a prefix-stable chat template"
-            )
-        spans.append((len(prompt), len(upto)))
-    return Rendered(text, tuple(spans), add_special_tokens=False)
-
-
-def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
-        )
-    except (TemplateError, TypeError) as error:
-        roles = [message["role"] for message in messages]
-        raise UserError(f"the chat template refuses the roles {roles}: {error}") from error
+    return ends.once(text)

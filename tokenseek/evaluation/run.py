@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from tokenseek import __version__
 from tokenseek.config.schema import DataConfig, ModelConfig
-from tokenseek.data import prepare_dataset
+from tokenseek.data import prepare_dataset, require_supervised
 from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import HELD_OUT_LOSS, TABLE_1, Chosen, local_files, runnable_tasks
 from tokenseek.evaluation.result import EvaluationResult, Score
@@ -94,6 +94,7 @@ def evaluate(
     held_out_data = None
     if with_loss:
         held_out_data = first_on_main(state, lambda: prepare_dataset(held_out, tokenizer, "eval_data")).dataset
+        require_supervised(held_out_data, "eval_data")
         if limit:
             held_out_data = held_out_data.select(range(min(limit, len(held_out_data))))
 

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
 from tokenseek.config.schema import RunConfig, save_resolved
-from tokenseek.data import PreparedData, hold_out, prepare_dataset
+from tokenseek.data import PreparedData, hold_out, prepare_dataset, require_supervised
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
@@ -87,6 +87,9 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
         training, held_out = hold_out(training, config.data.hold_out, config.data.seed)
     elif config.eval_data:
         held_out = first_on_main(state, lambda: prepare_dataset(config.eval_data, tokenizer, "eval_data")).dataset
+    require_supervised(training, "data")
+    if held_out is not None:
+        require_supervised(held_out, "eval_data" if config.eval_data else "data.hold_out")
     state.print(f"Training data: {prepared.report}")
     config = settle_ratio(config, checkpoint, max(map(len, prepared.dataset["input_ids"])), state)
     if state.is_main_process:

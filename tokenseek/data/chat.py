@@ -1,0 +1,458 @@
+"""Conversations: messages as data sets write them, rendered by a tokenizer's chat template, with the spans that learn.
+
+What a turn of the assistant is in a rendered conversation is found by rendering: its text is what follows the
+generation prompt when the conversation ends with it. Some templates render a turn differently once others follow (they
+drop its reasoning, or end it with another token). Such a turn is trained as it was generated, or not at all: never as
+the history that a later turn sees.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenseek.data.templates import Rendered
+from tokenseek.errors import UserError
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+# Some chat templates print today's date (Llama 3.2's). With a fixed one the examples, and so an index, stay the same
+# tomorrow. A macro, because it wins over the function of this name that Transformers hands to every template.
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# Who speaks in ShareGPT's `from`, and the role that chat templates know.
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+# Fields of a message that say whether it carries a loss.
+_TRAINED = ("train", "weight")
+# A chat template may stand on such an error as well as on one of its own.
+_TEMPLATE_ERRORS = (TypeError, ValueError, AttributeError, LookupError)
+
+
+def read_messages(cell: Any, system: Any = None) -> list[Message]:
+    """A conversation as messages with `role` and `content`, from these or from ShareGPT's `from` and `value`.
+
+    Fields that are null are left out, `content` excepted; parts of text become one text; arguments of tool calls are
+    objects, as chat templates expect them.
+
+    Args:
+        cell: a list of messages, or its JSON text.
+        system: text of a system message to begin with.
+
+    Raises:
+        UserError: names the message and what is wrong with it.
+    """
+    if isinstance(cell, str):
+        cell = _parsed(cell)
+    if not isinstance(cell, list) or not cell:
+        raise UserError("accepted is a list of messages, each with role and content (or from and value)")
+    messages = [_message(message, position) for position, message in enumerate(cell)]
+    if isinstance(system, str) and system:
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        elif messages[0]["content"] != system:
+            raise UserError("there is a system message and a system column with another text; leave out one of them")
+    return messages
+
+
+def read_tools(cell: Any) -> list[dict[str, Any]] | None:
+    """The tools of a conversation, from a list of JSON schemas or its JSON text; None where there are none."""
+    if isinstance(cell, str):
+        cell = _parsed(cell) if cell.strip() else None
+    if isinstance(cell, dict):
+        cell = [cell]
+    if cell is not None and not (isinstance(cell, list) and all(isinstance(tool, dict) for tool in cell)):
+        raise UserError(f"accepted as tools is a list of JSON schemas, got {cell!r:.80}")
+    return cell or None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _message(given: Any, position: int) -> Message:
+    where = f"message {position}"
+    if not isinstance(given, dict):
+        raise UserError(f"{where} is {given!r:.80}; accepted are messages with role and content (or from and value)")
+    message = {name: value for name, value in given.items() if value is not None}
+    if "from" in message and "role" not in message:
+        message = _from_sharegpt(message, where)
+    if not isinstance(message.get("role"), str) or (given.get("role") is not None and "from" in message):
+        raise UserError(
+            f"{where} has the keys {sorted(message)}; accepted are messages with role and content (or from and value)"
+        )
+    where += f" ({message['role']})"
+    if not message.get("tool_calls"):
+        message.pop("tool_calls", None)
+    else:
+        message["tool_calls"] = [_tool_call(call, where) for call in _listed(message["tool_calls"], where)]
+    message["content"] = _content(message.get("content"), where)
+    if message["content"] is None and not any(
+        message.get(field) for field in ("tool_calls", "reasoning_content", "thinking")
+    ):
+        raise UserError(f"{where} has no content; give text, or drop the conversation")
+    return message
+
+
+def _from_sharegpt(message: Message, where: str) -> Message:
+    speaker = message.pop("from")
+    role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise UserError(f"{where} is from {speaker!r}; accepted are {', '.join(_SHAREGPT_ROLES)}")
+    value = message.pop("value", None)
+    if speaker == "function_call":
+        calls = _parsed(value) if isinstance(value, str) else value
+        if not isinstance(calls, dict | list):
+            raise UserError(f"{where} is a function_call, whose value is the JSON text of name and arguments")
+        return {"role": role, "tool_calls": calls, **message}
+    return {"role": role, "content": value, **message}
+
+
+def _listed(calls: Any, where: str) -> list[Any]:
+    calls = _parsed(calls) if isinstance(calls, str) else calls
+    if isinstance(calls, dict):
+        return [calls]
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: tool_calls is no list of calls")
+    return calls
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """The call with `function`, whose arguments are an object."""
+    if isinstance(call, dict) and "function" not in call and "name" in call:
+        call = {"type": "function", "function": call}
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(f"{where}: a tool call has a function with name and arguments, got {call!r:.80}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and isinstance(parsed := _parsed(arguments), dict):
+        arguments = parsed
+    kept = {name: value for name, value in call.items() if value is not None}
+    return {"type": "function", **kept, "function": {**function, "arguments": {} if arguments is None else arguments}}
+
+
+def _content(content: Any, where: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, int | float) and not isinstance(content, bool):
+        return str(content)
+    if not isinstance(content, list):
+        raise UserError(f"{where}: content is {content!r:.80}; accepted is text, or a list of parts of type text")
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise UserError(
+                f"{where} has a part of type {kind!r}; TokenSeek trains on text, so only parts of type text"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+@dataclass(frozen=True)
+class ChatRenderer:
+    """Renders conversations by a tokenizer's chat template.
+
+    Attributes:
+        tokenizer: has a chat template.
+        loss_on: `all` turns of the assistant, or the `last` one. A message's own `train` (true or false) or `weight`
+            (1 or 0) wins.
+        rewritten_turns: what becomes of turns that the template renders differently once others follow: `refuse` the
+            conversation, or train each in a `separate` example that ends with it.
+        options: further variables of the template (`enable_thinking`).
+    """
+
+    tokenizer: Any
+    loss_on: str = "all"
+    rewritten_turns: str = "refuse"
+    options: Mapping[str, Any] | None = None
+    key: str = "data"
+
+    def render(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, first_turn: int = 0
+    ) -> list[Rendered]:
+        """The examples of a conversation: one, or several where turns are trained separately.
+
+        Args:
+            first_turn: messages before it are the prompt and carry no loss.
+
+        Raises:
+            UserError: no turn of the assistant, a template that refuses the conversation, or one that renders turns
+                differently once others follow.
+        """
+        turns = self._trained_turns(messages, first_turn)
+        conversation = _Conversation(self, _without_own_ends(self, _taken(self, messages, tools), tools), tools)
+        if conversation.has_markers and len(turns) == len(_assistant_turns(messages)):
+            text, spans = conversation.marked()
+            return [Rendered(text, spans, add_special_tokens=False)]
+        return list(self._examples(conversation, turns))
+
+    def _trained_turns(self, messages: Sequence[Message], first_turn: int) -> list[int]:
+        turns = [turn for turn in _assistant_turns(messages) if turn >= first_turn]
+        if not turns:
+            roles = [message["role"] for message in messages]
+            raise UserError(f"no message of role assistant (roles are {roles}), so there is nothing to learn")
+        chosen = turns[-1:] if self.loss_on == "last" else turns
+        wished = {turn: wish for turn, message in enumerate(messages) if (wish := _wish(message, turn)) is not None}
+        if unheard := [turn for turn, wish in wished.items() if wish and turn not in turns]:
+            raise UserError(
+                f"message {unheard[0]} ({messages[unheard[0]]['role']}) asks for a loss; only turns of the assistant "
+                "carry one"
+            )
+        if self.loss_on == "last":
+            return [turn for turn in chosen if wished.get(turn, True)]
+        return [turn for turn in turns if wished.get(turn, True)]
+
+    def _examples(self, conversation: _Conversation, turns: list[int]) -> Iterator[Rendered]:
+        """Latest turns first: an example holds all turns that are in it as they were generated."""
+        whole = conversation.apply()
+        if not turns:
+            yield Rendered(whole, (), add_special_tokens=False)
+            return
+        generated = {turn: conversation.turn(turn) for turn in turns}
+        examples, text, left = [], whole, turns
+        while left:
+            spans = {turn: span for turn in left if (span := conversation.find(*generated[turn], text))}
+            if not spans and text is not whole:
+                raise RuntimeError(f"turn {left[-1]} is not in its own rendering")
+            rewritten = [turn for turn in left if turn not in spans]
+            if rewritten and self.rewritten_turns == "refuse":
+                raise UserError(self._refusal(rewritten[0], generated[rewritten[0]]))
+            if spans:
+                examples.append(Rendered(text, tuple(sorted(spans.values())), add_special_tokens=False))
+            left = rewritten
+            if left:
+                text = generated[left[-1]][0]
+        yield from reversed(examples)
+
+    def _refusal(self, turn: int, generated: tuple[str, int]) -> str:
+        return (
+            f"the chat template renders message {turn} differently when later messages follow it (it drops reasoning, "
+            f"say), so that what the assistant generated there, {generated[0][generated[1] :]!r:.60}, is not in the "
+            f"conversation. Train such turns in examples of their own ({self.key}.rewritten_turns=separate), or "
+            f"put the loss on the last turn only ({self.key}.loss_on=last)"
+        )
+
+
+class _Conversation:
+    """The renderings of one conversation."""
+
+    def __init__(self, renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None):
+        self.renderer, self.messages, self.tools = renderer, messages, tools
+        tokenizer = renderer.tokenizer
+        self.template = tokenizer.get_chat_template(tools=tools)
+        added = tokenizer.added_tokens_decoder.values()
+        self.markers = _one_of(token.content for token in added)
+        self.closing = re.compile(rf"(?:\s|{_one_of(token.content for token in added if token.special).pattern})*")
+
+    @property
+    def has_markers(self) -> bool:
+        return bool(_GENERATION.search(self.template))
+
+    def apply(self, upto: int | None = None, generation_prompt: bool = False) -> str:
+        """The text of the first `upto` messages."""
+        return _apply(self.renderer, self.messages[:upto], self.tools, generation_prompt)
+
+    def marked(self) -> tuple[str, tuple[Span, ...]]:
+        """The text, and what the template itself marks as generated."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _errors_named(self.messages):
+            texts, spans = render_jinja_template(
+                [self.messages],
+                tools=self.tools,
+                chat_template=_FIXED_DATE + self.template,
+                return_assistant_tokens_mask=True,
+                **_variables(self.renderer),
+            )
+        if not spans[0]:
+            raise UserError("the chat template has {% generation %} marks, but marks nothing in this conversation")
+        return texts[0], tuple(sorted((start, end) for start, end in spans[0]))
+
+    def turn(self, turn: int) -> tuple[str, int]:
+        """The conversation that ends with a turn, and where what the assistant generated begins in it."""
+        prompt, upto = self.apply(turn, generation_prompt=True), self.apply(turn + 1)
+        start = self._agreement(prompt, upto)
+        if start < len(prompt):
+            # The generation prompt begins an answer (`<think>`) that this one does not begin with: the turn begins
+            # where they part, at the end of a word or marker, but not in the messages before it.
+            earliest = self._agreement(prompt, self.apply(turn))
+            if start < earliest:
+                raise UserError(
+                    f"the chat template renders the messages before message {turn} differently once it follows, so the "
+                    "tokens of the assistant cannot be told apart; give the tokenizer a chat template without that"
+                )
+            start = self._word_end(upto, start, earliest)
+        return upto, start
+
+    def find(self, upto: str, start: int, text: str) -> Span | None:
+        """Where the turn that begins at `start` of `upto` stands in `text`; None if it is not there as generated.
+
+        What closes a turn (a special token) may be another in a history, and carries no loss then.
+        """
+        end = self._agreement(upto, text)
+        whole = end == len(upto) or (end > start and self.closing.fullmatch(upto, end))
+        return (start, end) if end >= start and whole else None
+
+    def _agreement(self, first: str, second: str) -> int:
+        """Number of characters that both begin with, without a part of a marker that one of them has there."""
+        length = _common_prefix(first, second)
+        for text in (first, second):
+            for marker in self.markers.finditer(text, max(0, length - 256), length + 256):
+                if marker.start() < length < marker.end():
+                    length = marker.start()
+        return length
+
+    def _word_end(self, text: str, start: int, earliest: int) -> int:
+        while start > earliest and not (
+            text[start - 1].isspace()
+            or any(m.end() == start for m in self.markers.finditer(text, max(0, start - 256), start))
+        ):
+            start -= 1
+        return start
+
+
+def _variables(renderer: ChatRenderer) -> dict[str, Any]:
+    return {**renderer.tokenizer.special_tokens_map, **(renderer.options or {})}
+
+
+def _apply(
+    renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, generation_prompt: bool
+) -> str:
+    with _errors_named(messages):
+        return renderer.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            chat_template=_FIXED_DATE + renderer.tokenizer.get_chat_template(tools=tools),
+            **(renderer.options or {}),
+        )
+
+
+class _errors_named:
+    """Turns what a template raises into a :class:`UserError` with the roles that it was given."""
+
+    def __init__(self, messages: Sequence[Message]):
+        self.roles = [message["role"] for message in messages]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        from jinja2 import TemplateError
+
+        if isinstance(error, (TemplateError, *_TEMPLATE_ERRORS)) and not isinstance(error, UserError):
+            raise UserError(f"the chat template refuses the roles {self.roles}: {error}") from error
+
+
+def _taken(renderer: ChatRenderer, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[Message]:
+    """The messages in the first spelling that the template renders.
+
+    Templates differ in how they want a message that has tool calls and no content (null, no field, empty text), and
+    the arguments of a call (an object, or its JSON text). All mean the same.
+    """
+    bare = [{name: value for name, value in message.items() if name not in _TRAINED} for message in messages]
+    calls = any("tool_calls" in message for message in bare)
+    empty = any(message["content"] is None for message in bare)
+    error = None
+    for as_text in (False, True) if calls else (False,):
+        for spelling in ("null", "absent", "empty") if empty else ("null",):
+            spelled = [_spelled(message, spelling, as_text) for message in bare]
+            try:
+                _apply(renderer, spelled, tools, generation_prompt=False)
+            except UserError as refused:
+                error = error or refused
+            else:
+                return spelled
+    raise error
+
+
+def _without_own_ends(
+    renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None
+) -> list[Message]:
+    """The messages without a BOS or EOS of their own where the template writes one there too."""
+    bos, eos = renderer.tokenizer.bos_token, renderer.tokenizer.eos_token
+    text = _apply(renderer, messages, tools, generation_prompt=False)
+    messages = [dict(message) for message in messages]
+    first = messages[0].get("content")
+    if bos and isinstance(first, str) and first.startswith(bos) and text.startswith(bos + bos):
+        messages[0]["content"] = first.removeprefix(bos)
+    if eos and re.search(rf"{re.escape(eos)}\s*{re.escape(eos)}", text):
+        for message in messages:
+            if message["role"] == "assistant" and isinstance(message.get("content"), str):
+                message["content"] = message["content"].removesuffix(eos)
+    return messages
+
+
+def _spelled(message: Message, empty_content: str, arguments_as_text: bool) -> Message:
+    message = dict(message)
+    if message["content"] is None and empty_content != "null":
+        del message["content"]
+        if empty_content == "empty":
+            message["content"] = ""
+    if arguments_as_text and "tool_calls" in message:
+        message["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
+        ]
+    return message
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _assistant_turns(messages: Sequence[Message]) -> list[int]:
+    return [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _wish(message: Message, position: int) -> bool | None:
+    """What a message says about its own loss."""
+    given = [message[field] for field in _TRAINED if field in message]
+    for value in given:
+        if value not in (0, 1):  # true and false are these too
+            raise UserError(f"message {position}: train or weight is {value!r}; accepted are true, false, 1 and 0")
+    return bool(min(given)) if given else None
+
+
+def _one_of(texts: Any) -> re.Pattern:
+    longest_first = sorted({text for text in texts if text}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _common_prefix(first: str, second: str) -> int:
+    low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
+    while low < high - 1:  # first[:low] is common, first[:high] is not
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,138 @@
+"""Rows to rendered examples, by the kind of their source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tokenseek.config.schema import DataConfig, SourceConfig
+from tokenseek.data.chat import ChatRenderer, read_messages, read_tools
+from tokenseek.data.formats import hint
+from tokenseek.data.reading import parse_row
+from tokenseek.data.sources import LoadedSource, require_column
+from tokenseek.data.templates import Ends, Rendered, render_completion, render_instruction, render_text
+from tokenseek.errors import UserError
+
+# The columns that a kind of source cannot do without, by their names in `columns`.
+_NEEDED = {
+    "instruction": ("instruction", "response"),
+    "chat": ("messages",),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+# Those that are read where the data has them and no other name is given.
+_OPTIONAL = {"instruction": ("input",), "chat": ("tools", "system"), "completion": ("tools",), "text": ()}
+
+
+class RowRenderer:
+    """Renders batches of rows (`row`, `place`) of one source, after a look at its columns.
+
+    Args:
+        source: of a kind that is settled (not `auto`).
+        template: of instructions, settled too.
+
+    Raises:
+        UserError: a column is missing.
+    """
+
+    def __init__(
+        self, source: SourceConfig, loaded: LoadedSource, template: str, ends: Ends, chat: ChatRenderer, key: str
+    ):
+        self.kind, self.template, self.ends, self.chat, self.key = source.kind, template, ends, chat, key
+        self.columns: dict[str, str] = {}
+        for name in _NEEDED[source.kind]:
+            column = getattr(source.columns, name)
+            try:
+                require_column(loaded.columns, column, f"{key}.columns.{name}")
+            except UserError as error:
+                raise UserError(f"{error}{hint(loaded, key)}") from error
+            self.columns[name] = column
+        for name in _OPTIONAL[source.kind]:
+            column = getattr(source.columns, name)
+            if column is not None:
+                require_column(loaded.columns, column, f"{key}.columns.{name}")
+                self.columns[name] = column
+            elif name in loaded.columns:
+                self.columns[name] = name
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        done = [self._render(row, place) for row, place in zip(batch["row"], batch["place"], strict=True)]
+        return {
+            "place": batch["place"],
+            "text": [[example.text for example in examples] for examples in done],
+            "spans": [[example.spans for example in examples] for examples in done],
+            "add_special_tokens": [[example.add_special_tokens for example in examples] for examples in done],
+        }
+
+    def _render(self, row: str, place: str) -> list[Rendered]:
+        cells = parse_row(row)
+        render: Callable[[dict[str, Any]], list[Rendered]] = {
+            "instruction": self._instruction,
+            "completion": self._completion,
+            "chat": self._chat,
+            "text": self._plain_text,
+        }[self.kind]
+        try:
+            examples = render(cells)
+            for example in examples:
+                example.text.encode()
+        except UserError as error:
+            raise UserError(f"{self.key}: {place}: {error}") from error
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{self.key}: {place}: the text holds half of a surrogate pair ({error.object[error.start]!r}), which "
+                "is not a character; mend or drop the row"
+            ) from error
+        return examples
+
+    def _instruction(self, row: dict[str, Any]) -> list[Rendered]:
+        # An empty or missing input is Alpaca's way to say that there is none.
+        given = "" if row.get(self.columns.get("input")) is None else self._text(row, "input")
+        instruction, response = self._text(row, "instruction"), self._text(row, "response")
+        if self.template == "chat":
+            task = f"{instruction}\n\n{given}" if given else instruction
+            return self.chat.render([{"role": "user", "content": task}, {"role": "assistant", "content": response}])
+        return [render_instruction(self.template, instruction, given, response, self.ends)]
+
+    def _completion(self, row: dict[str, Any]) -> list[Rendered]:
+        prompt, completion = (row.get(self.columns[name]) for name in ("prompt", "completion"))
+        if isinstance(prompt, list) and isinstance(completion, list):
+            before = read_messages(prompt)
+            return self.chat.render([*before, *read_messages(completion)], self._tools(row), first_turn=len(before))
+        return [render_completion(self._text(row, "prompt"), self._text(row, "completion"), self.ends)]
+
+    def _chat(self, row: dict[str, Any]) -> list[Rendered]:
+        column = self.columns["messages"]
+        if row.get(column) is None:
+            raise UserError(f"column {column!r} holds no list of messages{self._advice(column)}")
+        try:
+            messages = read_messages(row[column], row.get(self.columns.get("system")))
+        except UserError as error:
+            raise UserError(f"column {column!r}: {error}") from error
+        return self.chat.render(messages, self._tools(row))
+
+    def _plain_text(self, row: dict[str, Any]) -> list[Rendered]:
+        return [render_text(self._text(row, "text"), self.ends)]
+
+    def _tools(self, row: dict[str, Any]) -> list[dict[str, Any]] | None:
+        return read_tools(row.get(self.columns.get("tools")))
+
+    def _text(self, row: dict[str, Any], name: str) -> str:
+        column = self.columns[name]
+        value = row.get(column)
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
+        if value is None:
+            raise UserError(f"column {column!r} holds nothing; accepted is text{self._advice(column)}")
+        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+        raise UserError(f"column {column!r} holds {shown}, a {type(value).__name__}; accepted is text")
+
+    def _advice(self, column: str) -> str:
+        return f" (drop rows without a value with {self.key}.drop: {{{column}: [null]}})"
+
+
+def settled_template(data: DataConfig, tokenizer: Any) -> str:
+    """`data.template`, where `auto` is the tokenizer's chat template, if it has one, and else Alpaca's."""
+    if data.template != "auto":
+        return data.template
+    return "chat" if tokenizer.chat_template else "alpaca"
