@@ -234,6 +234,7 @@ class TrainingConfig(_Section):
     - `ditching`: false is ordinary fine-tuning on all tokens.
     - `recompute`: the selected pass once more in the backward pass.
     - `kv_storage`: where keys and values wait for it: on the `device`, on the `host`, or in 8 bits (`int8`, not exact).
+    - `on_nan`: whether a loss or gradient that is not finite ends the run (`stop`) or not (`continue`).
     - `packing`: the examples of a micro batch in one row instead of padded; losses and gradients are the same.
     - `sequence_layout`: which tokens of a text each rank holds where the accelerate config has ranks share texts
       (`sp_size`): `balanced`; `contiguous`, as stock Ulysses; or `regroup`, contiguous and regrouped in each layer as
@@ -271,6 +272,7 @@ class TrainingConfig(_Section):
     num_train_epochs: Annotated[float, Field(gt=0)] = 1
     max_steps: Annotated[int, Field(ge=-1)] = -1
     max_grad_norm: NonNegativeFloat = 1.0
+    on_nan: Literal["stop", "continue"] = "stop"
     optim: str = "adamw_torch"
     logging_steps: Annotated[float, Field(gt=0)] = 10
     save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"

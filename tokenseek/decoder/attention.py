@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -40,6 +41,22 @@ def has_attention_interface(decoder: Decoder) -> bool:
     return looks_up and not getattr(decoder.causal_lm.config, "reorder_and_upcast_attn", False)
 
 
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Inside the block, ``scaled_dot_product_attention`` on CUDA chooses among its own kernels and leaves cuDNN's out.
+
+    Those are torch's first choice on Hopper. They make a plan for every new shape, which takes 40 ms and more, and the
+    numbers of selected and unselected rows are new in every step; and under a mask the gradient of the queries can be
+    NaN (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 class _Replacement:
     """An entry of the interface that runs ``replace(own)``; `own` is the backend's function, None for eager."""
 
@@ -63,14 +80,16 @@ def attention_replaced(model: PreTrainedModel, replace: Callable[[Callable], Cal
 
     The replacement has the signature of Transformers' attention functions:
     ``(module, query_BNTH, key_BNTH, value_BNTH, attention_mask, **kwargs) -> (output_BTNH, weights_BNTT | None)``.
-    Blocks do not add up: in a block within a block, the inner replacement alone is in force.
+    Blocks do not add up: in a block within a block, the inner replacement alone is in force. cuDNN's kernels are left
+    out (:func:`without_cudnn`).
     """
     backend = model.config.get_text_config()._attn_implementation
     before = ALL_ATTENTION_FUNCTIONS.get(backend)
     own = before.own if isinstance(before, _Replacement) else before
     ALL_ATTENTION_FUNCTIONS[backend] = _Replacement(replace, own)
     try:
-        yield
+        with without_cudnn():
+            yield
     finally:
         if before is None:
             del ALL_ATTENTION_FUNCTIONS[backend]

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.attention import attention_replaced, without_cudnn
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import aligned_mask
 from tokenseek.decoder.names import CACHE_PLACES, KEY_ARGUMENTS, MASK_ARGUMENTS
@@ -201,7 +201,7 @@ class Partition:
         self, decoder: Decoder, replace: Callable[[Callable], Callable] | None
     ) -> AbstractContextManager[None]:
         """What one pass of one layer runs in, with attention replaced unless `replace` is None."""
-        return nullcontext() if replace is None else attention_replaced(decoder.causal_lm, replace)
+        return without_cudnn() if replace is None else attention_replaced(decoder.causal_lm, replace)
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
         """`rows` on their way into a layer, but the first."""

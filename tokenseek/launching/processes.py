@@ -5,8 +5,10 @@ Collectives here are short; what takes long is done by processes that do not wai
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,13 +16,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from tokenseek.errors import UserError
 
 Result = TypeVar("Result")
+
+_POLL_SECONDS = 0.1
+_calls = itertools.count()  # the same in all processes, which make the same calls
 
 
 def join_processes(patience: timedelta | None = None) -> PartialState:
@@ -117,18 +123,44 @@ def whole_models() -> Iterator[None]:
 
 
 def first_on_main(state: PartialState, work: Callable[[], Result]) -> Result:
-    """`work()` in the main process, then in the others, which find in caches what it has done.
+    """`work()` in the first process of every node, then in the others, which find in caches what it has done.
+
+    The others wait outside collectives, which NCCL ends after ten minutes: `work` may take longer.
 
     Raises:
-        UserError: in every process, where the main one meets it; none is left waiting for another that has ended.
+        UserError: in every process, where a first one meets it; none is left waiting for another that has ended.
+        RuntimeError: in the others, where a first one fails in another way.
     """
-    error = result = None
-    if state.is_main_process:
+    if state.num_processes == 1:
+        return work()
+    call = next(_calls)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    first = range(0, state.num_processes, per_node)
+    result, met = None, None
+    if state.process_index in first:
         try:
             result = work()
-        except UserError as met:
-            error = met
-    (error,) = broadcast_object_list([error])
-    if error is not None:
-        raise error
-    return result if state.is_main_process else work()
+        except Exception as error:
+            met = error
+        outcome = ["UserError" if isinstance(met, UserError) else "failed", str(met)] if met else ["done", ""]
+        _store().set(_key(call, state.process_index), json.dumps(outcome))
+        if met:
+            raise met
+    for process in first:
+        while not _store().check([_key(call, process)]):
+            time.sleep(_POLL_SECONDS)
+        kind, message = json.loads(_store().get(_key(call, process)))
+        if kind == "UserError":
+            raise UserError(message)
+        if kind == "failed":
+            raise RuntimeError(f"process {process} failed: {message}")
+    return result if state.process_index in first else work()
+
+
+def _store() -> dist.Store:
+    """What the processes of this launch found each other by; its first process answers in a thread of its own."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _key(call: int, process: int) -> str:
+    return f"tokenseek/first_on_main/{call}/{process}"

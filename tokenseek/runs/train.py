@@ -113,6 +113,7 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
         enable_sequence_parallelism(model, group, layout=config.training.sequence_layout)
     common = dict(
         args=arguments,
+        on_nan=config.training.on_nan,
         train_dataset=training,
         eval_dataset=held_out,
         processing_class=tokenizer,

@@ -18,6 +18,7 @@ _OURS = {
     "packing",
     "sequence_layout",
     "memory_budget",
+    "on_nan",
     "mixed_precision",
     "resume",
     "extra",

@@ -19,6 +19,7 @@ from tokenseek.decoder.find import find_decoder
 from tokenseek.errors import UserError
 from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
 from tokenseek.parallel import shared_by
+from tokenseek.training.finite import NamedExamples, StopAtNan
 from tokenseek.training.sampling import EpochSampler, WithBlanks
 
 
@@ -31,12 +32,17 @@ class GroupTrainer(Trainer):
 
     Args:
         model: a causal LM, plain or PEFT-wrapped.
+        on_nan: "stop" raises :class:`UserError` at a loss or gradient that is not finite, with the step and examples
+            (of data with an ``example_id``), before the optimizer takes it; "continue" does nothing about it.
 
     Raises:
         UserError: the model and the launch (``sp_size`` of its accelerate config) disagree on who shares examples.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs):
+    def __init__(self, model: nn.Module, args: TrainingArguments, *, on_nan: str = "stop", **kwargs):
+        if on_nan not in ("stop", "continue"):
+            raise UserError(f"on_nan is {on_nan!r}; it must be 'stop' or 'continue'.")
+        args.logging_nan_inf_filter = False  # would log such a loss as the mean of those before
         if hasattr(find_decoder(model).causal_lm, "_token_ditching") and (
             args.label_smoothing_factor or kwargs.get("compute_loss_func")
         ):
@@ -62,6 +68,9 @@ class GroupTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.new_epoch = NewEpoch()
         self.add_callback(self.new_epoch)
+        self.stop_at_nan = StopAtNan(self.accelerator) if on_nan == "stop" else None
+        if self.stop_at_nan:
+            self.add_callback(self.stop_at_nan)
 
     @property
     def num_groups(self) -> int:
@@ -72,7 +81,22 @@ class GroupTrainer(Trainer):
         with unseen_by_accelerate():
             super().create_accelerator_and_postprocess()
 
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
+        examples = inputs.pop("example_ids", [])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.stop_at_nan:
+            self.stop_at_nan.note(loss, examples)
+        return loss
+
     def get_train_dataloader(self) -> DataLoader:
+        plain_collator = self.data_collator
+        self.data_collator = NamedExamples(plain_collator)
+        try:
+            return self._train_dataloader()
+        finally:
+            self.data_collator = plain_collator
+
+    def _train_dataloader(self) -> DataLoader:
         plain, random = self.train_dataset, self.args.train_sampling_strategy == "random"
         if not has_length(plain) or self.args.train_sampling_strategy not in ("random", "sequential"):
             return super().get_train_dataloader()

@@ -1,0 +1,52 @@
+"""Which attention kernels may run. The switches exist in builds without CUDA, where a test can look at them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics.test_ditching import SELECTED, make_batch
+from tiny_models import tiny_model
+
+import tokenseek
+from tokenseek.seeking import TokenScorer
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """Whether cuDNN's kernels were allowed at each call of attention."""
+    seen, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spied(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    yield seen
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_no_attention_of_ditching_runs_by_cudnn(flags, kind, recompute):
+    model = tokenseek.enable_token_ditching(tiny_model(kind), recompute=recompute)
+    model(**make_batch(), selected_positions=SELECTED).loss.backward()
+    assert len(flags) == 4 + 3 + 4 * recompute and not any(flags)
+
+
+def test_nor_of_packed_examples(flags):
+    model = tokenseek.enable_token_ditching(tiny_model("llama"))
+    position_ids = torch.cat([torch.arange(7), torch.arange(6)])[None]
+    ids = make_batch((13,))["input_ids"]
+    model(input_ids=ids, labels=ids, position_ids=position_ids, selected_positions=SELECTED[:1]).loss.backward()
+    assert flags and not any(flags)
+
+
+def test_nor_of_seeking(flags):
+    TokenScorer(tiny_model("llama")).score(**make_batch())
+    assert len(flags) == 4 and not any(flags)
+
+
+def test_other_forward_passes_are_left_alone(flags):
+    tokenseek.enable_token_ditching(tiny_model("llama"))(**make_batch())
+    assert flags and all(flags)

@@ -1,0 +1,84 @@
+"""A loss or gradient that is not finite ends a run, before the optimizer writes it into the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback
+
+from tokenseek.errors import UserError
+
+
+class NamedExamples:
+    """A collator that adds the ``example_id`` of every example to its batch, as a list `example_ids`."""
+
+    def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(features)
+        if all("example_id" in feature for feature in features):
+            batch["example_ids"] = [feature["example_id"] for feature in features]
+        return batch
+
+
+class StopAtNan(TrainerCallback):
+    """Looks at the losses and the gradient norm of every optimizer step, in one transfer from the device.
+
+    Under a gradient scaler (fp16) gradients that overflow are no error: the scaler leaves the step out.
+
+    Args:
+        accelerator: whose ``clip_grad_norm_`` Trainer calls in every step, be it to clip or to log.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.losses: list[tuple[torch.Tensor, list[str]]] = []
+        self.norm: torch.Tensor | float | None = None
+        self.scales = accelerator.scaler is not None
+        clip = accelerator.clip_grad_norm_
+
+        def noted(*args, **kwargs):
+            self.norm = clip(*args, **kwargs)
+            return self.norm
+
+        accelerator.clip_grad_norm_ = noted
+
+    def note(self, loss: torch.Tensor, examples: list[str]) -> None:
+        """The loss of a micro-batch and the examples in it."""
+        self.losses.append((loss, examples))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        losses, norm = self.losses, 0.0 if self.norm is None or self.scales else self.norm
+        self.losses, self.norm = [], None
+        if not losses:
+            return
+        device = losses[0][0].device
+        values = [*(loss.detach().float() for loss, _ in losses), torch.as_tensor(norm, dtype=torch.float32)]
+        *values, norm = torch.stack([_whole(value).to(device, non_blocking=True) for value in values]).tolist()
+        if all(map(math.isfinite, [*values, norm])):
+            return
+        named = [
+            name for value, (_, names) in zip(values, losses, strict=True) if not math.isfinite(value) for name in names
+        ]
+        raise UserError(_message(state.global_step + 1, values, norm, named, [n for _, names in losses for n in names]))
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _message(step: int, losses: list[float], norm: float, named: list[str], examples: list[str]) -> str:
+    if bad := [loss for loss in losses if not math.isfinite(loss)]:
+        what, of = f"the loss is {bad[0]}", named
+    else:
+        what, of = f"the norm of the gradient is {norm}, though the losses of this process are finite", examples
+    some = ", ".join(of[:8]) + (f" and {len(of) - 8} more" if len(of) > 8 else "")
+    return (
+        f"step {step}: {what}; nothing was written into the weights. Examples: {some or 'without example_id'}. Lower "
+        "training.learning_rate, train in bfloat16 or float32 instead of float16, or look at these examples; "
+        "training.on_nan=continue lets the run go on."
+    )
