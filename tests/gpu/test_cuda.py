@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.seeking import TokenScorer
-from tokenseek.seeking.gradient import _head_gradient
+from tokenseek.seeking.gradient import _head_chunk
 
 pytestmark = [
     pytest.mark.gpu,
@@ -167,7 +167,7 @@ def test_gradient_scores_at_real_vocabularies(vocab, dtype, tolerance):
     leaf = hidden.float().requires_grad_()
     logits = leaf @ model.lm_head.weight.float().T
     torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
-    actual = _head_gradient(decoder, output, hidden, targets)
+    _, _, actual = _head_chunk(decoder, output, hidden, targets, False, True)
     assert (actual.float() - leaf.grad).norm() < tolerance * leaf.grad.norm()
 
 

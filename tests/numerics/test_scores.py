@@ -16,7 +16,7 @@ from tokenseek.decoder.head import next_token_labels
 from tokenseek.errors import UserError
 from tokenseek.seeking import TokenScorer
 from tokenseek.seeking.context import attention_received
-from tokenseek.seeking.gradient import gradient_from, loss_gradient
+from tokenseek.seeking.gradient import gradient_from, head_scores, loss_gradient
 
 SERVED = [
     (kind, attn)
@@ -91,7 +91,8 @@ def test_scores_are_exact_in_float64(kind, attn, exact_softmax):
     with gradient_from(decoder.layers[-1]) as leaves, attention_received(decoder, mask.bool()) as received:
         output = decoder.body(input_ids=ids, use_cache=False)
         targets = next_token_labels(labels)
-        gradient = loss_gradient(decoder, output, leaves[0], targets, targets.ne(-100).sum(1))
+        head_gradient = head_scores(decoder, output, targets, gradient=True).gradient
+        gradient = loss_gradient(output, leaves[0], head_gradient, targets.ne(-100).sum(1))
     tolerance = FLOAT32_INSIDE.get(kind, 1e-12)
     expected = context_reference(kind, ids, mask, torch.float64)
     torch.testing.assert_close(received[0], expected, atol=tolerance, rtol=0)

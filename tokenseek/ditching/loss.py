@@ -49,12 +49,8 @@ def selected_loss(
     rows = rows_per_chunk(decoder)
     chunks = list(zip(hidden_RD.split(rows), labels_R.split(rows), weights_R.split(rows), strict=True))
     head = decoder.causal_lm.get_output_embeddings()
-    if is_partitioned(head):
-        # Every chunk gathers the head's weights, and a gather needs all ranks: those with fewer chunks join in.
-        most = torch.tensor(len(chunks), device=labels_R.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        without_loss = hidden_RD[:1], torch.full_like(labels_R[:1], IGNORED), weights_R[:1]
-        chunks += [without_loss] * (int(most) - len(chunks))
+    without_loss = hidden_RD[:1], torch.full_like(labels_R[:1], IGNORED), weights_R[:1]
+    chunks += [without_loss] * (most_chunks(head, len(chunks)) - len(chunks))
     is_constant = torch.is_grad_enabled() and hidden_RD.requires_grad and _is_constant(head)
     is_stored = not (is_constant or recompute or len(chunks) > 1)
 
@@ -71,6 +67,17 @@ def selected_loss(
     if num_items_in_batch is None:
         num_items_in_batch = weights_R[labels_R.ne(IGNORED)].sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+
+
+def most_chunks(head: nn.Module, own: int) -> int:
+    """How many chunks this process runs. Under ZeRO-3 every chunk gathers the head's weights, and a gather needs all
+    processes: those with fewer chunks join in.
+    """
+    if not is_partitioned(head):
+        return own
+    most = torch.tensor(own, device=next(head.parameters()).device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -11,7 +11,7 @@ key/value heads, H head dim.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -27,13 +27,18 @@ from tokenseek.errors import UserError
 
 
 def partition_by_example(
-    decoder: Decoder, selected_positions: torch.Tensor, position_ids: torch.Tensor, attention_is_ours: bool
+    decoder: Decoder,
+    selected_positions: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_is_ours: bool,
+    recorded: bool = False,
 ) -> Partition:
     """The partition of a batch without padding, in whose rows `position_ids` [B | 1, T] may tell examples apart.
 
     Args:
         attention_is_ours: whether each example can attend alone, by an attention function in the place of sdpa's;
             otherwise a mask tells examples apart.
+        recorded: the unselected rows have run before; the partition has none.
 
     Raises:
         UserError: as :func:`tokenseek.ditching.rows.partition` does; for several examples in a row, where the decoder
@@ -45,17 +50,19 @@ def partition_by_example(
     positions_BS = joined[: selected_positions.numel()].view(selected_positions.shape)
     is_first_BT = begins_anew(joined[selected_positions.numel() :].view(-1, tokens))
     if not is_first_BT.any():
-        return partition(selected_positions, None, tokens)
+        return partition(selected_positions, None, tokens, recorded)
     _require_position_ids(decoder)
     whole = partition(positions_BS, None, tokens)  # for its checks
     if not attention_is_ours or len(positions_BS) > 1 or not whole.selected.valid_BR.any():
-        parts = partition(selected_positions, None, tokens)
+        parts = partition(selected_positions, None, tokens, recorded)
         return MaskedPartition(parts.selected, parts.unselected, tokens, parts.padded, True, position_ids)
     borders = [0, *is_first_BT[0].nonzero().squeeze(1).tolist(), tokens]
-    return _partition_row(positions_BS[0], borders, selected_positions.device)
+    return _partition_row(positions_BS[0], borders, selected_positions.device, recorded)
 
 
-def _partition_row(positions_S: torch.Tensor, borders: list[int], device: torch.device) -> PackedPartition:
+def _partition_row(
+    positions_S: torch.Tensor, borders: list[int], device: torch.device, recorded: bool
+) -> PackedPartition:
     """
     Args:
         positions_S: selected positions in the row, on the host.
@@ -68,7 +75,7 @@ def _partition_row(positions_S: torch.Tensor, borders: list[int], device: torch.
         if not own_1S.numel():  # no row of this example is seen by a selected one
             examples.append(None)
             continue
-        parts = partition(own_1S, None, end - first)
+        parts = partition(own_1S, None, end - first, recorded)
         selected.append(parts.selected.index_BR + first)
         if parts.unselected is not None:
             unselected.append(parts.unselected.index_BR + first)
@@ -177,6 +184,26 @@ class PackedPartition(Partition):
                 "AttentionInterface, so that it cannot be kept inside packed examples. Pad them (training.packing: "
                 "false)."
             )
+
+
+def every_example_alone(lengths: Sequence[int]) -> Callable[[Callable], Callable]:
+    """A replacement for attention over all tokens of one row, in which examples of these lengths attend alone.
+
+    The mask, if any, is that of the longest.
+    """
+
+    def replace(original):
+        def attention(module: nn.Module, query_1NTH, key_1KTH, value_1KTH, attention_mask, *args, **kwargs):
+            outputs = []
+            for qkv in zip(*(x.split(lengths, dim=2) for x in (query_1NTH, key_1KTH, value_1KTH)), strict=True):
+                own = qkv[0].shape[2]
+                mask = None if attention_mask is None else attention_mask[:, :, :own, :own]
+                outputs.append(original(module, *qkv, mask, *args, **kwargs)[0])
+            return torch.cat(outputs, dim=1), None
+
+        return attention
+
+    return replace
 
 
 def _mask_of(rows: Rows, mask_11MM: torch.Tensor | None) -> torch.Tensor | None:

@@ -26,18 +26,24 @@ from tokenseek.decoder.find import Decoder, find_decoder, keep_4bit_differentiab
 from tokenseek.decoder.head import head_logits, next_token_labels
 from tokenseek.decoder.names import CACHE_ARGUMENTS, OUTPUTS_OF_ALL_TOKENS, checkpoints, without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
+from tokenseek.ditching.autocast import autocast_cache
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
 from tokenseek.ditching.embedding import forget_tied_weights, one_gradient_of_tied_weights
-from tokenseek.ditching.loss import selected_loss
+from tokenseek.ditching.loss import most_chunks, selected_loss
+from tokenseek.ditching.online import OnlineOutput, Seeking, see_all_tokens
 from tokenseek.ditching.packing import MaskedPartition, PackedPartition, partition_by_example
+from tokenseek.ditching.recorded import RecordedCache, Recording, RecordingCache
 from tokenseek.ditching.rows import Partition, Rows, partition
 from tokenseek.ditching.storage import STORAGES, TakenOnce, saved_as_kept
 from tokenseek.ditching.zero3 import gather_layers_once, ungather_layers
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
+from tokenseek.selection.rules import SelectionRule
 
 
-def enable_token_ditching(model: nn.Module, *, recompute: bool = False, kv_storage: str = "device") -> nn.Module:
+def enable_token_ditching(
+    model: nn.Module, *, recompute: bool = False, kv_storage: str = "device", seeking: Seeking | None = None
+) -> nn.Module:
     """Let `model` train on selected tokens only; patches it in place and returns it.
 
     Afterwards ``model(input_ids=..., attention_mask=..., labels=..., selected_positions=...)`` back-propagates through
@@ -47,6 +53,12 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False, kv_stora
     [B, S] makes sum and mean weighted ones. ``.logits`` is None, or [B, S, V] when no labels are given. Without
     ``selected_positions`` the model is what it was.
 
+    ``model(input_ids=..., labels=..., selection=rule, selection_keys=...)`` needs no index: it runs all tokens without
+    gradient, scores them, selects by `rule`, a :class:`tokenseek.SelectionRule`, with draws keyed by one int64 for each
+    example, and back-propagates through what it selected. The output also has ``.loss_all``, the mean loss of all
+    supervised tokens, ``.selected_positions`` and ``.selected_weights``. ``.loss`` is the weighted sum over selected
+    supervised positions divided by the number of all supervised ones, or by ``num_items_in_batch``.
+
     Args:
         model: a causal LM, plain or PEFT-wrapped, before or after it is wrapped for data parallelism.
         recompute: run the selected rows of each layer once more in the backward pass instead of storing their
@@ -55,6 +67,7 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False, kv_stora
         kv_storage: where the keys and values of all tokens wait for the backward pass: "device"; "host", copied to and
             from pinned memory; or "int8", 8 bits a number and a scale for each token and head, with which gradients are
             no longer exact (docs/performance.md says by how much).
+        seeking: how tokens are scored with ``selection``; by the gradient at the last layer's input by default.
 
     Raises:
         UserError: for models that token ditching cannot serve, saying why.
@@ -72,7 +85,7 @@ def enable_token_ditching(model: nn.Module, *, recompute: bool = False, kv_stora
         sequence = decoder.causal_lm._token_ditching.sequence
         disable_token_ditching(model)
     keep_4bit_differentiable(model)  # an evaluation before or during training would repack them
-    ditching = Ditching(decoder, recompute, kv_storage)
+    ditching = Ditching(decoder, recompute, kv_storage, seeking or Seeking())
     ditching.sequence = sequence
     _replace_forward(decoder.causal_lm, ditching, _causal_lm_forward(decoder.causal_lm))
     _replace_forward(decoder.body, ditching, _body_forward)
@@ -118,11 +131,15 @@ def _original_forward(module: nn.Module):
 class Ditching:
     """What the patched modules of one model share; `step` is set while a forward pass with selected tokens runs."""
 
-    def __init__(self, decoder: Decoder, recompute: bool, kv_storage: str):
+    def __init__(self, decoder: Decoder, recompute: bool, kv_storage: str, seeking: Seeking):
         self.decoder = decoder
         self.recompute = recompute
         self.kv_storage = kv_storage
+        self.seeking = seeking
         self.step: Step | None = None
+        # Keys and values of all tokens: set while they are recorded, and while the selected rows attend to them.
+        self.recorder: Recording | None = None
+        self.recorded: Recording | None = None
         # Set where ranks share a text (`tokenseek.parallel`).
         self.sequence = None
         # Old decoders give their output the shape of their input ids by a view, which only all T rows fit.
@@ -133,6 +150,30 @@ class Ditching:
     def recomputes(self, layer: nn.Module) -> bool:
         return self.recompute or checkpoints(layer)
 
+    @contextmanager
+    def recording(self, recording: Recording) -> Iterator[None]:
+        """In the block, layers run over all tokens and leave their keys and values in `recording`."""
+        self.recorder = recording
+        try:
+            with autocast_cache(False), without_checkpointing(self.decoder.body, *self.decoder.layers):
+                yield
+        finally:
+            self.recorder = None
+
+    @contextmanager
+    def replaying(self, recording: Recording) -> Iterator[None]:
+        """In the block, selected rows attend to the keys and values of `recording`."""
+        self.recorded = recording
+        try:
+            yield
+        finally:
+            self.recorded = None
+
+    def even_chunks(self, own: int) -> int:
+        """How many chunks of the head all processes run, where each has to gather its weights with the others."""
+        head = self.decoder.causal_lm.get_output_embeddings()
+        return most_chunks(head, own)
+
     @property
     def attention_is_ours(self) -> bool:
         """Whether the model looks its attention function up, and finds one of ours: its backend is sdpa."""
@@ -140,12 +181,16 @@ class Ditching:
 
 
 class Step:
-    """One forward pass: the partition of its tokens and, between layers, the unselected rows."""
+    """One forward pass: the partition of its tokens and, between layers, the unselected rows.
 
-    def __init__(self, parts: Partition, recomputed: set[nn.Module]):
+    Where these have run before, their keys and values are in `recording`.
+    """
+
+    def __init__(self, parts: Partition, recomputed: set[nn.Module], recording: Recording | None):
         self.partition = parts
         # Layers whose selected rows run once more in the backward pass.
         self.recomputed = recomputed
+        self.recording = recording
         self.unselected_BUD: torch.Tensor | None = None
         self.started = False
 
@@ -158,6 +203,8 @@ def _causal_lm_forward(causal_lm: nn.Module):
         *args,
         selected_positions=None,
         selected_weights=None,
+        selection=None,
+        selection_keys=None,
         labels=None,
         num_items_in_batch=None,
         shift_labels=None,
@@ -167,6 +214,17 @@ def _causal_lm_forward(causal_lm: nn.Module):
         decoder, sequence = ditching.decoder, ditching.sequence
         arguments = dict(zip(names, args, strict=False)) | kwargs
         has_labels = any(given is not None for given in (labels, shift_labels, arguments.get("labels")))
+        if selection is not None:
+            if selected_positions is not None or selected_weights is not None:
+                raise UserError(
+                    "selection and selected_positions are both given: give a rule, by which the model selects, or "
+                    "positions that were selected before."
+                )
+            labels = arguments.pop("labels", labels)
+            if labels is None:
+                raise UserError("selection is given without labels, which decide what the tokens are scored by.")
+            output = _online_forward(ditching, arguments, selection, selection_keys, labels, num_items_in_batch)
+            return output.to_tuple() if arguments.get("return_dict") is False else output
         if selected_positions is None and not (sequence and has_labels):
             given = {"labels": labels, "num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
             kwargs |= {name: value for name, value in given.items() if value is not None}
@@ -208,11 +266,55 @@ def _causal_lm_forward(causal_lm: nn.Module):
 
     # Trainers read the signature to learn which columns the model takes and whether it normalises its loss itself.
     parameters = list(inspect.signature(type(causal_lm).forward).parameters.values())
-    names_added = ("selected_positions", "selected_weights")
+    names_added = ("selected_positions", "selected_weights", "selection", "selection_keys")
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names_added]
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     forward.__signature__ = inspect.Signature([*parameters[:at], *added, *parameters[at:]])
     return forward
+
+
+def _online_forward(
+    ditching: Ditching,
+    arguments: dict,
+    rule: SelectionRule,
+    selection_keys: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> OnlineOutput:
+    """Both passes of :mod:`tokenseek.ditching.online`, and the loss of the selected rows."""
+    decoder, recompute = ditching.decoder, ditching.recomputes(ditching.decoder.layers[-1])
+    arguments = {name: value for name, value in arguments.items() if name not in ("return_dict", "logits_to_keep")}
+    if ditching.sequence:
+        raise UserError("selection is incompatible with sequence parallelism: give selected_positions from an index.")
+
+    def all_tokens_loss(body_output, hidden_BTD, targets_BT):
+        return selected_loss(decoder, body_output, hidden_BTD, targets_BT, 1, recompute)
+
+    seen = see_all_tokens(ditching, arguments, labels, rule, selection_keys, all_tokens_loss)
+    parts = _partition(ditching, arguments, seen.selection.positions, recorded=True)
+    with one_gradient_of_tied_weights(decoder), ditching.replaying(seen.recording):
+        body_output = decoder.body(**arguments, selected_positions=parts)
+    if num_items_in_batch is None:
+        num_items_in_batch = max(1, seen.supervised)
+    if seen.border is None:
+        loss = selected_loss(
+            decoder,
+            body_output,
+            body_output.last_hidden_state,
+            _labels_of(parts.selected, labels, None),
+            num_items_in_batch,
+            recompute,
+            seen.selection.weights,
+        )
+    else:
+        surrogate = seen.surrogate(seen.recording.border, parts.selected)
+        loss = (seen.loss_sum + (surrogate - surrogate.detach())) / num_items_in_batch
+    return OnlineOutput(
+        loss=loss,
+        loss_all=seen.loss_sum.detach() / max(1, seen.supervised),
+        selected_positions=seen.selection.positions,
+        selected_weights=seen.selection.weights,
+    )
 
 
 def _labels_of(rows: Rows, labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:
@@ -224,7 +326,9 @@ def _labels_of(rows: Rows, labels: torch.Tensor | None, shift_labels: torch.Tens
     return shift_labels.masked_fill(~rows.valid_BR, IGNORED)
 
 
-def _partition(ditching: Ditching, arguments: dict, selected_positions: torch.Tensor | Partition) -> Partition:
+def _partition(
+    ditching: Ditching, arguments: dict, selected_positions: torch.Tensor | Partition, recorded: bool = False
+) -> Partition:
     if isinstance(selected_positions, Partition):  # made before, where its positions could be read (see planning)
         return selected_positions
     tokens = arguments.get("input_ids")
@@ -232,8 +336,10 @@ def _partition(ditching: Ditching, arguments: dict, selected_positions: torch.Te
     selected_positions = selected_positions.to(tokens.device)
     mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
     if mask is None and position_ids is not None and not ditching.sequence:
-        return partition_by_example(ditching.decoder, selected_positions, position_ids, ditching.attention_is_ours)
-    return partition(selected_positions, mask, tokens.shape[1])
+        return partition_by_example(
+            ditching.decoder, selected_positions, position_ids, ditching.attention_is_ours, recorded
+        )
+    return partition(selected_positions, mask, tokens.shape[1], recorded)
 
 
 def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | None = None, **kwargs):
@@ -259,7 +365,7 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
         arguments["attention_mask"] = parts.selected.index_BR.new_ones(len(parts.selected.index_BR), parts.tokens)
 
     layers = ditching.decoder.layers
-    ditching.step = Step(parts, {layer for layer in layers if ditching.recomputes(layer)})
+    ditching.step = Step(parts, {layer for layer in layers if ditching.recomputes(layer)}, ditching.recorded)
     try:
         # Until 5.22, Transformers recomputes a layer from outside its forward.
         with parts.masks(ditching.decoder), without_checkpointing(self, *layers):
@@ -279,6 +385,8 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
 
 def _layer_forward(self, *args, **kwargs):
     ditching: Ditching = self._token_ditching
+    if ditching.recorder is not None:
+        return _recorded_layer(self, ditching, args, kwargs)
     if ditching.step is None:
         return _original_forward(self)(*args, **kwargs)
     names = _argument_names(type(self))
@@ -296,7 +404,10 @@ def _layer_forward(self, *args, **kwargs):
         if parts.unselected is not None:
             step.unselected_BUD = parts.enter_layer(parts.unselected, step.unselected_BUD)
     is_last = self is ditching.decoder.layers[-1]
-    output = _run_both_passes(self, ditching, hidden, arguments, is_last)
+    if step.recording is not None and self in step.recording.unrecorded:
+        output = step.recording.beyond_border(hidden)
+    else:
+        output = _run_both_passes(self, ditching, hidden, arguments, is_last)
     hidden = _hidden_states(output)
     if not is_last:
         hidden = parts.leave_layer(parts.selected, hidden)
@@ -307,10 +418,23 @@ def _layer_forward(self, *args, **kwargs):
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def _recorded_layer(layer: nn.Module, ditching: Ditching, args: tuple, kwargs: dict):
+    """The layer over all tokens, as it is; its keys and values are kept."""
+    names, recorder = _argument_names(type(layer)), ditching.recorder
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    cache = RecordingCache()
+    arguments[ditching.decoder.cache_argument] = cache
+    output = _original_forward(layer)(**arguments)
+    _require_updated(cache, layer, ditching)
+    recorder.put(layer, cache.keys, cache.values)
+    recorder.returns_tuple = isinstance(output, tuple)
+    return output
+
+
 def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.Tensor, arguments: dict, is_last: bool):
     """The layer's output for the selected rows; moves ``step.unselected_BUD`` through the layer too."""
     step, parts = ditching.step, ditching.step.partition
-    with_gradient, autocast_cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    with_gradient, caches_casts = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
     checkpointing, attention_is_ours = layer in step.recomputed, ditching.attention_is_ours
 
     def run(hidden, rows, cache, replace):
@@ -321,7 +445,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
             return _original_forward(layer)(hidden, **shrunk, **{ditching.decoder.cache_argument: cache})
 
     def run_selected(hidden, keys=None, values=None):
-        cache = SelectedCache(parts, keys, values)
+        cache = (SelectedCache if step.recording is None else RecordedCache)(parts, keys, values)
         replace = parts.replacement(parts.whole.selected, selected_attention)
         # What is recomputed saves nothing until then.
         is_put_away = ditching.kv_storage != "device" and with_gradient and not checkpointing
@@ -331,7 +455,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
         return output, cache.keys, cache.values
 
     def selected_pass(*keys_and_values):
-        with torch.set_grad_enabled(with_gradient), _autocast_cache(autocast_cache):
+        with torch.set_grad_enabled(with_gradient), autocast_cache(caches_casts):
             if not (checkpointing and with_gradient):
                 return run_selected(selected_BSD, *keys_and_values)
             kept = [TakenOnce(rows, ditching.kv_storage) for rows in keys_and_values]
@@ -339,12 +463,14 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
                 lambda hidden: run_selected(hidden, *(rows.take() for rows in kept)), selected_BSD, use_reentrant=False
             )
 
+    if step.recording is not None:
+        return selected_pass(*step.recording.take(layer))[0]
     if parts.unselected is None:
         return selected_pass()[0]
     seam = UnselectedCache(lambda *rows: selected_pass(*parts.exchange(*rows)), stop=is_last)
     # An engine that casts what enters a layer does not see the rows that wait aside.
     unselected_BUD = step.unselected_BUD.to(selected_BSD)
-    with torch.no_grad(), _autocast_cache(False):
+    with torch.no_grad(), autocast_cache(False):
         try:
             calls: list[nn.Module] = []
             attend = partial(unselected_attention, on_call=lambda: calls.append(layer))
@@ -364,7 +490,9 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
     return seam.selected_output
 
 
-def _require_updated(seam: SelectedCache | UnselectedCache, layer: nn.Module, ditching: Ditching) -> None:
+def _require_updated(
+    seam: SelectedCache | UnselectedCache | RecordingCache, layer: nn.Module, ditching: Ditching
+) -> None:
     if seam.keys is None:
         raise UserError(
             f"{type(layer).__name__} in {ditching.decoder.name} does not pass its keys and values through its cache; "
@@ -379,14 +507,3 @@ def _argument_names(layer_class: type) -> list[str]:
 
 def _hidden_states(layer_output) -> torch.Tensor:
     return layer_output[0] if isinstance(layer_output, tuple) else layer_output
-
-
-@contextmanager
-def _autocast_cache(enabled: bool) -> Iterator[None]:
-    """Autocast keeps the low-precision copy of a weight; one made without gradient must not serve the other pass."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(enabled)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)

@@ -74,6 +74,22 @@ class Rows:
             0, self._slots.to(buffer.device), rows_BNRH.transpose(1, 2).flatten(0, 1)
         )
 
+    def overwrite(self, whole_BNTH: torch.Tensor, rows_BNRH: torch.Tensor) -> None:
+        """Write rows [B, N, R, H] over those in `whole`, in place. Repeated rows write what some real row does."""
+        index_BR = self.index_BR.to(whole_BNTH.device)
+        if self.padded:
+            # Every place is written with one value only, or the order of writing would matter.
+            valid_BR = self.valid_BR.to(whole_BNTH.device)
+            source_BR = torch.arange(index_BR.shape[1], device=index_BR.device).expand_as(index_BR)
+            source_BR = torch.where(valid_BR, source_BR, valid_BR.long().argmax(1, keepdim=True))
+            index_BR = index_BR.gather(1, source_BR)
+            rows_BNRH = rows_BNRH.gather(2, source_BR[:, None, :, None].expand_as(rows_BNRH))
+        if len(index_BR) == 1:
+            whole_BNTH.index_copy_(2, index_BR[0], rows_BNRH)
+        else:
+            batch_B1 = torch.arange(len(index_BR), device=index_BR.device)[:, None]
+            whole_BNTH.transpose(1, 2).index_put_((batch_B1, index_BR), rows_BNRH.transpose(1, 2))
+
     def spread(self, rows_BNRH: torch.Tensor) -> torch.Tensor:
         """[B, N, T, H] with these rows at their positions and zeros elsewhere."""
         buffer = _token_buffer(rows_BNRH, self.tokens, self.padded)
@@ -212,12 +228,15 @@ class Partition:
         return hidden_BRD
 
 
-def partition(selected_positions: torch.Tensor, attention_mask: torch.Tensor | None, tokens: int) -> Partition:
+def partition(
+    selected_positions: torch.Tensor, attention_mask: torch.Tensor | None, tokens: int, recorded: bool = False
+) -> Partition:
     """Split the tokens of a batch by `selected_positions` [B, S] (int64, ascending, padded with -1).
 
     Args:
         attention_mask: [B, T], 0 at padding; None where there is none.
         tokens: T.
+        recorded: the unselected rows have run before; the partition has none.
 
     Raises:
         UserError: positions that are not as said above, or that point at padding.
@@ -244,6 +263,8 @@ def partition(selected_positions: torch.Tensor, attention_mask: torch.Tensor | N
     last_B1 = selected_positions.amax(1, keepdim=True)
     is_needed_BT = torch.arange(tokens, device=device) < last_B1
     is_unselected_BT = is_token_BT & is_needed_BT & ~is_selected_BT
+    if recorded:
+        is_unselected_BT = torch.zeros_like(is_unselected_BT)
     unselected_B = is_unselected_BT.sum(1)
 
     ascending_BS = ((selected_positions.diff(dim=1) > 0) & chosen_BS[:, :-1]) | ~chosen_BS[:, 1:]

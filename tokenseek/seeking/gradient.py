@@ -5,8 +5,9 @@ Shapes: B batch, T tokens, R supervised rows, C rows of one chunk, D hidden, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -52,8 +53,62 @@ def gradient_from(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
+class HeadScores(NamedTuple):
+    """What the head says of the supervised positions.
+
+    Attributes:
+        losses: cross-entropy of each position, at least float32 [B, T]; 0 where there is none.
+        errors: the norm of p - y, the gradient of that loss with respect to the logits, [B, T]; None if not asked for.
+        gradient: of the sum of the losses with respect to the final hidden states [B, T, D]; None if not asked for.
+    """
+
+    losses: torch.Tensor
+    errors: torch.Tensor | None
+    gradient: torch.Tensor | None
+
+
+def head_scores(
+    decoder: Decoder,
+    body_output,
+    targets_BT: torch.Tensor,
+    *,
+    errors: bool = False,
+    gradient: bool = False,
+    chunks: Callable[[int], int] = lambda own: own,
+) -> HeadScores:
+    """Run the head over all supervised positions, a few rows at a time, without a graph.
+
+    Args:
+        body_output: what the decoder's body returned.
+        targets_BT: the token that each position predicts, -100 where it carries no loss.
+        chunks: from this process's number of chunks to how many are run; further ones have no supervised row.
+    """
+    hidden_BTD, supervised_BT = body_output.last_hidden_state.detach(), targets_BT.ne(IGNORED)
+    losses_BT = at_least_float32(hidden_BTD.new_zeros(targets_BT.shape))
+    errors_BT = torch.zeros_like(losses_BT) if errors else None
+    gradient_BTD = torch.zeros_like(hidden_BTD) if gradient else None
+    hidden_RD, targets_R = hidden_BTD[supervised_BT], targets_BT[supervised_BT]
+    # The head is the widest part of the model, so it is taken a few rows at a time down to its input.
+    rows = min(rows_per_chunk(decoder), max(FEWEST_ROWS, int(SHARE_OF_ROWS * targets_BT.numel())))
+    found = []
+    for chunk in zip(hidden_RD.split(rows), targets_R.split(rows), strict=True):
+        if len(chunk[1]):
+            found.append(_head_chunk(decoder, body_output, *chunk, errors, gradient))
+    for _ in range(chunks(len(found)) - len(found)):
+        first = hidden_BTD.flatten(0, 1)[:1], targets_BT.flatten()[:1].clamp(min=0)
+        _head_chunk(decoder, body_output, *first, errors, gradient)
+    if found:
+        losses, norms, gradients = zip(*found, strict=True)
+        losses_BT[supervised_BT] = torch.cat(losses)
+        if errors:
+            errors_BT[supervised_BT] = torch.cat(norms)
+        if gradient:
+            gradient_BTD[supervised_BT] = torch.cat(gradients)
+    return HeadScores(losses_BT, errors_BT, gradient_BTD)
+
+
 def loss_gradient(
-    decoder: Decoder, body_output, leaf_BTD: torch.Tensor, targets_BT: torch.Tensor, supervised_B: torch.Tensor
+    body_output, leaf_BTD: torch.Tensor, head_gradient_BTD: torch.Tensor, supervised_B: torch.Tensor
 ) -> torch.Tensor:
     """G [B, T, D] of Eq. 4: the gradient of each example's mean cross-entropy over its supervised positions.
 
@@ -62,48 +117,42 @@ def loss_gradient(
 
     Args:
         body_output: what the decoder's body returned, with a graph back to `leaf_BTD`.
-        targets_BT: the token that each position predicts, -100 where it carries no loss.
+        head_gradient_BTD: of the sum of the losses, see :func:`head_scores`.
         supervised_B: how many positions of each example carry one; more than are here, where ranks share a text.
     """
-    if not supervised_B.any():
-        return at_least_float32(torch.zeros_like(leaf_BTD))
-    supervised_BT = targets_BT.ne(IGNORED)
-
-    # The head is the widest part of the model, so it is taken a few rows at a time down to its input; the layers once.
-    hidden_BTD = body_output.last_hidden_state
-    rows = min(rows_per_chunk(decoder), max(FEWEST_ROWS, int(SHARE_OF_ROWS * targets_BT.numel())))
-    chunks = zip(
-        hidden_BTD.detach()[supervised_BT].split(rows),
-        targets_BT[supervised_BT].split(rows),
-        strict=True,
-    )
-    head_gradient_BTD = torch.zeros_like(hidden_BTD)
-    if supervised_BT.any():
-        head_gradient_BTD[supervised_BT] = torch.cat([_head_gradient(decoder, body_output, *chunk) for chunk in chunks])
-    (gradient_BTD,) = torch.autograd.grad(hidden_BTD, leaf_BTD, head_gradient_BTD)
-
+    (gradient_BTD,) = torch.autograd.grad(body_output.last_hidden_state, leaf_BTD, head_gradient_BTD)
     # Sums of losses until here: dividing last, in float32, keeps small numbers from vanishing in 16 bits.
     return at_least_float32(gradient_BTD) / supervised_B.clamp(min=1)[:, None, None]
 
 
-def _head_gradient(decoder: Decoder, body_output, hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-    """Of the sum of the cross-entropies, whose gradient with respect to the logits is their softmax less the target.
+def _head_chunk(
+    decoder: Decoder, body_output, hidden_CD: torch.Tensor, targets_C: torch.Tensor, errors: bool, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Losses, norms of p - y and, where asked for, the gradient of the sum of the losses with respect to `hidden_CD`.
 
-    It is written over the logits, unless the head's own backward pass needs them.
+    The gradient with respect to the logits is their softmax less the target, p - y. It is written over the logits,
+    unless the head's own backward pass needs them.
     """
-    hidden_CD.requires_grad_()
+    hidden_CD = hidden_CD.detach().requires_grad_(gradient)
     needed = set()
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         needed.add(tensor.untyped_storage()._cdata)
         return tensor
 
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.set_grad_enabled(gradient), saved_tensors_hooks(note, lambda tensor: tensor):
         logits_CV = head_logits(decoder, body_output, hidden_CD)
     buffer_CV = logits_CV.detach()
     if buffer_CV.untyped_storage()._cdata in needed:
         buffer_CV = buffer_CV.clone()
-    gradient_CV = at_least_float32(buffer_CV)
-    torch.softmax(gradient_CV, -1, out=gradient_CV)
-    gradient_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
-    return torch.autograd.grad(logits_CV, hidden_CD, buffer_CV.copy_(gradient_CV))[0]
+    error_CV = at_least_float32(buffer_CV)
+    largest_C, at_largest_C = error_CV.max(-1)
+    target_C = error_CV.gather(-1, targets_C[:, None]).squeeze(-1)
+    torch.softmax(error_CV, -1, out=error_CV)
+    # log p of the target, by way of the largest logit: p itself may vanish.
+    losses_C = largest_C - target_C - error_CV.gather(-1, at_largest_C[:, None]).squeeze(-1).log()
+    error_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
+    norms_C = torch.linalg.vector_norm(error_CV, dim=-1) if errors else None
+    if not gradient:
+        return losses_C, norms_C, None
+    return losses_C, norms_C, torch.autograd.grad(logits_CV, hidden_CD, buffer_CV.copy_(error_CV))[0]

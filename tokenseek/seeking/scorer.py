@@ -18,7 +18,7 @@ from tokenseek.decoder.head import next_token_labels
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.seeking.context import attention_received
-from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, loss_gradient
+from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, head_scores, loss_gradient
 from tokenseek.ulysses.heads import require_shareable
 from tokenseek.ulysses.text import DealtText
 
@@ -128,7 +128,8 @@ class TokenScorer:
                     f"{tuple(targets.shape)} tokens: several per token, of which Eq. 4 knows nothing. Use a model "
                     "whose layers pass on one, [B, T, D]."
                 )
-            gradient = REDUCTIONS[self.reduction](loss_gradient(self.decoder, output, leaves[0], targets, supervised))
+            head_gradient = head_scores(self.decoder, output, targets, gradient=True).gradient
+            gradient = REDUCTIONS[self.reduction](loss_gradient(output, leaves[0], head_gradient, supervised))
         context = received[0]
         if text is not None:
             context, gradient = text.averaged(context), text.gathered(gradient)

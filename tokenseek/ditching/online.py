@@ -1,0 +1,219 @@
+"""Seek and ditch in one step: all tokens run without gradient, then those that matter run with it.
+
+The first pass is the model's own, over all tokens; each layer's keys and values are recorded. It gives the loss of all
+tokens and, by what its end says of them, their scores. The second runs the selected rows with gradient, which attend to
+the recorded keys and values: Algorithm 1 of the paper, with scores of the present model instead of an index.
+
+Shapes: B batch, T tokens, S selected, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.head import at_least_float32, next_token_labels
+from tokenseek.decoder.masks import whole_masks
+from tokenseek.ditching.packing import every_example_alone
+from tokenseek.ditching.recorded import Recording
+from tokenseek.errors import UserError
+from tokenseek.labels import IGNORED
+from tokenseek.seeking.context import attention_received
+from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, head_scores, loss_gradient
+from tokenseek.selection.batched import Example, Selection, examples_of, select_batch
+from tokenseek.selection.rules import SelectionRule
+
+ONLINE_REDUCTIONS = (*REDUCTIONS, "error")
+
+
+@dataclass(frozen=True)
+class Seeking:
+    """How tokens are scored inside a training step.
+
+    Args:
+        reduction: of Eq. 4's gradient, "abs", "signed" or "l2"; or "error", the norm of p - y (predicted probabilities
+            less the target), which the forward pass alone gives.
+        gradient_layer: the gradient is taken at the input of layer N-k+1 of N.
+        exact_layers: so many top layers and the head are trained on all tokens; below them, selected rows are seeded
+            with their gradient over their probability.
+
+    Raises:
+        UserError: a value that is not accepted, by name.
+    """
+
+    reduction: str = "abs"
+    gradient_layer: int = 1
+    exact_layers: int = 0
+
+    def __post_init__(self):
+        if self.reduction not in ONLINE_REDUCTIONS:
+            raise UserError(f"reduction is {self.reduction!r}; it must be one of {', '.join(ONLINE_REDUCTIONS)}.")
+        if self.gradient_layer < 1:
+            raise UserError(f"gradient_layer is {self.gradient_layer}; it counts layers from the end, from 1.")
+        if self.exact_layers < 0:
+            raise UserError(
+                f"exact_layers is {self.exact_layers}; it must be 0 or the number of layers to train whole."
+            )
+        if self.exact_layers and self.reduction == "error":
+            raise UserError("reduction 'error' knows no gradient, which exact_layers selects by; use 'l2' or 'abs'.")
+
+    def require_servable(self, decoder: Decoder, rule: SelectionRule) -> None:
+        """Raise UserError for a model with fewer layers, or exact layers under a rule without weights."""
+        layers = max(self.gradient_layer, self.exact_layers)
+        if layers > len(decoder.layers):
+            name = "gradient_layer" if self.gradient_layer == layers else "exact_layers"
+            raise UserError(f"{name} is {layers}, and {decoder.name} has {len(decoder.layers)} layers.")
+        if self.exact_layers and not (rule.has_weights and rule.needs_scores and rule.alpha == 0):
+            raise UserError(
+                f"exact_layers is {self.exact_layers} with rule {rule.rule!r} (alpha {rule.alpha:g}): the rows "
+                "below are drawn by their gradient and weighted, so use rule='sampled' with alpha=0 and beta=1."
+            )
+
+
+@dataclass
+class OnlineOutput(CausalLMOutputWithPast):
+    """What a model returns that selects its tokens itself.
+
+    Attributes:
+        loss: of the selected tokens, weighted; with exact layers that of all tokens.
+        loss_all: mean cross-entropy of all supervised tokens, without gradient.
+        selected_positions: int64 [B, S], -1 where an example has no further one.
+        selected_weights: float32 [B, S].
+    """
+
+    loss_all: torch.Tensor | None = None
+    selected_positions: torch.Tensor | None = None
+    selected_weights: torch.Tensor | None = None
+
+
+@dataclass
+class Seen:
+    """What the first pass over all tokens leaves behind.
+
+    Attributes:
+        loss_sum: of the cross-entropies of all supervised tokens; with exact layers it has a graph down to `border`.
+        border: with exact layers, the input [B, T, D] of the lowest of them.
+        gradient: of `loss_sum` with respect to `border`.
+    """
+
+    selection: Selection
+    recording: Recording
+    loss_sum: torch.Tensor
+    supervised: int
+    border: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+
+    def surrogate(self, selected_BSD: torch.Tensor, rows) -> torch.Tensor:
+        """A sum whose gradient is the estimate of `loss_sum`'s below the border; its value says nothing.
+
+        Args:
+            selected_BSD: the selected rows at the border.
+            rows: which they are (:class:`tokenseek.ditching.rows.Rows`).
+        """
+        weights_BS = self.selection.weights.masked_fill(~rows.valid_BR, 0)
+        seeds_BSD = at_least_float32(rows.take(self.gradient, 1)) * weights_BS[..., None]
+        return (seeds_BSD * at_least_float32(selected_BSD)).sum()
+
+
+def see_all_tokens(
+    ditching,
+    arguments: dict,
+    labels_BT: torch.Tensor,
+    rule: SelectionRule,
+    selection_keys: torch.Tensor,
+    all_tokens_loss: Callable[..., torch.Tensor],
+) -> Seen:
+    """The first pass, and the selection by it.
+
+    Args:
+        ditching: what the patched modules of the model share (:class:`tokenseek.ditching.patch.Ditching`).
+        arguments: of the model's body, for the whole batch.
+        labels_BT: not shifted.
+        selection_keys: int64 [E], keys of the examples' draws.
+        all_tokens_loss: sum of the losses of all rows, with a graph, for exact layers: of body output, hidden states
+            [B, T, D] and targets [B, T].
+    """
+    decoder, seeking = ditching.decoder, ditching.seeking
+    seeking.require_servable(decoder, rule)
+    if selection_keys is None:
+        raise UserError("selection is given without selection_keys: one int64 for each example, which keys its draws.")
+    mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
+    targets_BT = next_token_labels(labels_BT)
+    if mask is not None:
+        targets_BT = targets_BT.masked_fill(~mask.to(targets_BT.device).bool(), IGNORED)
+    examples = examples_of(mask, position_ids, targets_BT.shape)
+    supervised_BT = targets_BT.ne(IGNORED)
+
+    by_context = rule.needs_scores and rule.alpha != 0
+    by_gradient = rule.needs_scores and rule.beta != 0 and seeking.reduction != "error"
+    by_error = rule.needs_scores and rule.beta != 0 and seeking.reduction == "error"
+    exact = seeking.exact_layers
+    start = exact or (seeking.gradient_layer if by_gradient else 1 if by_context else 0)
+    recording = Recording(
+        "host" if ditching.kv_storage == "host" else "device", tuple(decoder.layers[-exact:]) if exact else ()
+    )
+    with ditching.recording(recording), ExitStack() as stack:
+        leaves = stack.enter_context(gradient_from(decoder.layers[-start])) if start else None
+        if not start:
+            stack.enter_context(torch.no_grad())
+        attention = _attention_of(ditching, examples, len(targets_BT), mask)
+        received = None
+        if by_context:
+            valid_BT = torch.ones_like(supervised_BT) if mask is None else mask.bool()
+            received = stack.enter_context(attention_received(decoder, valid_BT, attention))
+        elif attention is not None:
+            stack.enter_context(attention(lambda original: original))
+        output = decoder.body(**_all_rows_arguments(arguments, mask, position_ids))
+        if exact:
+            with torch.enable_grad():
+                loss_sum = all_tokens_loss(output, output.last_hidden_state, targets_BT)
+                border = leaves[0]
+                (gradient,) = torch.autograd.grad(loss_sum, border, retain_graph=True)
+            scores_BT = REDUCTIONS[seeking.reduction](gradient)
+        else:
+            head = head_scores(
+                decoder, output, targets_BT, errors=by_error, gradient=by_gradient, chunks=ditching.even_chunks
+            )
+            loss_sum, border, gradient = head.losses.sum(), None, None
+            scores_BT = head.errors
+            if by_gradient:
+                scores_BT = REDUCTIONS[seeking.reduction](
+                    loss_gradient(output, leaves[0], head.gradient, supervised_BT.sum(1))
+                )
+    selection = select_batch(
+        rule, examples, selection_keys.tolist(), received and received[0], scores_BT, supervised_BT
+    )
+    return Seen(selection, recording, loss_sum, int(supervised_BT.sum()), border, gradient)
+
+
+def _attention_of(ditching, examples: list[Example], batch: int, mask):
+    """What attention is replaced by in the first pass: examples of a packed row attend alone. None: the model's own."""
+    if mask is not None or len(examples) == batch or batch > 1 or not ditching.attention_is_ours:
+        return None
+    lengths = [len(example.positions) for example in examples]
+    decoder = ditching.decoder
+
+    @contextmanager
+    def replaced(replace) -> Iterator[None]:
+        alone = every_example_alone(lengths)
+        with (
+            whole_masks(decoder, max(lengths), None, None),
+            attention_replaced(decoder.causal_lm, lambda original: replace(alone(original))),
+        ):
+            yield
+
+    return replaced
+
+
+def _all_rows_arguments(arguments: dict, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> dict:
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if mask is not None and position_ids is None and bool((mask[:, :-1] >= mask[:, 1:]).all()):
+        # No token looks at padding behind it: causality is all the mask that is needed.
+        arguments.pop("attention_mask")
+    return {**arguments, "use_cache": False, "return_dict": True}
