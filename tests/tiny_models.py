@@ -101,6 +101,13 @@ _OWN_BASE = ("gpt2", "opt")  # whose configs name everything differently
 
 KINDS = tuple(_KINDS)
 EAGER_ONLY = ("gemma2", "gpt_oss")  # soft-cap and attention sinks, which sdpa does not serve
+# These compute norms, rotary embeddings, routing or softmax in float32 inside, whatever the model's dtype.
+FLOAT32_INSIDE = ("gemma2", "gemma3", "qwen3_moe", "gpt_oss")
+
+
+def computed_in(kind: str, attn: str = "sdpa") -> torch.dtype:
+    """The lowest precision that a tiny model of float64 computes in, where its rows are not the same on both sides."""
+    return torch.float32 if kind in FLOAT32_INSIDE or attn == "eager" else torch.float64
 
 
 def tiny_model(

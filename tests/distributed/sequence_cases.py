@@ -9,8 +9,9 @@ from types import MethodType
 import peft
 import torch
 import torch.distributed as dist
+from closeness import assert_close
 from numerics.dense_reference import dense_loss
-from tiny_models import VOCAB, tiny_model
+from tiny_models import VOCAB, computed_in, tiny_model
 
 import tokenseek
 from tokenseek.parallel import enable_sequence_parallelism
@@ -38,7 +39,10 @@ class Case:
     lora: bool = False
     left: bool = False
     num_items: int | None = None
-    tolerance: float = 1e-12
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        return computed_in(self.kind, self.model.get("attn", "sdpa"))
 
 
 def make_inputs(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -118,14 +122,10 @@ def compare(case: Case, group: dist.ProcessGroup) -> str | None:
         dist.all_reduce(gradient, group=group)
         gradient /= group.size()
 
-    worst = abs(loss.item() - expected_loss.item()) / max(abs(expected_loss.item()), 1e-30)
-    if worst > case.tolerance and expected_loss.item():
-        return f"loss {loss.item()} instead of {expected_loss.item()}"
+    try:
+        assert_close(loss, expected_loss, case.computed_in)
+        assert_close({name: actual.get(name) for name in expected}, expected, case.computed_in)
+    except AssertionError as error:
+        return str(error)
     scale = max(g.norm() for g in expected.values())
-    for name, gradient in expected.items():
-        if name not in actual:
-            return f"no gradient of {name}"
-        error, norm = (actual[name] - gradient).norm(), gradient.norm()
-        if error > max(case.tolerance * norm, 1e-12 * scale):
-            return f"gradient of {name}: relative error {error / norm:.1e}"
     return None if (scale > 0) == (count > 0) else f"{count} supervised tokens, but gradients up to {scale}"

@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+from closeness import assert_close
 from numerics.test_ditching import SELECTED, assert_same, gradients, make_batch
 from tiny_models import tiny_model
 
@@ -67,8 +68,7 @@ def test_losses_can_be_summed_accumulated_and_gone_through_again():
     expected = {name: one_by_one[0][name] + one_by_one[1][name] for name in one_by_one[0]}
 
     def assert_expected(found, factor=1):
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], factor * gradient, rtol=1e-12, atol=1e-15)
+        assert_close(found, {name: factor * gradient for name, gradient in expected.items()})
 
     assert_expected(gradients(model, sum(losses())))
     model.zero_grad()
