@@ -159,20 +159,37 @@ class DataConfig(_Section):
 
 
 class ScoringConfig(_Section):
-    """Seeking: context and gradient score of every token (Eq. 3 and 4), stored apart in the index.
+    """Seeking: context and gradient score of every token (Eq. 3 and 4).
 
+    With `mode: index` all data is scored once, by the model as it is before training, and the scores are stored apart
+    in an index. With `mode: online` every training step scores its own tokens with the present model; there is no stage
+    before training and no index.
+
+    `reduction: error` is the norm of p - y (predicted probabilities less the target) in place of Eq. 4's gradient; it
+    comes from the forward pass alone, and only online.
     `gradient_layer` counts from the end: 1 is layer N-1, the last one (Table S14 compares N-1, N-2 and N-3).
     `cpu_threads` fixes torch's threads while scoring on a CPU: float sums depend on how they are split over threads,
     and the bytes of an index must not depend on the machine's cores or the number of processes.
     """
 
     gradient_layer: Literal[1, 2, 3] = 1
-    reduction: Literal["abs", "signed", "l2"] = "abs"
+    mode: Literal["index", "online"] = "index"
+    reduction: Literal["abs", "signed", "l2", "error"] = "abs"
     loss_scope: Literal["response", "sequence"] = "response"
     tokens_per_batch: PositiveInt = 8192
     tokens_per_shard: PositiveInt = 65536
     index: str | None = None
     cpu_threads: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _check_mode(self):
+        if self.mode == "online" and self.index is not None:
+            raise ValueError("scoring.index is for scoring.mode: index; online, no index is written or read")
+        if self.mode == "online" and self.loss_scope == "sequence":
+            raise ValueError("scoring.loss_scope: sequence is for scoring.mode: index; online, labels decide")
+        if self.mode == "index" and self.reduction == "error":
+            raise ValueError("scoring.reduction: error is for scoring.mode: online; an index takes abs, signed or l2")
+        return self
 
 
 class SelectionConfig(_Section):
@@ -180,6 +197,9 @@ class SelectionConfig(_Section):
 
     `ratio: auto` is the largest share with which a training step fits into `training.memory_budget`; it is settled when
     training starts, and saved with the run.
+
+    `exact_layers` top layers and the head are trained on all tokens; below them, selected tokens are seeded with their
+    gradient over their probability. It needs `scoring.mode: online` and rule `sampled` by the gradient alone.
     """
 
     rule: str = SelectionRule.rule
@@ -191,6 +211,7 @@ class SelectionConfig(_Section):
     bands: list[list[float]] | None = None
     seed: NonNegativeInt = SelectionRule.seed
     scope: str = SelectionRule.scope
+    exact_layers: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _check(self):
@@ -209,7 +230,7 @@ class SelectionConfig(_Section):
                 "selection.ratio is auto, which is settled when training starts and saved in the run's config.yaml. "
                 "Give that file, or a number (--set selection.ratio=0.1)."
             )
-        return SelectionRule(**self.model_dump())
+        return SelectionRule(**self.model_dump(exclude={"exact_layers"}))
 
 
 # Settings of TrainingArguments that another section or file owns: no setting has two owners.
@@ -386,11 +407,32 @@ class RunConfig(_Section):
         auto = self.selection.ratio == "auto"
         if auto and not self.training.ditching:
             raise ValueError("selection.ratio is auto and training.ditching false, which trains on all tokens")
+        if self.scoring.mode == "online":
+            if not self.training.ditching:
+                raise ValueError("scoring.mode is online and training.ditching false, which selects no tokens")
+            if auto:
+                raise ValueError("selection.ratio: auto is for scoring.mode: index; online, give a share such as 0.1")
+        if self.selection.exact_layers:
+            rule = self.selection
+            if self.scoring.mode != "online" or self.scoring.reduction == "error":
+                raise ValueError(
+                    "selection.exact_layers needs scoring.mode: online and scoring.reduction: l2, abs or signed"
+                )
+            if rule.rule != "sampled" or rule.alpha != 0:
+                raise ValueError(
+                    f"selection.exact_layers draws by the gradient and weighs: set selection.rule: sampled, alpha: 0 "
+                    f"and beta: 1 (got rule {rule.rule}, alpha {rule.alpha:g})"
+                )
         if self.training.memory_budget and not auto:
             raise ValueError("training.memory_budget is for selection.ratio: auto; leave it out or set that")
         if self.eval_data is not None and (self.data.hold_out or self.eval_data.hold_out):
             raise ValueError("data.hold_out keeps evaluation data back from training; with eval_data, set it to null")
         return self
+
+    @property
+    def needs_index(self) -> bool:
+        """Whether training selects by scores that were stored before."""
+        return self.training.ditching and self.scoring.mode == "index" and self.selection.to_rule().needs_scores
 
     def require_trainable(self) -> None:
         """Refuses models that can be scored but not trained.

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from tokenseek.config.schema import RunConfig, save_resolved
 from tokenseek.data import PreparedData, hold_out, prepare_dataset, require_supervised
 from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching.online import Seeking
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.labels import IGNORED
@@ -79,6 +80,10 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     group = sequence_group(state.device.type)
     if group is not None and config.training.ditching and config.selection.rule == "sampled":
         raise UserError("selection.rule: sampled has weights, which sequence parallelism does not share; use another.")
+    if group is not None and config.scoring.mode == "online":
+        raise UserError(
+            "scoring.mode: online is incompatible with sequence parallelism (sp_size); use scoring.mode: index."
+        )
     require_decoder(config.model, packing=config.training.packing, group=group)
     tokenizer = load_tokenizer(config.model)
     prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
@@ -95,7 +100,7 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     if state.is_main_process:
         save_resolved(config, output / "config.yaml")
     rule = config.selection.to_rule()
-    index = _index(config, prepared, state) if config.training.ditching and rule.needs_scores else None
+    index = _index(config, prepared, state) if config.needs_index else None
 
     # Before the model: under ZeRO-3 these arguments decide that weights are partitioned as they are loaded.
     arguments = training_arguments(config.training, output, config.seed)
@@ -108,7 +113,11 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     if config.peft:
         model = add_adapter(model, config.peft)
     if config.training.ditching:
-        enable_token_ditching(model, recompute=config.training.recompute, kv_storage=config.training.kv_storage)
+        scoring = config.scoring
+        seeking = Seeking(scoring.reduction, scoring.gradient_layer, config.selection.exact_layers)
+        enable_token_ditching(
+            model, recompute=config.training.recompute, kv_storage=config.training.kv_storage, seeking=seeking
+        )
     if group is not None:
         enable_sequence_parallelism(model, group, layout=config.training.sequence_layout)
     common = dict(
@@ -120,10 +129,15 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
         callbacks=[MetricsFile(output / "metrics.jsonl")],
     )
     if config.training.ditching:
-        options = dict(pad_token_id=tokenizer.pad_token_id, packing=config.training.packing)
+        online = config.scoring.mode == "online"
+        options = dict(pad_token_id=tokenizer.pad_token_id, packing=config.training.packing, online=online)
         collator = TokenSeekCollator(index, rule=rule, **options)
-        selection = Selected.among(collator, training)
-        state.print(selection.report())
+        selection = None
+        if online:
+            state.print(f"Selection in each step, rule {rule.rule}: {rule.ratio:g} of the tokens, no index.")
+        else:
+            selection = Selected.among(collator, training)
+            state.print(selection.report())
         trainer = TokenSeekTrainer(model, data_collator=collator, **common)
     else:
         selection = Selected.among(TokenSeekCollator(None, rule="all"), training)
@@ -136,6 +150,8 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     result = trainer.train(resume_from_checkpoint=checkpoint)
     peak = int(state_max(trainer, peak_memory_bytes()))
     after = held_out_loss(trainer, held_out) if held_out else None
+    if selection is None:
+        selection = Selected.by_steps(trainer)
     final = output / "final"
     trainer.save_model(str(final))
     if state.is_main_process:
@@ -209,6 +225,16 @@ class Selected:
             selected += batch["selected_positions"].shape[1]
             supervised += int(batch["shift_labels"].ne(IGNORED).sum())
         return cls(len(first), sum(map(len, first["input_ids"])), selected, supervised)
+
+    @classmethod
+    def by_steps(cls, trainer: TokenSeekTrainer) -> Selected:
+        """Of the steps of a run that selected their tokens themselves, over all processes."""
+        counts = torch.tensor(
+            [int(n) for n in (trainer.online.tokens, trainer.online.selected, trainer.online.supervised)]
+        )
+        counts = trainer.accelerator.reduce(counts.to(trainer.args.device), reduction="sum").tolist()
+        tokens, selected, supervised = (max(1, count) for count in counts)
+        return cls(0, tokens, selected, supervised)
 
     def report(self) -> str:
         report = (

@@ -120,7 +120,7 @@ class Sweep:
         output.mkdir(parents=True, exist_ok=True)
         row: Row = {"trial": trial.name, **trial.labels, "settings": dict(trial.settings)}
         with open(output / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-            if config.training.ditching and config.selection.to_rule().needs_scores:
+            if config.needs_index:
                 with lock(self.folder / "locks" / config.index_path.name, wait=True):
                     row |= _scored(config)
             before = [r for r in read_rows(self.rows_file) if r.get("before") == _before(config)]

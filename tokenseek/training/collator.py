@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex, tokens_crc
 from tokenseek.labels import IGNORED
+from tokenseek.selection.batched import draw_key
 from tokenseek.selection.rules import SelectionRule, select_weighted, supervised_positions
 
 
@@ -74,7 +75,10 @@ class TokenSeekCollator(PaddingCollator):
     ``remove_unused_columns=False``.
 
     Args:
-        index: the scores, an open :class:`TokenIndex` or its path; None for rules without scores ("random", "all").
+        index: the scores, an open :class:`TokenIndex` or its path; None for rules without scores ("random", "all") and
+            where the model selects.
+        online: leave the selection to the model (:func:`tokenseek.enable_token_ditching`): batches have all labels, the
+            rule as ``selection`` and one key of its draws for each example as ``selection_keys`` [E].
         ratio: share of each example's tokens that are trained on, in (0, 1].
         rule: name of a rule, or a whole :class:`SelectionRule` (`ratio` and `options` then replace its fields).
         packing: lay the examples of a batch behind each other in one row instead of padding them: no ``attention_mask``
@@ -96,19 +100,23 @@ class TokenSeekCollator(PaddingCollator):
         pad_token_id: int = 0,
         pad_to_multiple_of: int = 1,
         packing: bool = False,
+        online: bool = False,
         **options,
     ):
         super().__init__(pad_token_id, pad_to_multiple_of)
+        if online and index is not None:
+            raise UserError("online=True scores in the training step and reads no index; leave one of them out.")
+        self.online = online
         if packing and pad_to_multiple_of > 1:
             raise UserError(f"pad_to_multiple_of={pad_to_multiple_of}, but packing=True pads nothing; leave one out.")
         self.packing = packing
         if ratio is not None:
             options["ratio"] = ratio
         self.rule = replace(rule, **options) if isinstance(rule, SelectionRule) else SelectionRule(rule, **options)
-        if index is None and self.rule.needs_scores:
+        if index is None and self.rule.needs_scores and not online:
             raise UserError(
-                f"rule {self.rule.rule!r} selects by score and needs an index; give one (see `tokenseek score`), or "
-                "use rule='random' or 'all'."
+                f"rule {self.rule.rule!r} selects by score and needs an index; give one (see `tokenseek score`), score "
+                "in the training step (online=True), or use rule='random' or 'all'."
             )
         self.index = index if index is None or isinstance(index, TokenIndex) else TokenIndex.open(index)
         # Shared memory: workers that were started before a new epoch see it too.
@@ -122,7 +130,9 @@ class TokenSeekCollator(PaddingCollator):
         """Padding over all tokens, for evaluation."""
         return PaddingCollator(self.pad_token_id, self.pad_to_multiple_of)
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if self.online:
+            return self._unselected(features)
         selected, weights = zip(*map(self._select, features), strict=True)
         targets = [_predicted_by(positions, f["labels"]) for positions, f in zip(selected, features, strict=True)]
         labels = []
@@ -147,17 +157,21 @@ class TokenSeekCollator(PaddingCollator):
             batch["selected_weights"] = pad_sequence([torch.as_tensor(w, dtype=torch.float32) for w in weights], True)
         return batch
 
+    def _unselected(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch whose tokens the model selects."""
+        input_ids = [f["input_ids"] for f in features]
+        labels = [np.append(IGNORED, f["labels"][1:]) for f in features]
+        batch: dict[str, Any] = pack_rows(input_ids, labels) if self.packing else self.pad(input_ids, labels)
+        visit = int(self._epoch)
+        keys = [draw_key(zlib.crc32(_example_id(f).encode()), visit) for f in features]
+        return {**batch, "selection": self.rule, "selection_keys": torch.tensor(keys, dtype=torch.int64)}
+
     def select(self, feature: Mapping[str, Any]) -> np.ndarray:
         """Selected positions of one example, int64 [S], ascending."""
         return self._select(feature)[0]
 
     def _select(self, feature: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        if "example_id" not in feature:
-            raise UserError(
-                f"an example has no example_id (only {sorted(feature)}). Prepare the data with "
-                "tokenseek.prepare_dataset and train with remove_unused_columns=False."
-            )
-        input_ids, example_id = feature["input_ids"], feature["example_id"]
+        input_ids, example_id = feature["input_ids"], _example_id(feature)
         if self.index is None:
             row, scores = zlib.crc32(example_id.encode()), (None, None)
         else:
@@ -177,6 +191,15 @@ class TokenSeekCollator(PaddingCollator):
             supervised=supervised_positions(feature["labels"]),
             num_tokens=len(input_ids),
         )
+
+
+def _example_id(feature: Mapping[str, Any]) -> str:
+    if "example_id" not in feature:
+        raise UserError(
+            f"an example has no example_id (only {sorted(feature)}). Prepare the data with "
+            "tokenseek.prepare_dataset and train with remove_unused_columns=False."
+        )
+    return feature["example_id"]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], fill: int, length: int | None = None) -> torch.Tensor:

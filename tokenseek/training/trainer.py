@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,6 +18,7 @@ from tokenseek.ditching.zero3 import gather_layers_once
 from tokenseek.errors import UserError
 from tokenseek.training.collator import TokenSeekCollator
 from tokenseek.training.groups import GroupTrainer
+from tokenseek.training.online import OnlineTotals
 
 
 class TokenSeekTrainer(GroupTrainer):
@@ -24,7 +27,8 @@ class TokenSeekTrainer(GroupTrainer):
     Enables token ditching on the model unless it is enabled already, keeps the data set's ``example_id``, redraws
     random selections every epoch, evaluates and predicts on all tokens, and never repeats an example to fill the last
     batch of an epoch, so that losses do not depend on the number of processes. Of a sequence-parallel model, all ranks
-    of a group are given the same examples.
+    of a group are given the same examples. Where the model selects (``TokenSeekCollator(None, online=True)``), logs
+    hold ``loss_all`` beside ``loss``: the mean loss of all supervised tokens, as ordinary training logs it.
 
     Args:
         model: a causal LM, plain or PEFT-wrapped.
@@ -51,6 +55,25 @@ class TokenSeekTrainer(GroupTrainer):
         args.remove_unused_columns = False  # example_id is for the collator
         super().__init__(model, args, data_collator=data_collator, **kwargs)
         self.new_epoch.collator = data_collator
+        self.online = OnlineTotals()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if inputs.get("selection") is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.online.add(inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and (loss_all := self.online.loss_all(self.accelerator)) is not None:
+            logs["loss_all"] = loss_all
+        super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         with self._all_tokens():

@@ -1,0 +1,89 @@
+"""Runs whose steps select their own tokens: no index, `loss_all` in the log, repeatable when resumed; settings."""
+
+import json
+import shutil
+
+import pytest
+from tiny_preset import tiny_preset
+
+from tokenseek import SelectionRule, TokenSeekCollator, UserError
+from tokenseek.runs.train import train
+
+ONLINE = (
+    "scoring.mode=online",
+    "selection.rule=sampled",
+    "selection.alpha=0",
+    "selection.beta=1",
+    "selection.explore=0.3",
+    "selection.scope=supervised",
+    "training.logging_steps=1",
+)
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("settings", [(), ("selection.exact_layers=1",), ("scoring.reduction=error",)], ids=str)
+def test_no_index_is_made_and_the_loss_of_all_tokens_is_logged(tmp_path, settings):
+    ordinary = train(tiny_preset(tmp_path, "training.ditching=false", "training.logging_steps=1", "peft=null"))
+    expected = lines(tmp_path / "run")[0]["loss"]
+    run = tmp_path / "online"
+    summary = train(tiny_preset(tmp_path, *ONLINE, *settings, f"output_dir={run}", "peft=null"))
+    assert not (run / "index.arrow").exists() and not list(run.glob("index*"))
+    first = lines(run)[0]
+    # Step 1 has not moved the model yet, so that all tokens have the loss of ordinary training's first step.
+    assert first["loss_all"] == pytest.approx(expected, rel=1e-5)
+    if "selection.exact_layers=1" in settings:
+        assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    assert summary.steps == ordinary.steps == 2
+    assert 0 < summary.selected_share < 0.15 and summary.supervised_share == 1
+    assert summary.tokens == ordinary.tokens
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, packing):
+    saving = ("training.max_steps=4", "training.save_strategy=steps", "training.save_steps=2")
+    settings = (*ONLINE, *saving, f"training.packing={packing}")
+    train(tiny_preset(tmp_path, *settings, examples=16))
+    resumed = tmp_path / "resumed"
+    train(tiny_preset(tmp_path, *settings, f"output_dir={resumed}", examples=16))
+    shutil.rmtree(resumed / "checkpoint-4")
+    train(tiny_preset(tmp_path, *settings, f"output_dir={resumed}", examples=16))
+
+    def trajectory(run):
+        return [[line.get(key) for key in ("step", "loss", "loss_all", "grad_norm")] for line in lines(run)]
+
+    assert trajectory(resumed) == trajectory(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (("scoring.mode=online", "scoring.index=a.arrow"), "scoring.index is for scoring.mode: index"),
+        (("scoring.mode=online", "scoring.loss_scope=sequence"), "loss_scope: sequence is for scoring.mode: index"),
+        (("scoring.reduction=error",), "error is for scoring.mode: online"),
+        (("scoring.mode=online", "training.ditching=false"), "training.ditching false"),
+        (("scoring.mode=online", "selection.ratio=auto"), "selection.ratio: auto is for scoring.mode: index"),
+        (("selection.exact_layers=1",), "exact_layers needs scoring.mode: online"),
+        (("selection.exact_layers=1", "scoring.mode=online"), "set selection.rule: sampled"),
+    ],
+)
+def test_settings_that_exclude_each_other(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        tiny_preset(tmp_path, *settings)
+
+
+def test_the_collator_leaves_the_selection_to_the_model():
+    rule = SelectionRule("sampled", explore=0.3)
+    features = [{"example_id": name, "input_ids": [1, 2, 3], "labels": [-100, 2, 3]} for name in "ab"]
+    collator = TokenSeekCollator(None, rule=rule, online=True)
+    batch = collator(features)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "selection", "selection_keys"}
+    assert batch["selection"] == rule and batch["selection_keys"].shape == (2,)
+    collator.set_epoch(3)
+    assert ((collator(features)["selection_keys"] - batch["selection_keys"]) == 3 << 32).all()
+    packed = TokenSeekCollator(None, rule=rule, online=True, packing=True)(features)
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]] and packed["selection_keys"].shape == (2,)
+    with pytest.raises(UserError, match="online=True scores in the training step"):
+        TokenSeekCollator("index.arrow", online=True)
