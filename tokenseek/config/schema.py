@@ -54,7 +54,8 @@ class ModelConfig(_Section):
 class Columns(_Section):
     """The data's own name of each column that the kind of source reads.
 
-    `input`, `tools` and `system` left out are read from columns of these names where the data has them.
+    `input`, `tools` and `system` left out are read from columns of these names where the data has them; an empty name
+    reads none.
     """
 
     instruction: str = "instruction"

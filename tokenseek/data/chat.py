@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,8 @@ def _message(given: Any, position: int) -> Message:
     else:
         message["tool_calls"] = [_tool_call(call, where) for call in _listed(message["tool_calls"], where)]
     message["content"] = _content(message.get("content"), where)
+    if not message["content"] and "tool_calls" in message:
+        message["content"] = None  # two ways to say that there are calls only
     if message["content"] is None and not any(
         message.get(field) for field in ("tool_calls", "reasoning_content", "thinking")
     ):
@@ -205,11 +207,20 @@ class ChatRenderer:
                 differently once others follow.
         """
         turns = self._trained_turns(messages, first_turn)
-        conversation = _Conversation(self, _without_own_ends(self, _taken(self, messages, tools), tools), tools)
+        messages = _without_own_ends(self, _taken(self, messages, tools), tools)
+        conversation = _Conversation(self, messages, tools)
+        whole = conversation.apply()
+        shown = {turn: whole for turn, message in enumerate(messages) if message["role"] != "assistant"}
         if conversation.has_markers and len(turns) == len(_assistant_turns(messages)):
             text, spans = conversation.marked()
-            return [Rendered(text, spans, add_special_tokens=False)]
-        return list(self._examples(conversation, turns))
+            left_out = _left_out(messages, shown | dict.fromkeys(turns, text))
+            return [Rendered(text, spans, add_special_tokens=False, left_out=left_out)]
+        generated = {turn: conversation.turn(turn) for turn in turns}
+        left_out = _left_out(messages, shown | {turn: text for turn, (text, _) in generated.items()})
+        return [
+            Rendered(text, spans, add_special_tokens=False, left_out=left_out)
+            for text, spans in self._examples(conversation, whole, generated)
+        ]
 
     def _trained_turns(self, messages: Sequence[Message], first_turn: int) -> list[int]:
         turns = [turn for turn in _assistant_turns(messages) if turn >= first_turn]
@@ -227,27 +238,22 @@ class ChatRenderer:
             return [turn for turn in chosen if wished.get(turn, True)]
         return [turn for turn in turns if wished.get(turn, True)]
 
-    def _examples(self, conversation: _Conversation, turns: list[int]) -> Iterator[Rendered]:
-        """Latest turns first: an example holds all turns that are in it as they were generated."""
-        whole = conversation.apply()
-        if not turns:
-            yield Rendered(whole, (), add_special_tokens=False)
-            return
-        generated = {turn: conversation.turn(turn) for turn in turns}
-        examples, text, left = [], whole, turns
+    def _examples(
+        self, conversation: _Conversation, whole: str, generated: Mapping[int, tuple[str, int]]
+    ) -> list[tuple[str, tuple[Span, ...]]]:
+        """Texts and spans. Latest turns first: an example holds all turns that are in it as they were generated."""
+        examples, text, left = [], whole, list(generated)
         while left:
             spans = {turn: span for turn in left if (span := conversation.find(*generated[turn], text))}
-            if not spans and text is not whole:
-                raise RuntimeError(f"turn {left[-1]} is not in its own rendering")
             rewritten = [turn for turn in left if turn not in spans]
             if rewritten and self.rewritten_turns == "refuse":
                 raise UserError(self._refusal(rewritten[0], generated[rewritten[0]]))
             if spans:
-                examples.append(Rendered(text, tuple(sorted(spans.values())), add_special_tokens=False))
+                examples.append((text, tuple(sorted(spans.values()))))
             left = rewritten
             if left:
-                text = generated[left[-1]][0]
-        yield from reversed(examples)
+                text = generated[left[-1]][0]  # holds that turn to its end, so that one turn less is left each time
+        return examples[::-1] or [(whole, ())]
 
     def _refusal(self, turn: int, generated: tuple[str, int]) -> str:
         return (
@@ -279,19 +285,10 @@ class _Conversation:
 
     def marked(self) -> tuple[str, tuple[Span, ...]]:
         """The text, and what the template itself marks as generated."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        with _errors_named(self.messages):
-            texts, spans = render_jinja_template(
-                [self.messages],
-                tools=self.tools,
-                chat_template=_FIXED_DATE + self.template,
-                return_assistant_tokens_mask=True,
-                **_variables(self.renderer),
-            )
-        if not spans[0]:
+        text, spans = _rendered(self.renderer, self.messages, self.tools, return_assistant_tokens_mask=True)
+        if not spans:
             raise UserError("the chat template has {% generation %} marks, but marks nothing in this conversation")
-        return texts[0], tuple(sorted((start, end) for start, end in spans[0]))
+        return text, tuple(sorted(spans))
 
     def turn(self, turn: int) -> tuple[str, int]:
         """The conversation that ends with a turn, and where what the assistant generated begins in it."""
@@ -336,22 +333,30 @@ class _Conversation:
         return start
 
 
-def _variables(renderer: ChatRenderer) -> dict[str, Any]:
-    return {**renderer.tokenizer.special_tokens_map, **(renderer.options or {})}
-
-
 def _apply(
     renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, generation_prompt: bool
 ) -> str:
+    return _rendered(renderer, messages, tools, add_generation_prompt=generation_prompt)[0]
+
+
+def _rendered(
+    renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, **options: bool
+) -> tuple[str, list[Span]]:
+    """The text of a conversation, and what the template marks as generated, where `options` ask for that.
+
+    `tokenizer.apply_chat_template` would leave out a content that is null, which some templates ask about.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     with _errors_named(messages):
-        return renderer.tokenizer.apply_chat_template(
-            messages,
+        texts, generated = render_jinja_template(
+            [messages],
             tools=tools,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
             chat_template=_FIXED_DATE + renderer.tokenizer.get_chat_template(tools=tools),
-            **(renderer.options or {}),
+            **options,
+            **{**renderer.tokenizer.special_tokens_map, **(renderer.options or {})},
         )
+    return texts[0], [tuple(span) for span in generated[0]] if generated else []
 
 
 class _errors_named:
@@ -371,25 +376,61 @@ class _errors_named:
 
 
 def _taken(renderer: ChatRenderer, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[Message]:
-    """The messages in the first spelling that the template renders.
+    """The messages in the first spelling that the template renders, calls and tools included.
 
     Templates differ in how they want a message that has tool calls and no content (null, no field, empty text), and
     the arguments of a call (an object, or its JSON text). All mean the same.
     """
     bare = [{name: value for name, value in message.items() if name not in _TRAINED} for message in messages]
-    calls = any("tool_calls" in message for message in bare)
+    calls = {turn: message["tool_calls"] for turn, message in enumerate(bare) if "tool_calls" in message}
     empty = any(message["content"] is None for message in bare)
-    error = None
+    errors = []
     for as_text in (False, True) if calls else (False,):
         for spelling in ("null", "absent", "empty") if empty else ("null",):
             spelled = [_spelled(message, spelling, as_text) for message in bare]
             try:
-                _apply(renderer, spelled, tools, generation_prompt=False)
-            except UserError as refused:
-                error = error or refused
+                text = _apply(renderer, spelled, tools, generation_prompt=False)
+                _require_calls(text, calls)
+            except UserError as error:
+                errors.append(error)
             else:
+                if tools and not any(name in text for tool in tools if (name := _tool_name(tool))):
+                    raise UserError(
+                        "the chat template does not render tools; use the tokenizer of a model that calls tools, or "
+                        "leave the column out (columns.tools: '')"
+                    )
                 return spelled
-    raise error
+    raise next((error for error in errors if "does not render" in str(error)), errors[0])
+
+
+def _require_calls(text: str, calls: Mapping[int, list[dict[str, Any]]]) -> None:
+    for turn, made in calls.items():
+        if any(call["function"]["name"] not in text for call in made):
+            raise UserError(
+                f"the chat template does not render the tool calls of message {turn}; use the tokenizer of a model "
+                "that calls tools"
+            )
+
+
+def _tool_name(tool: dict[str, Any]) -> str | None:
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _left_out(messages: Sequence[Message], texts: Mapping[int, str]) -> str:
+    """Which message's text is not in the rendering (`texts` by message); empty where all are."""
+    for position, message in enumerate(messages):
+        content = message.get("content")
+        if position in texts and isinstance(content, str):
+            compact = _compact(texts[position])  # templates trim, and set thoughts on lines of their own
+            spellings = (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
+            if not any(_compact(spelling) in compact for spelling in spellings):
+                return f"message {position} ({message['role']})"
+    return ""
+
+
+def _compact(text: str) -> str:
+    return "".join(text.split())
 
 
 def _without_own_ends(
@@ -400,7 +441,7 @@ def _without_own_ends(
     text = _apply(renderer, messages, tools, generation_prompt=False)
     messages = [dict(message) for message in messages]
     first = messages[0].get("content")
-    if bos and isinstance(first, str) and first.startswith(bos) and text.startswith(bos + bos):
+    if bos and isinstance(first, str) and first.startswith(bos) and text.startswith(bos):
         messages[0]["content"] = first.removeprefix(bos)
     if eos and re.search(rf"{re.escape(eos)}\s*{re.escape(eos)}", text):
         for message in messages:

@@ -34,6 +34,7 @@ from tokenseek.labels import IGNORED
 _RENDERED = Features(
     {
         "place": Value("string"),
+        "left_out": Value("string"),
         "text": List(Value("large_string")),
         "spans": List(List(List(Value("int32")))),
         "add_special_tokens": List(Value("bool")),
@@ -172,7 +173,7 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
         "max_length": data.max_length,
         "labels": data.labels,
     }
-    report = _report(examples, loaded, described, len(examples) - len(rows))
+    report = _report(examples, rows, loaded, described)
     return PreparedData(examples.remove_columns(["num_cut", "num_unread"]), fingerprints, report)
 
 
@@ -268,9 +269,7 @@ def _map(rows: Dataset, function: Callable, inputs: list[str], **options) -> Dat
     )
 
 
-def _report(
-    examples: Dataset, loaded: Sequence[LoadedSource], described: tuple[str, ...], additional: int
-) -> DataReport:
+def _report(examples: Dataset, rows: Dataset, loaded: Sequence[LoadedSource], described: tuple[str, ...]) -> DataReport:
     cut, unread = np.asarray(examples["num_cut"]), np.asarray(examples["num_unread"])
     lengths, supervised = [], []
     for batch in examples.select_columns("labels").with_format("arrow").iter(1000):
@@ -279,10 +278,17 @@ def _report(
             lengths.append(len(labels))
             supervised.append(int((labels[1:] != IGNORED).sum()))  # the first token is never predicted
     notes = [note for part in loaded for note in part.notes]
-    if additional:
+    if (additional := len(examples) - len(rows)) > 0:
         notes.append(
             f"{additional:,} examples were added for turns that the chat template renders differently in a history "
             "(rewritten_turns: separate)."
+        )
+    shortened = [(place, what) for place, what in zip(rows["place"], rows["left_out"], strict=True) if what]
+    if shortened:
+        place, what = shortened[0]
+        notes.append(
+            f"WARNING: in {len(shortened):,} of {len(rows):,} conversations the chat template leaves out text of a "
+            f"message, such as reasoning or a role that it does not know; first in {place}: {what}."
         )
     rows_read = sum(part.rows_read for part in loaded)
     return DataReport(

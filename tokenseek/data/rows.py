@@ -49,16 +49,17 @@ class RowRenderer:
             self.columns[name] = column
         for name in _OPTIONAL[source.kind]:
             column = getattr(source.columns, name)
-            if column is not None:
+            if column:
                 require_column(loaded.columns, column, f"{key}.columns.{name}")
                 self.columns[name] = column
-            elif name in loaded.columns:
+            elif column is None and name in loaded.columns and name not in self.columns.values():
                 self.columns[name] = name
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         done = [self._render(row, place) for row, place in zip(batch["row"], batch["place"], strict=True)]
         return {
             "place": batch["place"],
+            "left_out": [examples[0].left_out for examples in done],
             "text": [[example.text for example in examples] for examples in done],
             "spans": [[example.spans for example in examples] for examples in done],
             "add_special_tokens": [[example.add_special_tokens for example in examples] for examples in done],

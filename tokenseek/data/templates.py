@@ -32,11 +32,13 @@ class Rendered:
     """`spans` are (start, end) of the supervised characters of `text`, ascending.
 
     `add_special_tokens` is whether the tokenizer adds its own (BOS): a chat template has written them already.
+    `left_out` names a message whose text the chat template does not render as a whole.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     add_special_tokens: bool
+    left_out: str = ""
 
 
 @dataclass(frozen=True)
