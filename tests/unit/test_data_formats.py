@@ -110,7 +110,7 @@ def test_the_advice_of_a_refusal_works(tmp_path):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"question": "a", "answer": "b"}, "response (instruction from 'question', response from 'answer'): set data.so"),
+        ({"question": "a", "answer": "b"}, "response (instruction from 'question', response from 'answer'): set data."),
         ({"messages": MESSAGES}, "look like chat messages (messages): set data.sources.0.kind=auto"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the rows are preference pairs"),
     ],
