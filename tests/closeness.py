@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 # Of a few layers forwards and backwards; what is wrong is off by thousands of times as much.
@@ -18,7 +19,7 @@ ROUNDINGS = 256
 # of all that it is compared along with counts as this large.
 SMALLEST_SHARE = 1 / 32
 
-Value = torch.Tensor | float | None
+Value = torch.Tensor | np.ndarray | float | None
 Values = Value | Sequence[Value] | Mapping[str, Value]
 
 
@@ -33,8 +34,8 @@ def assert_close(
     """Raise AssertionError where `actual` is further from `expected` than `roundings` in `computed_in` explain.
 
     Args:
-        actual, expected: tensors or numbers, alone, or several in the same order or by the same names. None, for what
-            there is none of, is close to None alone.
+        actual, expected: tensors, arrays or numbers, alone, or several in the same order or by the same names. None,
+            for what there is none of, is close to None alone.
         computed_in: the lowest precision that computes; by default the lowest of the tensors' own.
     """
     actual, expected = _named(actual), _named(expected)
@@ -75,8 +76,8 @@ def _lowest_precision(values: list[Value]) -> torch.dtype:
 
 
 def _named(given: Values) -> dict[str, Value]:
-    if isinstance(given, Mapping):
-        return dict(given)
     if isinstance(given, Sequence):
-        return {str(number): value for number, value in enumerate(given)}
-    return {"": given}
+        given = {str(number): value for number, value in enumerate(given)}
+    elif not isinstance(given, Mapping):
+        given = {"": given}
+    return {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in given.items()}

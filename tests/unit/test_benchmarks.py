@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from closeness import assert_close
 from numerics.dense_reference import dense_loss
 from tiny_models import tiny_model
 from torch import nn
@@ -32,12 +33,12 @@ def test_algorithm1_equals_the_dense_reference(kind, ratio):
     batch["labels"] = batch["labels"].clone()
     batch["labels"][:, :3] = -100
     losses = {f: f(model, **batch) for f in (dense_loss, algorithm1_loss)}
-    torch.testing.assert_close(losses[algorithm1_loss], losses[dense_loss], rtol=1e-12, atol=0)
-    expected, actual = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses.values())
-    for (name, _), truth, gradient in zip(model.named_parameters(), expected, actual, strict=True):
-        torch.testing.assert_close(
-            gradient, truth, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert_close(losses[algorithm1_loss], losses[dense_loss])
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected, actual = (
+        dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)) for loss in losses.values()
+    )
+    assert_close(actual, expected)
 
 
 def test_counters_on_a_graph_made_by_hand():
@@ -103,7 +104,7 @@ def test_unequal_examples_are_padded_or_packed():
     for method in methods[2:]:
         model, loss_of = build(method, "tiny", torch.float64, "cpu")
         losses.append(loss_of(**make_ragged_batch(Method.parse(method), [64, 8, 8, 8], 256, "cpu")))
-    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    assert_close(*losses)
 
 
 def test_selecting_stores_less():

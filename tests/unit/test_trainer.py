@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import assert_close
 from tiny_models import tiny_model
 from tiny_run import tiny_arguments, tiny_dataset, write_index
 from transformers import Trainer
@@ -73,7 +74,7 @@ def test_a_resumed_run_draws_what_the_whole_run_drew(step, workers, whole_run, d
     checkpoint = f"{whole_run.args.output_dir}/checkpoint-{step}"
     trainer = trained(dataset, path, tmp_path, resume=checkpoint, dataloader_num_workers=workers)
     assert trainer.batches == whole_run.batches[2 * step :]
-    torch.testing.assert_close(weights(trainer), weights(whole_run), rtol=1e-4, atol=1e-5)
+    assert_close(weights(trainer), weights(whole_run))
 
 
 def evaluated(cls, model, dataset, folder, collator):
@@ -99,7 +100,7 @@ def test_predictions_are_the_logits_of_all_tokens(dataset, path, tmp_path):
     predictions = trainer.predict(dataset).predictions
     with torch.no_grad():
         expected = model.eval()(input_ids=torch.tensor([dataset[1]["input_ids"]])).logits[0]
-    torch.testing.assert_close(torch.tensor(predictions[1][: len(expected)]), expected, rtol=1e-4, atol=1e-5)
+    assert_close(predictions[1][: len(expected)], expected)
 
 
 def test_evaluation_between_steps_changes_nothing(whole_run, dataset, path, tmp_path):
