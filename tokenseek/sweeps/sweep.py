@@ -142,6 +142,8 @@ class Sweep:
     def _config(self, trial: Trial) -> RunConfig:
         settings = {**trial.settings, "output_dir": str(self.folder / "trials" / trial.name)}
         config = override_config(self.base, settings, f"trial {trial.name}")
+        if not config.needs_index:
+            return config
         own = _scored_settings(config)
         index = self.base.index_path
         if own != _scored_settings(self.base):
