@@ -15,11 +15,20 @@ from tokenseek.runs.train import train
 pytest.importorskip("deepspeed")
 
 FULL = ["peft=null", "training.learning_rate=1e-3", "training.weight_decay=0.1"]
-KINDS = {"full": FULL, "lora": [], "bf16": ["training.mixed_precision=bf16"], "nf4": ["model.quantization=nf4"]}
+DRAWN = ["selection.rule=sampled", "selection.alpha=0", "selection.explore=0.3", "selection.scope=supervised"]
+ONLINE = ["scoring.mode=online", "scoring.reduction=l2", *DRAWN]
+KINDS = {
+    "full": FULL,
+    "lora": [],
+    "bf16": ["training.mixed_precision=bf16"],
+    "nf4": ["model.quantization=nf4"],
+    "online": [*FULL, *ONLINE],
+    "exact": [*FULL, *ONLINE, "selection.exact_layers=1"],
+}
 EXACT = ("full", "lora")  # resumed, exported and compared to the last digits
 # Of losses and gradient norms, relative. One process trains float32 weights under autocast, and so does DDP; ZeRO and
 # FSDP2 compute in bfloat16 throughout, with float32 master weights.
-TOLERANCE = {"full": 1e-5, "lora": 1e-5, "bf16": 3e-2, "nf4": 1e-4}
+TOLERANCE = {"full": 1e-5, "lora": 1e-5, "bf16": 3e-2, "nf4": 1e-4, "online": 1e-5, "exact": 1e-5}
 # Examples that were cut before their response leave some micro batches without a loss.
 COMMON = ["selection.ratio=0.5", "training.max_grad_norm=0.5"]
 FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
@@ -32,14 +41,16 @@ def alone(workspace):
     for kind, overrides in KINDS.items():
         outputs[kind] = workspace.folder / "alone" / kind
         # Quantised, all would be scored anew: other weights.
-        settings = [f"output_dir={outputs[kind]}", f"scoring.index={workspace.folder}/alone/{index_of(kind)}"]
+        settings = [f"output_dir={outputs[kind]}", *index_of(workspace, "alone", kind)]
         settings += ["training.gradient_accumulation_steps=4", *COMMON, *overrides]
         train(load_config(str(workspace.training), settings))
     return outputs
 
 
-def index_of(kind):
-    return "nf4.arrow" if kind == "nf4" else "index.arrow"
+def index_of(workspace, folder, kind):
+    if kind in ("online", "exact"):
+        return []
+    return [f"scoring.index={workspace.folder}/{folder}/{'nf4.arrow' if kind == 'nf4' else 'index.arrow'}"]
 
 
 def launch(workspace, folder, config, runs, processes=2):
@@ -96,8 +107,8 @@ def test_two_processes_equal_one(workspace, alone, config):
     for kind in kinds:
         # Under ZeRO-3, score a second time, where a training has told Transformers to partition whatever it loads.
         scored = "zero3" if (config, kind) == ("zero3", "lora") else "alone"
-        index = f"scoring.index={workspace.folder}/{scored}/{index_of(kind)}"
-        runs[kind] = {"output": str(folder / kind), "set": [*COMMON, *KINDS[kind], index]}
+        settings = [*COMMON, *KINDS[kind], *index_of(workspace, scored, kind)]
+        runs[kind] = {"output": str(folder / kind), "set": settings}
     resumed = [
         {**runs[kind], "output": str(folder / f"{kind}-resumed"), "resume": str(folder / kind / "checkpoint-4")}
         for kind in EXACT
