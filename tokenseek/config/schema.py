@@ -257,7 +257,9 @@ class TrainingConfig(_Section):
     - `recompute`: the selected pass once more in the backward pass.
     - `kv_storage`: where keys and values wait for it: on the `device`, on the `host`, or in 8 bits (`int8`, not exact).
     - `on_nan`: whether a loss or gradient that is not finite ends the run (`stop`) or not (`continue`).
-    - `packing`: the examples of a micro batch in one row instead of padded; losses and gradients are the same.
+    - `packing`: `true` lays the examples of a micro batch in one row instead of padding them; losses and gradients are
+      the same. `bins` packs the whole data set into rows of `data.max_length` tokens first, by first-fit decreasing: a
+      micro batch then is `per_device_train_batch_size` rows full of examples, and an epoch has fewer steps.
     - `sequence_layout`: which tokens of a text each rank holds where the accelerate config has ranks share texts
       (`sp_size`): `balanced`; `contiguous`, as stock Ulysses; or `regroup`, contiguous and regrouped in each layer as
       in the paper. Losses are the same in all three.
@@ -269,7 +271,7 @@ class TrainingConfig(_Section):
     ditching: bool = True
     recompute: bool = False
     kv_storage: Literal["device", "host", "int8"] = "device"
-    packing: bool = False
+    packing: bool | Literal["bins"] = False
     sequence_layout: Literal["balanced", "contiguous", "regroup"] = "balanced"
     memory_budget: str | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -317,7 +319,10 @@ class TrainingConfig(_Section):
     @model_validator(mode="after")
     def _check_packing(self):
         if self.packing and not self.ditching:
-            raise ValueError("packing: true needs ditching: true; ordinary fine-tuning pads its batches")
+            raise ValueError(
+                f"packing: {self.packing if self.packing == 'bins' else 'true'} needs ditching: true; ordinary "
+                "fine-tuning pads its batches. To train on all tokens of packed rows, set selection.rule: all"
+            )
         return self
 
     @field_validator("extra")

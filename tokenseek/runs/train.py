@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
 from tokenseek.config.schema import RunConfig, save_resolved
 from tokenseek.data import PreparedData, hold_out, prepare_dataset, require_supervised
+from tokenseek.data.packing import PackedDataset
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.online import Seeking
 from tokenseek.errors import UserError
@@ -84,7 +85,7 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
         raise UserError(
             "scoring.mode: online is incompatible with sequence parallelism (sp_size); use scoring.mode: index."
         )
-    require_decoder(config.model, packing=config.training.packing, group=group)
+    require_decoder(config.model, packing=bool(config.training.packing), group=group)
     tokenizer = load_tokenizer(config.model)
     prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
     training, held_out = prepared.dataset, None
@@ -96,7 +97,12 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     if held_out is not None:
         require_supervised(held_out, "eval_data" if config.eval_data else "data.hold_out")
     state.print(f"Training data: {prepared.report}")
-    config = settle_ratio(config, checkpoint, max(map(len, prepared.dataset["input_ids"])), state)
+    longest = max(map(len, prepared.dataset["input_ids"]))
+    rows = None
+    if config.training.packing == "bins":
+        rows, longest = PackedDataset(training, config.data.max_length), config.data.max_length
+        state.print(f"Packed: {rows}.")
+    config = settle_ratio(config, checkpoint, longest, state)
     if state.is_main_process:
         save_resolved(config, output / "config.yaml")
     rule = config.selection.to_rule()
@@ -123,14 +129,14 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     common = dict(
         args=arguments,
         on_nan=config.training.on_nan,
-        train_dataset=training,
+        train_dataset=training if rows is None else rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[MetricsFile(output / "metrics.jsonl")],
     )
     if config.training.ditching:
         online = config.scoring.mode == "online"
-        options = dict(pad_token_id=tokenizer.pad_token_id, packing=config.training.packing, online=online)
+        options = dict(pad_token_id=tokenizer.pad_token_id, packing=bool(config.training.packing), online=online)
         collator = TokenSeekCollator(index, rule=rule, **options)
         selection = None
         if online:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from tokenseek.data.packing import unpacked
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex, tokens_crc
 from tokenseek.labels import IGNORED
@@ -83,6 +84,7 @@ class TokenSeekCollator(PaddingCollator):
         rule: name of a rule, or a whole :class:`SelectionRule` (`ratio` and `options` then replace its fields).
         packing: lay the examples of a batch behind each other in one row instead of padding them: no ``attention_mask``
             then but ``position_ids`` that begin anew with every example. The batch has the same loss and gradients.
+            Its items may be rows of a :class:`tokenseek.data.packing.PackedDataset`.
         options: other fields of :class:`SelectionRule`: alpha, beta, explore, bands, seed, scope, ...
 
     Random rules draw anew in every epoch: call :meth:`set_epoch` at its start (:class:`TokenSeekTrainer` does).
@@ -131,6 +133,7 @@ class TokenSeekCollator(PaddingCollator):
         return PaddingCollator(self.pad_token_id, self.pad_to_multiple_of)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        features = unpacked(features)
         if self.online:
             return self._unselected(features)
         selected, weights = zip(*map(self._select, features), strict=True)

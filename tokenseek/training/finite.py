@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
+from tokenseek.data.packing import unpacked
 from tokenseek.errors import UserError
 
 
@@ -20,6 +21,7 @@ class NamedExamples:
         self.collator = collator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        features = unpacked(features)
         batch = self.collator(features)
         if all("example_id" in feature for feature in features):
             batch["example_ids"] = [feature["example_id"] for feature in features]

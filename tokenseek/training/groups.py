@@ -6,6 +6,10 @@ processes only: left alone they would give each rank of a group other examples, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
@@ -15,12 +19,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from tokenseek.data.packing import unpacked
 from tokenseek.decoder.find import find_decoder
 from tokenseek.errors import UserError
 from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
 from tokenseek.parallel import shared_by
 from tokenseek.training.finite import NamedExamples, StopAtNan
-from tokenseek.training.sampling import EpochSampler, WithBlanks
+from tokenseek.training.sampling import EpochSampler, LengthGroupedSampler, WithBlanks
 
 
 class GroupTrainer(Trainer):
@@ -97,13 +102,17 @@ class GroupTrainer(Trainer):
             self.data_collator = plain_collator
 
     def _train_dataloader(self) -> DataLoader:
-        plain, random = self.train_dataset, self.args.train_sampling_strategy == "random"
-        if not has_length(plain) or self.args.train_sampling_strategy not in ("random", "sequential"):
+        plain, strategy = self.train_dataset, self.args.train_sampling_strategy
+        if not has_length(plain) or strategy not in ("random", "sequential", "group_by_length"):
             return super().get_train_dataloader()
         per_round = self._train_batch_size * self.num_groups
         blanks = 0 if self.args.dataloader_drop_last else -len(plain) % per_round
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = EpochSampler(len(plain), blanks, seed if random else None)
+        if strategy == "group_by_length":
+            group = per_round * self.args.gradient_accumulation_steps
+            sampler = LengthGroupedSampler(_lengths(plain), blanks, seed, group)
+        else:
+            sampler = EpochSampler(len(plain), blanks, seed if strategy == "random" else None)
         self.new_epoch.sampler = sampler
         return self._get_dataloader(
             dataset=WithBlanks(plain, blanks),
@@ -179,6 +188,14 @@ class NewEpoch(TrainerCallback):
         for draws in (self.collator, self.sampler):
             if draws is not None:
                 draws.set_epoch(epoch)
+
+
+def _lengths(dataset: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Tokens of every example, or of every row of packed ones."""
+    if isinstance(dataset, datasets.Dataset):
+        return [len(ids) for ids in dataset["input_ids"]]
+    items = (unpacked([dataset[position]]) for position in range(len(dataset)))
+    return [sum(len(example["input_ids"]) for example in examples) for examples in items]
 
 
 def _require_neighbours(group: dist.ProcessGroup) -> None:

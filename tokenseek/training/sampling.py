@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from tokenseek.labels import IGNORED
+from tokenseek.data.packing import without_labels
 
 
 class EpochSampler(Sampler[int]):
@@ -42,16 +43,35 @@ class EpochSampler(Sampler[int]):
         if self.seed is None:
             yield from range(self.examples)
         else:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            yield from torch.randperm(self.examples, generator=generator).tolist()
+            yield from self.order(torch.Generator().manual_seed(self.seed + self.epoch))
         yield from range(self.examples, len(self))
+
+    def order(self, generator: torch.Generator) -> list[int]:
+        """Positions of all examples, as drawn for an epoch."""
+        return torch.randperm(self.examples, generator=generator).tolist()
+
+
+class LengthGroupedSampler(EpochSampler):
+    """An :class:`EpochSampler` that puts examples of similar lengths side by side, as Transformers' of this name does.
+
+    Args:
+        lengths: of the examples, in tokens.
+        group: so many examples in a row are of similar lengths: those of an optimizer step.
+    """
+
+    def __init__(self, lengths: Sequence[int], blanks: int, seed: int, group: int):
+        super().__init__(len(lengths), blanks, seed)
+        self.lengths, self.group = lengths, group
+
+    def order(self, generator: torch.Generator) -> list[int]:
+        return get_length_grouped_indices(self.lengths, self.group, generator=generator)
 
 
 class WithBlanks(Dataset):
     """A data set followed by copies of its first example without a label.
 
     Args:
-        examples: mappings with ``labels``.
+        examples: mappings with ``labels``, or rows of a :class:`tokenseek.data.packing.PackedDataset`.
         blanks: number of copies.
     """
 
@@ -64,5 +84,4 @@ class WithBlanks(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         if position < len(self.examples):
             return self.examples[position]
-        first = self.examples[0]
-        return {**first, "labels": [IGNORED] * len(first["labels"])}
+        return without_labels(self.examples[0])
