@@ -4,6 +4,7 @@ from tokenseek.launching.engine import Engine, launched_engine, read_engine
 from tokenseek.planning.budget import Choice, Knob, largest_ratio
 from tokenseek.planning.ledger import CATEGORIES
 from tokenseek.planning.report import describe_choice, plan_table, time_table
+from tokenseek.planning.shapes import Shape, find_shape, known_shapes
 from tokenseek.planning.step import MemoryPlan, Method, method_of, plan_memory
 from tokenseek.planning.work import EFFICIENCY, GPUS, Gpu, StepWork, find_gpu
 
@@ -17,9 +18,12 @@ __all__ = [
     "Knob",
     "MemoryPlan",
     "Method",
+    "Shape",
     "StepWork",
     "describe_choice",
     "find_gpu",
+    "find_shape",
+    "known_shapes",
     "largest_ratio",
     "launched_engine",
     "method_of",

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -31,6 +32,7 @@ from tokenseek.parallel import measured
 from tokenseek.planning.ledger import Ledger
 from tokenseek.planning.packed import pack_linear_layers
 from tokenseek.planning.sequence import plan_as_first_rank
+from tokenseek.planning.shapes import known_shape
 from tokenseek.planning.sharding import ShardedState
 from tokenseek.planning.work import Gpu, StepWork, Work, sent_bytes
 from tokenseek.training.arguments import training_arguments
@@ -189,12 +191,15 @@ def method_of(config: RunConfig, ratio: float | None = None) -> Method:
 
 
 def load_model_config(config: RunConfig) -> PreTrainedConfig:
-    """The model's ``config.json`` alone; no weight is downloaded.
+    """The model's ``config.json`` alone, or its public dimensions where its name is known; no weight is downloaded.
 
     Raises:
         UserError: there is none.
     """
     model = config.model
+    shape = known_shape(model.name_or_path)
+    if shape and not (model.revision or model.trust_remote_code or Path(model.name_or_path).exists()):
+        return shape.config()
     try:
         return AutoConfig.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code

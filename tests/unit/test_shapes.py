@@ -1,0 +1,53 @@
+"""The public dimensions of models: what is built from them has the parameters that each vendor states."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from tokenseek.config.resources import list_resources
+from tokenseek.config.schema import load_config
+from tokenseek.errors import UserError
+from tokenseek.planning.shapes import find_shape, known_shape, known_shapes
+from tokenseek.planning.step import load_model_config
+
+
+@pytest.mark.parametrize("shape", known_shapes(), ids=lambda shape: shape.short)
+def test_the_model_has_the_parameters_that_its_vendor_states(shape):
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(shape.config())
+        model.tie_weights()
+    count = model.num_parameters()
+    if isinstance(shape.parameters, int):
+        assert count == shape.parameters
+    else:  # to the digits that are stated
+        digits = len(shape.parameters.rstrip("B").partition(".")[2])
+        assert f"{count / 1e9:.{digits}f}B" == shape.parameters
+
+
+def test_there_are_many_and_every_name_is_one_model():
+    assert len(known_shapes()) >= 40
+    by_short = {}
+    for shape in known_shapes():
+        for name in (shape.name, *shape.also):
+            assert by_short.setdefault(name.rpartition("/")[2].lower(), shape) is shape
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "llama-3.1-8b", "LLAMA-3.1-8B-Instruct"])
+def test_a_model_is_found_by_any_of_its_names(name):
+    assert find_shape(name).name == "meta-llama/Llama-3.1-8B"
+
+
+def test_an_unknown_shape_names_the_nearest():
+    with pytest.raises(UserError, match=r"--shape llama-3.1-9b: no such model; nearest are llama-3.1-8b.*config.json"):
+        find_shape("llama-3.1-9b")
+
+
+# Two presets are made for folders of the user's own.
+@pytest.mark.parametrize("preset", sorted({*list_resources("preset")} - {"gsm8k", "quickstart"}))
+def test_every_shipped_preset_is_planned_without_a_hub(preset):
+    config = load_config(preset)
+    assert known_shape(config.model.name_or_path), f"{config.model.name_or_path} is not in shapes.yaml"
+    assert load_model_config(config).num_hidden_layers
