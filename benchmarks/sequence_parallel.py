@@ -32,7 +32,7 @@ from benchmarks.shapes import make_model
 from tokenseek.decoder.find import find_decoder
 from tokenseek.index import TokenIndex
 from tokenseek.parallel import enable_sequence_parallelism, measured
-from tokenseek.selection.rules import SelectionRule, select_positions
+from tokenseek.selection import SelectionRule, select_positions
 from tokenseek.ulysses.layout import cut, deal
 
 # name -> (layout, on all tokens)

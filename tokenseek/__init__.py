@@ -8,7 +8,7 @@ from importlib import import_module
 _WHERE = {
     "DataConfig": "tokenseek.config.schema",
     "PaddingCollator": "tokenseek.training",
-    "SelectionRule": "tokenseek.selection.rules",
+    "SelectionRule": "tokenseek.selection",
     "TokenIndex": "tokenseek.index",
     "TokenScorer": "tokenseek.seeking",
     "TokenSeekCollator": "tokenseek.training",

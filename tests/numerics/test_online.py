@@ -16,8 +16,8 @@ from tokenseek.decoder.find import find_decoder
 from tokenseek.decoder.names import disable_checkpointing
 from tokenseek.ditching.online import Seeking
 from tokenseek.seeking import TokenScorer
+from tokenseek.selection import select_weighted, supervised_positions
 from tokenseek.selection.batched import draw_key
-from tokenseek.selection.rules import select_weighted, supervised_positions
 
 DRAWN = SelectionRule("sampled", ratio=0.3, alpha=0, beta=1, explore=0.3, scope="supervised")
 KEYS = torch.tensor([draw_key(7, 0), draw_key(8, 3)])

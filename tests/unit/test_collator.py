@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tokenseek import PaddingCollator, SelectionRule, TokenIndex, TokenSeekCollator, UserError
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.runs.train import Selected
-from tokenseek.selection.rules import select_positions
+from tokenseek.selection import select_positions
 
 
 @pytest.fixture(scope="module")

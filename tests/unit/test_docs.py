@@ -38,6 +38,19 @@ def blocks_of(page):
     return [Block(m[1].strip(), text[: m.start()].count("\n") + 2, m[2]) for m in fences]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def modules_of_the_pages(tmp_path_factory):
+    """The blocks ```` ```python file=my_rules.py ```` as files in a folder that Python looks in."""
+    folder = tmp_path_factory.mktemp("modules")
+    for page in PAGES:
+        for block in blocks_of(page):
+            if block.kind.startswith("python file="):
+                (folder / block.kind.removeprefix("python file=")).write_text(block.text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
+
+
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     """What the pages take for given: a model with its tokenizer, `train.jsonl`, and `run/index.arrow` over it."""

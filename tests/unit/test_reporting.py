@@ -20,7 +20,7 @@ from tokenseek.cli import main
 from tokenseek.errors import UserError
 from tokenseek.reporting import ShownExample, render_page, shown_example, token_maps
 from tokenseek.seeking import TokenScorer
-from tokenseek.selection.rules import SelectionRule, combine_scores, select_positions
+from tokenseek.selection import SelectionRule, combine_scores, select_positions
 
 PAGE = Path(__file__).resolve().parents[2] / "tokenseek/reporting/page"
 HOSTILE = [

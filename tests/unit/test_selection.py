@@ -9,7 +9,7 @@ import pytest
 from closeness import assert_close
 
 from tokenseek.errors import UserError
-from tokenseek.selection.rules import (
+from tokenseek.selection import (
     SelectionRule,
     combine_scores,
     select_positions,

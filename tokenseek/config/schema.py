@@ -7,17 +7,18 @@ at once and each with its dotted path, before a model is loaded.
 import re
 import types
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from tokenseek.config.resources import find_resource, folder_of
 from tokenseek.config.sizes import parse_size
 from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
-from tokenseek.selection.rules import SelectionRule
+from tokenseek.selection import SelectionRule, rule_named
 from tokenseek.spelling import did_you_mean
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -193,7 +194,12 @@ class ScoringConfig(_Section):
         return self
 
 
-class SelectionConfig(_Section):
+_SelectionFields: Any = create_model(
+    "_SelectionFields", __base__=_Section, **{f.name: (f.type, f.default) for f in fields(SelectionRule)}
+)
+
+
+class SelectionConfig(_SelectionFields):
     """The tokens that keep their gradient: the fields and defaults of `SelectionRule`, which checks the values.
 
     `ratio: auto` is the largest share with which a training step fits into `training.memory_budget`; it is settled when
@@ -203,20 +209,13 @@ class SelectionConfig(_Section):
     gradient over their probability. It needs `scoring.mode: online` and rule `sampled` by the gradient alone.
     """
 
-    rule: str = SelectionRule.rule
     ratio: float | Literal["auto"] = SelectionRule.ratio
-    alpha: float = SelectionRule.alpha
-    beta: float = SelectionRule.beta
-    log_offset: float = SelectionRule.log_offset
-    explore: float = SelectionRule.explore
     bands: list[list[float]] | None = None
-    seed: NonNegativeInt = SelectionRule.seed
-    scope: str = SelectionRule.scope
     exact_layers: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _check(self):
-        if self.ratio == "auto" and self.rule in ("all", "bands"):
+        if self.ratio == "auto" and "ratio" not in rule_named(self.rule).reads:
             raise ValueError(f"selection.ratio is auto, but rule {self.rule!r} takes no ratio; leave one of them out")
         self.model_copy(update={"ratio": SelectionRule.ratio if self.ratio == "auto" else self.ratio}).to_rule()
         return self
@@ -250,8 +249,8 @@ _OWNED_ELSEWHERE = {
 }
 
 
-class TrainingConfig(_Section):
-    """Training, in the names of `transformers.TrainingArguments`; `extra` forwards any other of its fields.
+class DitchingSettings(_Section):
+    """The settings of training that are no fields of `transformers.TrainingArguments`.
 
     - `ditching`: false is ordinary fine-tuning on all tokens.
     - `recompute`: the selected pass once more in the backward pass.
@@ -275,6 +274,14 @@ class TrainingConfig(_Section):
     sequence_layout: Literal["balanced", "contiguous", "regroup"] = "balanced"
     memory_budget: str | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    on_nan: Literal["stop", "continue"] = "stop"
+    resume: str = "auto"
+    extra: dict[str, Any] = {}
+
+
+class TrainingConfig(DitchingSettings):
+    """Training, in the names of `transformers.TrainingArguments`; `extra` forwards any other of its fields."""
+
     per_device_train_batch_size: PositiveInt = 1
     per_device_eval_batch_size: PositiveInt = 1
     gradient_accumulation_steps: PositiveInt = 1
@@ -296,7 +303,6 @@ class TrainingConfig(_Section):
     num_train_epochs: Annotated[float, Field(gt=0)] = 1
     max_steps: Annotated[int, Field(ge=-1)] = -1
     max_grad_norm: NonNegativeFloat = 1.0
-    on_nan: Literal["stop", "continue"] = "stop"
     optim: str = "adamw_torch"
     logging_steps: Annotated[float, Field(gt=0)] = 10
     save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
@@ -306,8 +312,6 @@ class TrainingConfig(_Section):
     eval_steps: Annotated[float, Field(gt=0)] | None = None
     dataloader_num_workers: NonNegativeInt = 0
     report_to: list[str] = ["tensorboard"]
-    resume: str = "auto"
-    extra: dict[str, Any] = {}
 
     @field_validator("memory_budget")
     @classmethod
@@ -424,7 +428,7 @@ class RunConfig(_Section):
                 raise ValueError(
                     "selection.exact_layers needs scoring.mode: online and scoring.reduction: l2, abs or signed"
                 )
-            if rule.rule != "sampled" or rule.alpha != 0:
+            if not rule_named(rule.rule).weighs or rule.alpha != 0:
                 raise ValueError(
                     f"selection.exact_layers draws by the gradient and weighs: set selection.rule: sampled, alpha: 0 "
                     f"and beta: 1 (got rule {rule.rule}, alpha {rule.alpha:g})"

@@ -26,8 +26,8 @@ from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.seeking.context import attention_received
 from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, head_scores, loss_gradient
+from tokenseek.selection import SelectionRule
 from tokenseek.selection.batched import Example, Selection, examples_of, select_batch
-from tokenseek.selection.rules import SelectionRule
 
 ONLINE_REDUCTIONS = (*REDUCTIONS, "error")
 

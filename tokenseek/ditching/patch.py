@@ -38,7 +38,7 @@ from tokenseek.ditching.storage import STORAGES, TakenOnce, saved_as_kept
 from tokenseek.ditching.zero3 import gather_layers_once, ungather_layers
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
-from tokenseek.selection.rules import SelectionRule
+from tokenseek.selection import SelectionRule
 
 
 def enable_token_ditching(

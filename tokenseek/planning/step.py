@@ -184,8 +184,7 @@ def method_of(config: RunConfig, ratio: float | None = None) -> Method:
     if ratio is None and not config.training.ditching:
         return Method(None, config.training.recompute or asks_for_checkpointing(config.training.extra))
     if ratio is None:
-        rule = config.selection.to_rule()
-        ratio = {"all": 1.0, "bands": sum(high - low for low, high in rule.bands or ())}.get(rule.rule, rule.ratio)
+        ratio = config.selection.to_rule().share
     recompute = config.training.recompute or asks_for_checkpointing(config.training.extra)
     return Method(ratio, recompute)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from tokenseek.config.schema import SelectionConfig
 from tokenseek.errors import UserError
 from tokenseek.reporting.maps import TokenMaps
+from tokenseek.selection import rule_named
 
 try:
     from matplotlib.colors import LogNorm, PowerNorm
@@ -99,8 +101,9 @@ class RunMetrics:
 
     @property
     def ratio(self) -> float:
-        selection = self.config["selection"]
-        return selection["ratio"] if self.config["training"]["ditching"] and selection["rule"] != "all" else 1.0
+        if not self.config["training"]["ditching"]:
+            return 1.0
+        return SelectionConfig.model_validate(self.config["selection"]).to_rule().share
 
     @property
     def kind(self) -> str:
@@ -111,8 +114,9 @@ class RunMetrics:
             self.config["model"]["quantization"],
         )
         adapter = peft["method"] if peft else "all weights"
-        how = "all tokens" if not self.config["training"]["ditching"] else selection["rule"]
-        if how in ("top", "top_random", "bands"):
+        ditching = self.config["training"]["ditching"]
+        how = selection["rule"] if ditching else "all tokens"
+        if ditching and rule_named(selection["rule"]).needs_scores:
             how += f" \u03b1={selection['alpha']:g} \u03b2={selection['beta']:g}"
         return f"{how}, {adapter}" + (f", {quantization}" if quantization else "")
 

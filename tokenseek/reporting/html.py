@@ -10,7 +10,7 @@ from importlib.resources import files
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tokenseek.selection.rules import SelectionRule, supervised_positions
+from tokenseek.selection import SelectionRule, supervised_positions
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tokenseek.index import TokenIndex
 from tokenseek.models.loading import load_model, load_tokenizer
 from tokenseek.reporting import describe_index, render_example, render_page, shown_example, token_maps
 from tokenseek.runs.score import run_fingerprints
+from tokenseek.selection import Top
 from tokenseek.training import TokenSeekCollator
 
 # More maps than this do not fit on one figure.
@@ -54,7 +55,7 @@ def show(
     if html:
         examples = [shown_example(tokenizer, row, prepared.dataset[row], index.scores(row)) for row in rows]
         subtitle = f"{config.model.name_or_path}: {len(rows)} of {len(index):,} examples in {config.index_path}"
-        if rule.rule != "top":
+        if not isinstance(rule.definition, Top):
             subtitle += f'; the run itself selects by rule "{rule.rule}", this page by rule "top"'
         html.write_text(render_page(examples, rule, subtitle), encoding="utf-8")
         print(f"\npage: {html}")

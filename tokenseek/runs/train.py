@@ -30,6 +30,7 @@ from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.score import run_fingerprints, score
+from tokenseek.selection import rule_named
 from tokenseek.training import GroupTrainer, PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 from tokenseek.training.arguments import training_arguments
 from tokenseek.training.checkpoints import Resumed, fit_checkpoint
@@ -79,8 +80,11 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(config, output)
     group = sequence_group(state.device.type)
-    if group is not None and config.training.ditching and config.selection.rule == "sampled":
-        raise UserError("selection.rule: sampled has weights, which sequence parallelism does not share; use another.")
+    if group is not None and config.training.ditching and rule_named(config.selection.rule).weighs:
+        raise UserError(
+            f"selection.rule: {config.selection.rule} has weights, which sequence parallelism does not share; use "
+            "another."
+        )
     if group is not None and config.scoring.mode == "online":
         raise UserError(
             "scoring.mode: online is incompatible with sequence parallelism (sp_size); use scoring.mode: index."

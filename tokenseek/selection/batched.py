@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from tokenseek.errors import UserError
-from tokenseek.selection.rules import SelectionRule, select_weighted
+from tokenseek.selection.select import select_weighted
+from tokenseek.selection.settings import SelectionRule
 
 
 class Example(NamedTuple):
@@ -67,7 +68,7 @@ def select_batch(
     gradient_BT: torch.Tensor | None,
     supervised_BT: torch.Tensor,
 ) -> Selection:
-    """Select the tokens of every example, as :func:`tokenseek.selection.rules.select_weighted` does for one.
+    """Select the tokens of every example, as :func:`tokenseek.selection.select_weighted` does for one.
 
     The losses of a rule with weights stand for those of all candidates. So do they of the other rules here: every
     selected supervised token weighs as much as the example has supervised tokens for each selected one. The loss of a

@@ -16,6 +16,7 @@ import yaml
 from tokenseek.config.schema import RunConfig, override_config
 from tokenseek.errors import UserError
 from tokenseek.launching.processes import leave_launch
+from tokenseek.selection import rule_named
 from tokenseek.sweeps.sweep import Sweep, Trial
 from tokenseek.sweeps.tables import Group, gibibytes, grouped, markdown
 
@@ -50,7 +51,7 @@ def tune_sweep(config: RunConfig, grid: Grid) -> Sweep:
     Raises:
         UserError: for a value that no run can have.
     """
-    if not config.training.ditching or config.selection.rule not in ("top", "top_random", "sampled", "bands"):
+    if not config.training.ditching or not rule_named(config.selection.rule).needs_scores:
         raise UserError(
             f"tune chooses how tokens are scored, and training.ditching={str(config.training.ditching).lower()} with "
             f"selection.rule={config.selection.rule} does not; set training.ditching=true and a rule such as top."

@@ -7,27 +7,13 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from tokenseek.config.schema import TrainingConfig
+from tokenseek.config.schema import DitchingSettings, TrainingConfig
 from tokenseek.decoder.names import spelled_for_trainer
-
-# Settings of a TrainingConfig that are no fields of TrainingArguments.
-_OURS = {
-    "ditching",
-    "recompute",
-    "kv_storage",
-    "packing",
-    "sequence_layout",
-    "memory_budget",
-    "on_nan",
-    "mixed_precision",
-    "resume",
-    "extra",
-}
 
 
 def training_arguments(training: TrainingConfig, output: Path, seed: int) -> TrainingArguments:
     """Transformers' arguments of a run; what is not set here keeps Transformers' default."""
-    own = training.model_dump(exclude=_OURS)
+    own = training.model_dump(exclude=set(DitchingSettings.model_fields))
     return TrainingArguments(
         output_dir=str(output),
         seed=seed,

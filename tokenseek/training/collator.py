@@ -20,8 +20,8 @@ from tokenseek.data.packing import unpacked
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex, tokens_crc
 from tokenseek.labels import IGNORED
+from tokenseek.selection import SelectionRule, select_weighted, supervised_positions
 from tokenseek.selection.batched import draw_key
-from tokenseek.selection.rules import SelectionRule, select_weighted, supervised_positions
 
 
 class PaddingCollator:

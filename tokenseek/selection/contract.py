@@ -1,0 +1,73 @@
+"""What a selection rule is: what it is given, what it says of itself, and how it picks.
+
+C candidates of an example, S of them picked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from tokenseek.selection.draws import keyed_draws
+
+if TYPE_CHECKING:
+    from tokenseek.selection.settings import SelectionRule
+
+Picked = np.ndarray | tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens of one example that compete, in the order of their positions.
+
+    Attributes:
+        positions: int64 [C], ascending, C >= 1.
+        budget: how many tokens `ratio` allows, 1 <= budget <= C.
+        scores: float64 [C], Eq. 5; None, as the next two, for a rule that needs no scores.
+        context: float64 [C], I1 of Eq. 3.
+        gradient: float64 [C], I2 of Eq. 4.
+        seed, row, visit: key of the random draws.
+    """
+
+    positions: np.ndarray
+    budget: int
+    scores: np.ndarray | None
+    context: np.ndarray | None
+    gradient: np.ndarray | None
+    seed: int
+    row: int
+    visit: int
+
+    def draws(self, count: int) -> np.ndarray:
+        """uint64 [count], uniform; the same for every call with the same example and visit. Over 2**64: in [0, 1)."""
+        return keyed_draws(self.seed, self.row, self.visit, count)
+
+    def ranking(self) -> np.ndarray:
+        """Positions [C], the highest score first; of two with the same score the earlier one."""
+        return self.positions[np.argsort(-self.scores, kind="stable")]
+
+
+class Definition(Protocol):
+    """One rule. The shipped ones are in :mod:`tokenseek.selection.rules`; docs/extending.md shows one from outside.
+
+    Attributes:
+        name: by which settings name it.
+        needs_scores: whether it picks by score; a rule that does not can do without an index.
+        weighs: whether it returns weights of the losses too, such that the weighted sum over what is picked stands for
+            the sum over all candidates.
+        reads: the settings among "ratio", "alpha", "beta", "log_offset", "explore", "bands" and "seed" that it depends
+            on. "explore" and "bands" must be given for a rule that reads them, and must not be for any other.
+    """
+
+    name: str
+    needs_scores: bool
+    weighs: bool
+    reads: frozenset[str]
+
+    def share(self, settings: SelectionRule) -> float:
+        """Share of an example's tokens that is picked, in (0, 1]; the memory planner counts with it."""
+
+    def pick(self, candidates: Candidates, settings: SelectionRule) -> Picked:
+        """Positions, int64 [S], S >= 1, in any order; a rule that weighs returns (positions, weights float [S])."""
