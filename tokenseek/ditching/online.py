@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tokenseek.decoder.attention import attention_replaced
@@ -28,6 +30,7 @@ from tokenseek.seeking.context import attention_received
 from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, head_scores, loss_gradient
 from tokenseek.selection import SelectionRule
 from tokenseek.selection.batched import Example, Selection, examples_of, select_batch
+from tokenseek.ulysses.text import DealtText
 
 ONLINE_REDUCTIONS = (*REDUCTIONS, "error")
 
@@ -149,27 +152,35 @@ def see_all_tokens(
         targets_BT = targets_BT.masked_fill(~mask.to(targets_BT.device).bool(), IGNORED)
     examples = examples_of(mask, position_ids, targets_BT.shape)
     supervised_BT = targets_BT.ne(IGNORED)
+    text = _dealt(ditching, arguments, labels_BT, selection_keys) if ditching.sequence else None
 
     by_context = rule.needs_scores and rule.alpha != 0
     by_gradient = rule.needs_scores and rule.beta != 0 and seeking.reduction != "error"
     by_error = rule.needs_scores and rule.beta != 0 and seeking.reduction == "error"
     exact = seeking.exact_layers
     start = exact or (seeking.gradient_layer if by_gradient else 1 if by_context else 0)
-    recording = Recording(
-        "host" if ditching.kv_storage == "host" else "device", tuple(decoder.layers[-exact:]) if exact else ()
-    )
+    unrecorded = tuple(decoder.layers[-exact:]) if exact else ()
+    storage = "host" if ditching.kv_storage == "host" else "device"
+    recording = Recording(storage, unrecorded, text and text.share_keys)
     with ditching.recording(recording), ExitStack() as stack:
         leaves = stack.enter_context(gradient_from(decoder.layers[-start])) if start else None
         if not start:
             stack.enter_context(torch.no_grad())
-        attention = _attention_of(ditching, examples, len(targets_BT), mask)
+        if text is None:
+            attention = _attention_of(ditching, examples, len(targets_BT), mask)
+        else:
+            attention = partial(text.attention, keys_are_shared=True)
         received = None
         if by_context:
             valid_BT = torch.ones_like(supervised_BT) if mask is None else mask.bool()
             received = stack.enter_context(attention_received(decoder, valid_BT, attention))
         elif attention is not None:
             stack.enter_context(attention(lambda original: original))
-        output = decoder.body(**_all_rows_arguments(arguments, mask, position_ids))
+        if text is None:
+            arguments = _all_rows_arguments(arguments, mask, position_ids)
+        else:
+            arguments = text.arguments(arguments["input_ids"])
+        output = decoder.body(**arguments, use_cache=False, return_dict=True)
         if exact:
             with torch.enable_grad():
                 loss_sum = all_tokens_loss(output, output.last_hidden_state, targets_BT)
@@ -177,18 +188,21 @@ def see_all_tokens(
                 (gradient,) = torch.autograd.grad(loss_sum, border, retain_graph=True)
             scores_BT = REDUCTIONS[seeking.reduction](gradient)
         else:
-            head = head_scores(
-                decoder, output, targets_BT, errors=by_error, gradient=by_gradient, chunks=ditching.even_chunks
-            )
+            own_targets = targets_BT if text is None else text.mine(targets_BT, IGNORED)
+            asked = dict(errors=by_error, gradient=by_gradient, chunks=ditching.even_chunks)
+            head = head_scores(decoder, output, own_targets, **asked)
             loss_sum, border, gradient = head.losses.sum(), None, None
             scores_BT = head.errors
             if by_gradient:
                 scores_BT = REDUCTIONS[seeking.reduction](
                     loss_gradient(output, leaves[0], head.gradient, supervised_BT.sum(1))
                 )
-    selection = select_batch(
-        rule, examples, selection_keys.tolist(), received and received[0], scores_BT, supervised_BT
-    )
+    context_BT = received and received[0]
+    if text is not None:
+        scores_BT = None if scores_BT is None else text.gathered(scores_BT)
+        context_BT = None if context_BT is None else text.averaged(context_BT)
+        dist.all_reduce(loss_sum, group=text.group)
+    selection = select_batch(rule, examples, selection_keys.tolist(), context_BT, scores_BT, supervised_BT)
     return Seen(selection, recording, loss_sum, int(supervised_BT.sum()), border, gradient)
 
 
@@ -216,4 +230,24 @@ def _all_rows_arguments(arguments: dict, mask: torch.Tensor | None, position_ids
     if mask is not None and position_ids is None and bool((mask[:, :-1] >= mask[:, 1:]).all()):
         # No token looks at padding behind it: causality is all the mask that is needed.
         arguments.pop("attention_mask")
-    return {**arguments, "use_cache": False, "return_dict": True}
+    return {name: value for name, value in arguments.items() if name not in ("use_cache", "return_dict")}
+
+
+def _dealt(ditching, arguments: dict, labels_BT: torch.Tensor, selection_keys: torch.Tensor) -> DealtText:
+    """The batch, of which each rank of the group runs some tokens in the first pass.
+
+    Raises:
+        UserError: on all ranks, for what cannot be dealt, or if they were given different batches.
+    """
+    input_ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if ditching.seeking.exact_layers:
+        raise UserError("exact_layers is incompatible with sequence parallelism; set it to 0.")
+    if input_ids is None or arguments.get("position_ids") is not None:
+        raise UserError(
+            "selection under sequence parallelism needs input_ids and no position_ids: pad the examples "
+            "(training.packing: false) instead of packing them."
+        )
+    if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+        raise UserError("selection under sequence parallelism needs padding on the right.")
+    given = dict(input_ids=input_ids, attention_mask=mask, labels=labels_BT, selection_keys=selection_keys)
+    return DealtText(ditching.decoder, ditching.sequence.group, **given)

@@ -237,11 +237,12 @@ def _causal_lm_forward(causal_lm: nn.Module):
         parts = _partition(ditching, arguments, selected_positions)
         labels_BS = _labels_of(parts.selected, labels, shift_labels) if has_labels else None
         if sequence:
-            if selected_weights is not None:
-                raise UserError("selected_weights cannot be had under sequence parallelism: use another rule.")
             if num_items_in_batch is None:
-                num_items_in_batch = labels_BS.ne(IGNORED).sum()
-            arguments, parts, labels_BS = sequence.share(decoder, arguments, parts, labels_BS)
+                counts_BS = labels_BS.ne(IGNORED)
+                num_items_in_batch = (counts_BS if selected_weights is None else counts_BS * selected_weights).sum()
+            arguments, parts, labels_BS, selected_weights = sequence.share(
+                decoder, arguments, parts, labels_BS, selected_weights
+            )
         with one_gradient_of_tied_weights(decoder):
             body_output = decoder.body(**arguments, selected_positions=parts)
         hidden_BSD = body_output.last_hidden_state
@@ -284,14 +285,16 @@ def _online_forward(
     """Both passes of :mod:`tokenseek.ditching.online`, and the loss of the selected rows."""
     decoder, recompute = ditching.decoder, ditching.recomputes(ditching.decoder.layers[-1])
     arguments = {name: value for name, value in arguments.items() if name not in ("return_dict", "logits_to_keep")}
-    if ditching.sequence:
-        raise UserError("selection is incompatible with sequence parallelism: give selected_positions from an index.")
+    sequence = ditching.sequence
 
     def all_tokens_loss(body_output, hidden_BTD, targets_BT):
         return selected_loss(decoder, body_output, hidden_BTD, targets_BT, 1, recompute)
 
     seen = see_all_tokens(ditching, arguments, labels, rule, selection_keys, all_tokens_loss)
     parts = _partition(ditching, arguments, seen.selection.positions, recorded=True)
+    labels_BS, weights_BS = _labels_of(parts.selected, labels, None), seen.selection.weights
+    if sequence:
+        arguments, parts, labels_BS, weights_BS = sequence.share(decoder, arguments, parts, labels_BS, weights_BS)
     with one_gradient_of_tied_weights(decoder), ditching.replaying(seen.recording):
         body_output = decoder.body(**arguments, selected_positions=parts)
     if num_items_in_batch is None:
@@ -301,11 +304,12 @@ def _online_forward(
             decoder,
             body_output,
             body_output.last_hidden_state,
-            _labels_of(parts.selected, labels, None),
+            labels_BS,
             num_items_in_batch,
             recompute,
-            seen.selection.weights,
+            weights_BS,
         )
+        loss = sequence.total(loss) if sequence else loss
     else:
         surrogate = seen.surrogate(seen.recording.border, parts.selected)
         loss = (seen.loss_sum + (surrogate - surrogate.detach())) / num_items_in_batch
@@ -422,7 +426,7 @@ def _recorded_layer(layer: nn.Module, ditching: Ditching, args: tuple, kwargs: d
     """The layer over all tokens, as it is; its keys and values are kept."""
     names, recorder = _argument_names(type(layer)), ditching.recorder
     arguments = dict(zip(names, args, strict=False)) | kwargs
-    cache = RecordingCache()
+    cache = RecordingCache(recorder.exchange)
     arguments[ditching.decoder.cache_argument] = cache
     output = _original_forward(layer)(**arguments)
     _require_updated(cache, layer, ditching)

@@ -8,6 +8,8 @@ Shapes: B batch, T tokens, R rows of a pass, N key/value heads, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -23,14 +25,17 @@ class Recording:
     Args:
         storage: where they wait for the second pass, "device" or "host".
         unrecorded: layers that the second pass leaves out.
+        exchange: from keys and values of the rows of this process to those of all tokens, where ranks share a text.
 
     Attributes:
         returns_tuple: whether layers return their hidden states in a tuple.
         border: what reaches the first of the layers left out in the second pass, [B, S, D].
     """
 
-    def __init__(self, storage: str, unrecorded: tuple[nn.Module, ...] = ()):
-        self.storage, self.unrecorded = storage, unrecorded
+    def __init__(
+        self, storage: str, unrecorded: tuple[nn.Module, ...] = (), exchange: Callable[..., tuple] | None = None
+    ):
+        self.storage, self.unrecorded, self.exchange = storage, unrecorded, exchange
         self._kept: dict[nn.Module, tuple[Kept, Kept]] = {}
         self.returns_tuple = False
         self.border: torch.Tensor | None = None
@@ -52,11 +57,16 @@ class Recording:
 
 
 class RecordingCache(_OnceCache):
-    """Hands a layer its keys and values back as they are, and keeps them."""
+    """Hands a layer the keys and values of all tokens back as they are, and keeps them."""
 
-    def update(self, keys_BNTH, values_BNTH, layer_idx, *args, **kwargs):
-        self._record(keys_BNTH, values_BNTH, layer_idx)
-        return keys_BNTH, values_BNTH
+    def __init__(self, exchange: Callable[..., tuple] | None):
+        super().__init__()
+        self.exchange = exchange
+
+    def update(self, keys_BNRH, values_BNRH, layer_idx, *args, **kwargs):
+        whole = (keys_BNRH, values_BNRH) if self.exchange is None else self.exchange(keys_BNRH, values_BNRH)
+        self._record(*whole, layer_idx)
+        return whole
 
 
 class RecordedCache(_OnceCache):

@@ -128,17 +128,27 @@ class SequenceParallelism:
         return torch.where(torch.arange(tokens.shape[1], device=tokens.device) < count_B1, first_BT, -1)
 
     def share(
-        self, decoder: Decoder, arguments: dict, parts: Partition, labels_BS: torch.Tensor
-    ) -> tuple[dict, LocalPartition, torch.Tensor]:
-        """The body's arguments, the partition and the selected rows' labels, cut down to this rank."""
+        self,
+        decoder: Decoder,
+        arguments: dict,
+        parts: Partition,
+        labels_BS: torch.Tensor,
+        weights_BS: torch.Tensor | None,
+    ) -> tuple[dict, LocalPartition, torch.Tensor, torch.Tensor | None]:
+        """The body's arguments, the partition and the selected rows' labels and weights, cut down to this rank."""
         local = self.shard(decoder, arguments, parts)
-        places_BS = torch.where(parts.selected.valid_BR, parts.selected.index_BR, -1)
-        by_position = labels_BS.new_full((len(labels_BS), parts.tokens + 1), IGNORED)
-        by_position.scatter_(1, places_BS.where(places_BS >= 0, parts.tokens), labels_BS)
+        places_BS = torch.where(parts.selected.valid_BR, parts.selected.index_BR, parts.tokens)
         mine_BR = local.selected_shards.positions_BPR[:, self.group.rank()]
-        labels_BR = by_position.gather(1, mine_BR.where(mine_BR >= 0, parts.tokens))
-        labels_BR = labels_BR.masked_fill(~local.selected.valid_BR, IGNORED)
-        return local_arguments(arguments, local), local, labels_BR
+        mine_BR = mine_BR.where(mine_BR >= 0, parts.tokens)
+
+        def of_mine(values_BS: torch.Tensor, fill: float) -> torch.Tensor:
+            by_position = values_BS.new_full((len(values_BS), parts.tokens + 1), fill)
+            by_position.scatter_(1, places_BS, values_BS)
+            return by_position.gather(1, mine_BR).masked_fill(~local.selected.valid_BR, fill)
+
+        labels_BR = of_mine(labels_BS, IGNORED)
+        weights_BR = None if weights_BS is None else of_mine(weights_BS, 0)
+        return local_arguments(arguments, local), local, labels_BR, weights_BR
 
     def shard(self, decoder: Decoder, arguments: dict, parts: Partition) -> LocalPartition:
         """This rank's share of the rows of `parts`."""

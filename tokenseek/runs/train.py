@@ -30,7 +30,6 @@ from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.score import run_fingerprints, score
-from tokenseek.selection import rule_named
 from tokenseek.training import GroupTrainer, PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 from tokenseek.training.arguments import training_arguments
 from tokenseek.training.checkpoints import Resumed, fit_checkpoint
@@ -80,15 +79,8 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(config, output)
     group = sequence_group(state.device.type)
-    if group is not None and config.training.ditching and rule_named(config.selection.rule).weighs:
-        raise UserError(
-            f"selection.rule: {config.selection.rule} has weights, which sequence parallelism does not share; use "
-            "another."
-        )
     if group is not None and config.scoring.mode == "online":
-        raise UserError(
-            "scoring.mode: online is incompatible with sequence parallelism (sp_size); use scoring.mode: index."
-        )
+        _require_shareable_selection(config)
     require_decoder(config.model, packing=bool(config.training.packing), group=group)
     tokenizer = load_tokenizer(config.model)
     prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
@@ -185,6 +177,18 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
         write_model_card(final, config, _card_rows(summary, len(training)))
     state.wait_for_everyone()
     return summary
+
+
+def _require_shareable_selection(config: RunConfig) -> None:
+    for name, given in (
+        ("selection.exact_layers", config.selection.exact_layers),
+        ("training.packing", config.training.packing),
+    ):
+        if given:
+            raise UserError(
+                f"{name} with scoring.mode: online is incompatible with sequence parallelism (sp_size); leave one of "
+                "them out."
+            )
 
 
 def _checkpoint(config: RunConfig, output: Path) -> str | None:

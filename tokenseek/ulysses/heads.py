@@ -66,10 +66,6 @@ class SharedAttention:
         self.name, self.heads = decoder.name, query_heads(decoder)
         self.group, self.interleaved, self.original = group, interleaved, original
 
-    def share_keys(self, *rows_BKRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """See :func:`key_heads_exchanged`."""
-        return key_heads_exchanged(self.heads, self.group, self.interleaved, *rows_BKRH)
-
     def __call__(
         self,
         module: nn.Module,

@@ -18,7 +18,7 @@ from tokenseek.decoder.attention import attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import whole_masks
 from tokenseek.ulysses.agreement import require_same
-from tokenseek.ulysses.heads import SharedAttention
+from tokenseek.ulysses.heads import SharedAttention, key_heads_exchanged, query_heads
 from tokenseek.ulysses.layout import deal
 
 
@@ -68,9 +68,18 @@ class DealtText:
         dist.all_reduce(total, group=self.group)
         return total / self.group.size()
 
+    def share_keys(self, *rows_BKRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys and values of local tokens, all heads -> of all tokens [B, k, T, H], this rank's heads."""
+        shared = key_heads_exchanged(query_heads(self.decoder), self.group, True, *rows_BKRH)
+        return tuple(rows_BkAH[:, :, : self.tokens] for rows_BkAH in shared)
+
     @contextmanager
-    def attention(self, replace: Callable[[Callable], Callable]) -> Iterator[None]:
-        """Inside the block, ``replace(original)`` attends from all T tokens to all, with this rank's heads."""
+    def attention(self, replace: Callable[[Callable], Callable], keys_are_shared: bool = False) -> Iterator[None]:
+        """Inside the block, ``replace(original)`` attends from all T tokens to all, with this rank's heads.
+
+        Args:
+            keys_are_shared: keys and values reach attention by way of :meth:`share_keys` already.
+        """
 
         def replace_local(original):
             on_the_text = replace(original)
@@ -86,15 +95,9 @@ class DealtText:
             shared = SharedAttention(self.decoder, self.group, True, of_all_slots)
 
             def attention(module: nn.Module, query_BNRH, key_BKRH, value_BKRH, *args, **kwargs):
-                key_BkAH, value_BkAH = shared.share_keys(key_BKRH, value_BKRH)
-                return shared(
-                    module,
-                    query_BNRH,
-                    key_BkAH[:, :, : self.tokens],
-                    value_BkAH[:, :, : self.tokens],
-                    *args,
-                    **kwargs,
-                )
+                if keys_are_shared:
+                    return shared(module, query_BNRH, key_BKRH, value_BKRH, *args, **kwargs)
+                return shared(module, query_BNRH, *self.share_keys(key_BKRH, value_BKRH), *args, **kwargs)
 
             return attention
 

@@ -1,0 +1,122 @@
+"""Ranks that share an example select and train together as one process does: positions, loss, every gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from closeness import assert_close
+from distributed.sequence_cases import Case, build, gradients, make_inputs, positions
+from distributed.spawn import spawn
+from numerics.dense_reference import dense_loss
+
+import tokenseek
+from tokenseek import SelectionRule, UserError
+from tokenseek.ditching.online import Seeking
+from tokenseek.parallel import enable_sequence_parallelism
+from tokenseek.selection.batched import draw_key
+
+DRAWN = SelectionRule("sampled", ratio=0.4, alpha=0, beta=1, explore=0.3, scope="supervised")
+MIXED = SelectionRule("top", ratio=0.4)
+CASES = {
+    "llama": (Case(), DRAWN, "l2"),
+    "llama: contiguous": (Case(layout="contiguous"), DRAWN, "l2"),
+    "llama: regroup": (Case(layout="regroup"), DRAWN, "l2"),
+    "llama: by attention and gradient": (Case(), MIXED, "abs"),
+    "llama: by error": (Case(), DRAWN, "error"),
+    "llama: random": (Case(), SelectionRule("random", ratio=0.4), "abs"),
+    "llama: eager": (Case(model=dict(attn="eager")), DRAWN, "l2"),
+    "mistral: window": (Case("mistral"), DRAWN, "l2"),
+    "gpt2": (Case("gpt2"), DRAWN, "l2"),
+    "one key/value head": (Case(model=dict(num_key_value_heads=1)), DRAWN, "l2"),
+    "one example": (Case(lengths=(13,)), DRAWN, "l2"),
+    "ragged lengths": (Case(lengths=(5, 13, 2)), DRAWN, "l2"),
+    "LoRA": (Case(lora=True), DRAWN, "l2"),
+    "recompute": (Case(recompute=True), DRAWN, "l2"),
+    "number of items": (Case(num_items=17), DRAWN, "l2"),
+}
+
+
+def compare(case: Case, rule: SelectionRule, reduction: str) -> str | None:
+    group = dist.group.WORLD
+    inputs = make_inputs(case)
+    inputs |= {"selection": rule, "selection_keys": torch.tensor([draw_key(n, 2) for n in range(len(case.lengths))])}
+    model = build(case)
+    alone = tokenseek.enable_token_ditching(copy.deepcopy(model), seeking=Seeking(reduction))
+    expected = alone(**inputs)
+    expected_gradients = gradients(alone, expected.loss)
+    tokenseek.enable_token_ditching(model, recompute=case.recompute, seeking=Seeking(reduction))
+    enable_sequence_parallelism(model, group, layout=case.layout)
+    output = model(**inputs)
+    actual = gradients(model, output.loss)
+    for gradient in actual.values():
+        dist.all_reduce(gradient, group=group)
+        gradient /= group.size()
+    try:
+        assert torch.equal(output.selected_positions, expected.selected_positions), "other positions"
+        assert_close(output.selected_weights.double(), expected.selected_weights.double(), torch.float32)
+        assert_close(output.loss_all, expected.loss_all, case.computed_in)
+        assert_close(output.loss, expected.loss, case.computed_in)
+        assert_close({name: actual.get(name) for name in expected_gradients}, expected_gradients, case.computed_in)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def compare_all(rank: int) -> dict[str, str | None]:
+    return {name: compare(*case) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_select_and_train_as_one_process(ranks):
+    for found in spawn(ranks, compare_all, timeout=200):
+        assert not {name: difference for name, difference in found.items() if difference}
+
+
+def weighted(rank: int) -> None:
+    """Weights of positions that were selected before."""
+    case = Case()
+    inputs = make_inputs(case)
+    chosen = positions(case, inputs)
+    weights = 1 + torch.arange(chosen.numel(), dtype=torch.float64).view(chosen.shape)
+    targets = torch.nn.functional.pad(inputs["labels"], (0, 2), value=-100).gather(1, chosen + 1)
+    items = weights[targets.ne(-100) & chosen.ge(0)].sum()
+    model = build(case)
+    reference = copy.deepcopy(model)
+    expected_loss = dense_loss(
+        reference, **inputs, selected_positions=chosen, selected_weights=weights, num_items_in_batch=items
+    )
+    expected = gradients(reference, expected_loss)
+    enable_sequence_parallelism(tokenseek.enable_token_ditching(model), dist.group.WORLD)
+    loss = model(**inputs, selected_positions=chosen, selected_weights=weights).loss
+    actual = gradients(model, loss)
+    for gradient in actual.values():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    assert_close(loss, expected_loss, torch.float64)
+    assert_close(actual, expected, torch.float64)
+
+
+def test_weights_are_shared_out():
+    spawn(2, weighted)
+
+
+def refused(rank: int) -> None:
+    case = Case()
+    inputs = make_inputs(case) | {"selection": DRAWN, "selection_keys": torch.tensor([1, 2])}
+    model = enable_sequence_parallelism(tokenseek.enable_token_ditching(build(case)), dist.group.WORLD)
+    with pytest.raises(UserError, match="needs input_ids and no position_ids"):
+        model(**inputs, position_ids=torch.arange(13).expand(2, -1))
+    with pytest.raises(UserError, match="needs padding on the right"):
+        model(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
+    with pytest.raises(UserError, match="selection_keys of rank.* differ"):
+        model(**inputs | {"selection_keys": torch.tensor([1, 2 + rank])})
+    tokenseek.enable_token_ditching(model, seeking=Seeking("l2", exact_layers=1))
+    with pytest.raises(UserError, match="exact_layers is incompatible with sequence parallelism"):
+        model(**inputs)
+
+
+def test_what_cannot_be_shared_is_refused_on_all_ranks():
+    spawn(2, refused)
