@@ -4,12 +4,5 @@ import sys
 
 from tokenseek.cli import run_script
 
-
-def run(args, config):
-    from tokenseek.runs.score import score  # late: a mistake in the configuration is told before torch is imported
-
-    score(config, part=args.part)
-
-
 if __name__ == "__main__":
-    sys.exit(run_script("score", run))
+    sys.exit(run_script("score"))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config, 
 from tokenseek import cli
 from tokenseek.config.schema import load_config
 from tokenseek.errors import UserError
+from tokenseek.launching import launcher
 from tokenseek.runs.score import score
 
 
@@ -183,7 +184,7 @@ def test_the_status_survives_the_launcher(workspace, tmp_path):
 
 
 def test_mistakes_are_told_before_anything_is_launched(console, workspace, monkeypatch):
-    monkeypatch.setattr(cli, "_accelerate_launch", lambda _: pytest.fail("it was launched"))
+    monkeypatch.setattr(launcher, "accelerate_launch", lambda _: pytest.fail("it was launched"))
     train = ["train", "--preset", workspace.training]
     assert_matches(console(*train, "--set", "selection.rul=all").refusal(), "did you mean rule")
     assert_matches(console(*train, "--accelerate-config", "dpp").refusal(), "did you mean ddp")

@@ -126,7 +126,7 @@ def check_command(words, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(tokenseek.cli, "guarded", lambda run: 0)
             patch.setattr(sys, "argv", [args.training_script, *args.training_script_args])
-            tokenseek.cli.run_script(Path(args.training_script).stem, lambda *_: None)
+            tokenseek.cli.run_script(Path(args.training_script).stem)
         _check_settings(args.training_script_args)
     elif program in ("bash", "python"):
         _require_file(next((word for word in rest if not word.startswith("-")), ""))

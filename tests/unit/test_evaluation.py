@@ -30,6 +30,7 @@ from tokenseek.evaluation.harness import load_tasks, run_tasks
 from tokenseek.evaluation.programs import passes
 from tokenseek.evaluation.shots import SharedDraws
 from tokenseek.evaluation.subject import find_subject
+from tokenseek.launching import launcher
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +333,7 @@ def test_task_names(tasks, message):
     ],
 )
 def test_mistakes_are_told_before_any_process_starts(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_accelerate_launch", lambda _: pytest.fail("processes were started"))
+    monkeypatch.setattr(launcher, "accelerate_launch", lambda _: pytest.fail("processes were started"))
     assert cli.main(["evaluate", "some/model", "--data", str(tmp_path), *words]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("tokenseek: error:")

@@ -1,0 +1,84 @@
+"""Arguments that several commands have, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from tokenseek.config.resources import list_resources
+from tokenseek.config.schema import RunConfig, load_config
+from tokenseek.errors import UserError
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The configuration of a run; :func:`configuration` loads it."""
+    group = parser.add_argument_group("configuration")
+    group.add_argument("--preset", metavar="NAME|PATH", help="a shipped preset (`tokenseek presets`) or a YAML file")
+    group.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="change one setting; may be given again"
+    )
+    return group
+
+
+def configuration(args: argparse.Namespace) -> RunConfig:
+    """What the arguments of :func:`add_config_arguments` ask for.
+
+    Raises:
+        UserError: an unknown preset, an unknown setting or a value that is not accepted.
+    """
+    return load_config(args.preset, args.set)
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which processes a command is launched in; the command itself does not see them."""
+    group = parser.add_argument_group("processes")
+    group.add_argument(
+        "--accelerate-config",
+        default="single",
+        metavar="NAME|PATH",
+        help=f"processes and engine (default: single); shipped: {', '.join(list_resources('accelerate config'))}",
+    )
+    group.add_argument("--num-processes", type=positive, metavar="N", help="override the config's number of processes")
+    parser.set_defaults(here=False)  # a command sets it for what needs no processes, such as a list
+
+
+def without_launch_arguments(words: Sequence[str]) -> list[str]:
+    """The words of a command line that the launched command sees: all but those of :func:`add_launch_arguments`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_launch_arguments(parser)
+    return parser.parse_known_args(list(words))[1]
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def pair(text: str) -> tuple[float, float]:
+    try:
+        alpha, beta = (float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ALPHA,BETA, such as 5,5") from None
+    return alpha, beta
+
+
+def part(text: str) -> tuple[int, int]:
+    try:
+        number, parts = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/8") from None
+    if not 0 <= number < parts:
+        raise argparse.ArgumentTypeError(f"{text!r}: parts of {parts} are numbered 0 to {parts - 1}")
+    return number, parts
+
+
+def split_ratios(text: str) -> list[float]:
+    """The shares of `--ratios`, with commas between."""
+    try:
+        ratios = [float(ratio) for ratio in text.split(",")]
+    except ValueError:
+        ratios = [0.0]
+    if not all(0 < ratio <= 1 for ratio in ratios):
+        raise UserError(f"--ratios {text}: accepted are shares in (0, 1] with commas between, such as 0.1,0.5.")
+    return ratios

@@ -1,0 +1,33 @@
+"""`tokenseek score`."""
+
+from __future__ import annotations
+
+import argparse
+
+from tokenseek.commands.arguments import add_config_arguments, configuration, part
+from tokenseek.config.schema import RunConfig
+
+HELP = "score every token of a data set and write its index"
+DESCRIPTION = f"{HELP}; starts `accelerate launch` underneath"
+LAUNCHED = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    group = parser.add_argument_group("array jobs")
+    group.add_argument(
+        "--part",
+        type=part,
+        metavar="I/N",
+        help="score part I (from 0) of N alone, for array jobs; then `tokenseek merge`",
+    )
+
+
+def check(args: argparse.Namespace) -> RunConfig:
+    return configuration(args)
+
+
+def run(args: argparse.Namespace, config: RunConfig) -> None:
+    from tokenseek.runs.score import score  # late: a mistake in the configuration is told before torch is imported
+
+    score(config, part=args.part)

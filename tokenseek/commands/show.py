@@ -1,0 +1,53 @@
+"""`tokenseek show`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tokenseek.commands.arguments import add_config_arguments, configuration
+from tokenseek.config.schema import RunConfig
+from tokenseek.errors import UserError
+
+HELP = "show an index, and the selected tokens of its examples"
+DESCRIPTION = HELP
+LAUNCHED = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    group = parser.add_argument_group("examples")
+    group.add_argument("--row", type=int, action="append", metavar="N", help="an example; may be given again")
+    group.add_argument("--random", type=int, default=0, metavar="N", help="add N examples at random")
+    group = parser.add_argument_group("output")
+    group.add_argument("--no-color", action="store_true", help="mark with brackets instead of colours")
+    group.add_argument("--html", type=Path, metavar="FILE", help="write one page with sliders for r, alpha and beta")
+    group.add_argument("--figures", type=Path, metavar="FOLDER", help="write attention and gradient maps as PNG, SVG")
+    group.add_argument(
+        "--run",
+        dest="run_folder",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="a training run to compare in figures; may be given again",
+    )
+
+
+def check(args: argparse.Namespace) -> RunConfig | None:
+    """The configuration, or none where figures of training runs are all that is asked for."""
+    if args.run_folder and not args.figures:
+        raise UserError("--run compares training runs in figures: give --figures FOLDER too.")
+    if args.run_folder and not args.preset and not args.set:
+        return None
+    return configuration(args)
+
+
+def run(args: argparse.Namespace, config: RunConfig | None) -> None:
+    from tokenseek.runs.show import show, show_runs  # late: mistakes are told before torch is imported
+
+    if config is not None:
+        color = sys.stdout.isatty() and not args.no_color
+        show(config, args.row or [], args.random, html=args.html, figures=args.figures, color=color)
+    if args.run_folder:
+        show_runs(args.run_folder, args.figures)
