@@ -6,8 +6,8 @@ and has
 - ``add_arguments(parser)``: every flag, written here and nowhere else;
 - ``check(args)``: refuses what can be refused before any process starts and before torch is imported; returns what
   ``run`` needs, such as the configuration;
-- ``run(args, checked)``: the command. Every process of a launched command calls ``check`` and ``run``, with the words that
-  the user gave.
+- ``run(args, checked)``: the command. Every process of a launched command calls ``check`` and ``run``, with the words
+  that the user gave.
 
 A new command is a file here and a line in :data:`tokenseek.cli.COMMANDS`.
 """
