@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from closeness import assert_close
 from helpers import tiny_tokenizer, write_jsonl
 from tiny_models import tiny_model
 
@@ -211,3 +212,12 @@ def metrics(run: Path) -> list[dict]:
 def steps(run: Path) -> list[tuple[int, float, float]]:
     """Step, loss and gradient norm of every optimizer step."""
     return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(run) if "loss" in line]
+
+
+def assert_close_steps(got: list[tuple], expected: list[tuple], computed_in=torch.float32, **roundings) -> None:
+    """The same steps, whose losses and gradient norms are close (see `closeness`)."""
+    (numbers, *values), (expected_numbers, *expected_values) = (zip(*taken, strict=True) for taken in (got, expected))
+    assert numbers == expected_numbers
+    names = ("losses", "gradient norms")
+    got, expected = ({n: torch.tensor(v) for n, v in zip(names, x, strict=True)} for x in (values, expected_values))
+    assert_close(got, expected, computed_in, **roundings)

@@ -5,8 +5,10 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from conftest import ACCELERATE, metrics, steps, wait_until, workers
+from closeness import assert_close
+from conftest import ACCELERATE, assert_close_steps, metrics, steps, wait_until, workers
 from safetensors.torch import load_file
 
 from tokenseek.config.resources import find_resource
@@ -76,25 +78,22 @@ def shared(workspace, unshared):
     return folder
 
 
-def assert_same_run(one, two, file, groups=1, rtol=1e-5):
+def assert_same_run(one, two, file, groups=1):
     """Losses and norms of every step, what was counted, held-out losses and the final weights."""
-    expected, got = np.array(steps(one)), np.array(steps(two))
-    np.testing.assert_allclose(got, expected, rtol=rtol)
+    assert_close_steps(steps(two), steps(one))
     one_summary, two_summary = (json.loads((run / "summary.json").read_text()) for run in (one, two))
     assert two_summary["tokens"] == one_summary["tokens"] > 0
     for name in ("loss_before", "loss_after", "train_loss"):
-        assert two_summary[name] == pytest.approx(one_summary[name], rel=rtol)
+        assert_close(two_summary[name], one_summary[name], torch.float32)
     for line, other in zip(metrics(one), metrics(two), strict=True):
         assert line.get("num_input_tokens_seen") == other.get("num_input_tokens_seen")
     if groups == 1:  # Trainer's own held-out loss is a mean of means over the batches that are in work at once
         evaluated = [[line["eval_loss"] for line in metrics(run) if "eval_loss" in line] for run in (one, two)]
-        assert evaluated[1] == pytest.approx(evaluated[0], rel=rtol) and evaluated[0]
+        assert evaluated[0]
+        assert_close(evaluated[1], evaluated[0], torch.float32)
     samples = [run["train_samples_per_second"] * run["train_runtime"] for run in (metrics(one)[-1], metrics(two)[-1])]
     assert samples[1] == pytest.approx(samples[0], rel=0.05)  # both are rounded
-    weights, others = load_file(one / "final" / file), load_file(two / "final" / file)
-    assert weights.keys() == others.keys()
-    for name, weight in weights.items():
-        assert (others[name] - weight).abs().max() <= 1e-4 * weight.abs().max().clamp(min=1e-3), name
+    assert_close(load_file(two / "final" / file), load_file(one / "final" / file))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +102,7 @@ def test_two_ranks_that_share_texts_take_the_steps_of_one_process(kind, unshared
     assert len(taken) == 12 and max(norm for _, _, norm in taken) > 0.5
     assert_same_run(unshared / kind, shared / kind, FILES[kind])
     one, two = (metrics(folder / kind)[-1]["total_flos"] for folder in (unshared, shared))
-    assert two == pytest.approx(one, rel=1e-6)
+    assert_close(two, one, torch.float32)
 
 
 def test_the_ranks_exchange_what_their_layouts_say(unshared, shared):
@@ -125,10 +124,9 @@ def test_the_shared_runs_are_apart_from_each_other(unshared):
 
 
 def test_a_resumed_run_goes_on(shared, unshared):
-    np.testing.assert_allclose(np.array(steps(shared / "resumed")), np.array(steps(shared / "lora"))[8:], rtol=1e-6)
+    assert_close_steps(steps(shared / "resumed"), steps(shared / "lora")[8:])
     # Two that share texts go on where one process was.
-    taken_over, whole = (np.array(steps(run)) for run in (shared / "taken-over", unshared / "lora"))
-    np.testing.assert_allclose(taken_over, whole[4:], rtol=1e-5)
+    assert_close_steps(steps(shared / "taken-over"), steps(unshared / "lora")[4:])
 
 
 def assert_same_scores(one, two):
@@ -136,7 +134,7 @@ def assert_same_scores(one, two):
     assert len(one) == len(two) and one.header.scoring == two.header.scoring
     for row in range(len(one)):
         for expected, got in zip(one.scores(row), two.scores(row), strict=True):
-            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(initial=1e-30))
+            assert_close(got, expected)
 
 
 def test_two_ranks_that_share_texts_score_as_one_process(unshared, shared):
@@ -162,7 +160,7 @@ def test_two_groups_of_two_see_different_examples(workspace, of_two_groups):
     launch(workspace, folder, "sp2_cpu", runs, processes=4)
     for kind in KINDS:
         assert_same_run(of_two_groups / kind, folder / kind, FILES[kind], groups=2)
-    np.testing.assert_allclose(np.array(steps(folder / "resumed")), np.array(steps(folder / "lora"))[4:], rtol=1e-6)
+    assert_close_steps(steps(folder / "resumed"), steps(folder / "lora")[4:])
     assert_same_scores(workspace.folder / "unshared" / "lora" / "index.arrow", folder / "index.arrow")
 
 
@@ -182,7 +180,7 @@ def test_under_zero3(workspace, unshared):
     )  # fmt: skip
     for kind in KINDS:
         assert_same_run(unshared / kind, folder / kind, FILES[kind])
-    np.testing.assert_allclose(np.array(steps(folder / "resumed")), np.array(steps(folder / "full"))[4:], rtol=1e-6)
+    assert_close_steps(steps(folder / "resumed"), steps(folder / "full")[4:])
 
 
 def test_a_rank_that_dies_ends_the_others(workspace, unshared):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, steps
+from conftest import ROOT, assert_close_steps, steps
 
 from tokenseek.config.resources import find_resource
 from tokenseek.config.schema import load_config
@@ -168,6 +168,5 @@ def test_score_merge_and_train_with_a_node_that_dies(workspace, cluster):
     assert "the job is queued again" in cluster.logs(job)
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", job)
     assert len(steps(alone)) == 60
-    for two, one in zip(steps(output), steps(alone), strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
+    assert_close_steps(steps(output), steps(alone), roundings=1024)  # errors grow over so many steps
     assert (output / "final" / "adapter_model.safetensors").exists()

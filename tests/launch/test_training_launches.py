@@ -3,10 +3,10 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from conftest import metrics, steps
+from closeness import assert_close
+from conftest import assert_close_steps, metrics, steps
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,7 +50,7 @@ def lora_of_two(train):
 def assert_same_steps(one, two):
     one, two = steps(one), steps(two)
     assert [step for step, *_ in one] == [step for step, *_ in two] == list(range(1, 13))
-    np.testing.assert_allclose(np.array(two), np.array(one), rtol=1e-5, atol=1e-5)
+    assert_close_steps(two, one)
     assert one[-1][1] < one[0][1]
 
 
@@ -82,7 +82,7 @@ def test_packed_batches_take_the_steps_of_padded_ones(workspace, lora, train, sc
     assert_same_steps(lora[0], output)
     padded, packed = (json.loads((run / "summary.json").read_text()) for run in (lora[0], output))
     assert packed["tokens"] == padded["tokens"]
-    assert packed["loss_after"] == pytest.approx(padded["loss_after"], rel=1e-5)
+    assert_close(packed["loss_after"], padded["loss_after"], torch.float32)
 
 
 def test_two_processes_take_the_steps_of_one_in_full_fine_tuning(train):
@@ -91,8 +91,7 @@ def test_two_processes_take_the_steps_of_one_in_full_fine_tuning(train):
     two = train("full-two", *full, "training.per_device_train_batch_size=1", processes=2)
     assert_same_steps(one, two)
     weights = [AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (one, two)]
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
+    assert_close(weights[1], weights[0])
 
 
 def test_a_resumed_run_takes_the_steps_of_the_whole_one(workspace, lora_of_two, train):
@@ -105,9 +104,9 @@ def test_a_resumed_run_takes_the_steps_of_the_whole_one(workspace, lora_of_two, 
     (resumed / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + '{"step": 12, "lo')
     train("resumed", "training.per_device_train_batch_size=1", processes=2)
     # Gradients are summed over buckets, which a resumed run divides anew: norms differ in their last bit.
-    np.testing.assert_allclose(np.array(steps(resumed)), np.array(steps(whole)), rtol=1e-6)
+    assert_close_steps(steps(resumed), steps(whole))
     before, after = (json.loads((run / "summary.json").read_text()) for run in (whole, resumed))
-    assert after["loss_after"] == pytest.approx(before["loss_after"], rel=1e-6)
+    assert_close(after["loss_after"], before["loss_after"], torch.float32)
     assert after["loss_before"] is None and after["steps"] == 12
 
 
@@ -115,15 +114,14 @@ def test_a_run_goes_on_with_another_number_of_processes(workspace, lora, lora_of
     """The batch of a step is the same; the checkpoint is one of the other number's, in the middle of an epoch."""
     shutil.copytree(lora[0] / "checkpoint-8", workspace.folder / "one-to-two" / "checkpoint-8")
     two = train("one-to-two", "training.per_device_train_batch_size=1", processes=2)
-    np.testing.assert_allclose(np.array(steps(two)), np.array(steps(lora[0])[8:]), rtol=1e-5, atol=1e-5)
+    assert_close_steps(steps(two), steps(lora[0])[8:])
 
     settings = [f"output_dir={workspace.folder}/two-to-one", f"training.resume={lora_of_two}/checkpoint-8"]
     settings.append(f"scoring.index={lora[0]}/index.arrow")
     arguments = ["--preset", workspace.training, *(word for setting in settings for word in ("--set", setting))]
     one = script("train", *arguments)
     assert one.status == 0 and "WARNING" not in one.out, one
-    got = np.array(steps(workspace.folder / "two-to-one"))
-    np.testing.assert_allclose(got, np.array(steps(lora_of_two)[8:]), rtol=1e-5, atol=1e-5)
+    assert_close_steps(steps(workspace.folder / "two-to-one"), steps(lora_of_two)[8:])
     # With another batch it is another run from there on, and says so.
     other = script("train", *arguments, "--set", "training.gradient_accumulation_steps=1")
     assert "WARNING: an epoch had 6 steps" in other.out and "now it has 11" in other.out, other
@@ -201,7 +199,7 @@ def test_what_a_run_leaves(workspace, lora, console):
         untrained = base(ids).logits
         expected = PeftModel.from_pretrained(base, output / "final")(ids).logits
         got = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert_close(got, expected)
     assert (got - untrained).abs().max() > 1e-2
     assert "is not empty" in console("merge-adapter", output / "final", merged).refusal()
     assert "adapter_config.json" in console("merge-adapter", merged, workspace.folder / "x").refusal()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import steps
+from conftest import assert_close_steps, steps
 
 from tokenseek.config.resources import find_resource
 from tokenseek.config.schema import load_config
@@ -50,8 +50,7 @@ def alone(workspace):
 
 
 def assert_same_steps(one, two):
-    for got, expected in zip(steps(two), steps(one), strict=True):
-        assert got == pytest.approx(expected, rel=1e-5)
+    assert_close_steps(steps(two), steps(one))
     assert (two / "final" / "adapter_model.safetensors").exists()
 
 
