@@ -24,6 +24,7 @@ from tokenseek.commands import (
 from tokenseek.commands.arguments import add_launch_arguments, without_launch_arguments
 from tokenseek.errors import USAGE_ERROR, UserError
 from tokenseek.launching.launcher import launch_script
+from tokenseek.versions import tell_of_untested
 
 COMMANDS: dict[str, Command] = {
     "score": score,
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             add_launch_arguments(options)
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(words)
+    tell_of_untested(lambda warning: print(f"tokenseek: warning: {warning}", file=sys.stderr))
     return guarded(lambda: _run(args, words[1:]))
 
 

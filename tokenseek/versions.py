@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
-from functools import cache
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
@@ -25,6 +24,9 @@ TESTED = {
     "pyarrow": ("21", "26"),
     "pydantic": ("2.7", "2"),
 }
+
+
+_TOLD = "TOKENSEEK_VERSIONS_TOLD"
 
 
 def what_to_install(package: str) -> str:
@@ -55,12 +57,16 @@ def _places(given: str, like: str) -> tuple[int, ...]:
     return (*Version(given).release, *[0] * places)[:places]
 
 
-@cache
-def warn_of_untested() -> None:
-    """Warn, once in a process and on the first rank alone, of dependencies that are older or newer than tested."""
-    if os.environ.get("RANK", "0") == "0" and (found := untested()):
-        warnings.warn(
+def tell_of_untested(tell: Callable[[str], object]) -> None:
+    """Call `tell` with a warning if a dependency is older or newer than tested; once for a process and all it starts.
+
+    Of several ranks the first one tells.
+    """
+    if os.environ.get(_TOLD) or os.environ.get("RANK", "0") != "0":
+        return
+    os.environ[_TOLD] = "1"
+    if found := untested():
+        tell(
             f"TokenSeek is not tested with {', '.join(found)}. It refuses what it does not recognise; to be safe, "
-            "install tested versions.",
-            stacklevel=3,
+            "install tested versions."
         )

@@ -109,6 +109,23 @@ def test_batch_shapes(kind, lengths, left):
     assert_same(model, batch, selected)
 
 
+@pytest.mark.parametrize("lengths", [(13,), (13, 9)])
+def test_arguments_with_one_number_per_token_are_left_alone(lengths):
+    """`cache_position` [T] is for the cache; other such arguments are cut, and refused where no row's are meant."""
+    model = tokenseek.enable_token_ditching(tiny_model("llama", dtype=torch.float64))
+    seen = []
+    find_decoder(model).layers[0].register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
+    batch, selected = make_batch(lengths), SELECTED[: len(lengths)]
+    assert_same(model, batch | dict(cache_position=torch.arange(13)), selected)
+    assert "cache_position" in seen[-1]
+    unknown = batch | dict(place=torch.arange(13))
+    if len(lengths) == 1:
+        assert_same(model, unknown, selected)
+    else:
+        with pytest.raises(UserError, match=r"'place' of shape \(13,\): no telling which axis"):
+            model(**unknown, selected_positions=selected)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_all_tokens_selected_is_ordinary_training(kind):
     batch = make_batch((13,))

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, S selected, U unselected, D hidden, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -39,6 +40,7 @@ from tokenseek.ditching.zero3 import gather_layers_once, ungather_layers
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.selection import SelectionRule
+from tokenseek.versions import tell_of_untested, what_to_install
 
 
 def enable_token_ditching(
@@ -78,6 +80,7 @@ def enable_token_ditching(
     """
     if kv_storage not in STORAGES:
         raise UserError(f"kv_storage is {kv_storage!r}; it must be one of {', '.join(STORAGES)}.")
+    tell_of_untested(partial(warnings.warn, stacklevel=3))
     decoder = find_decoder(model)
     require_masked_backend(decoder.causal_lm)
     sequence = None
@@ -488,8 +491,9 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
                 )
         except KeysAndValuesSeen:
             step.unselected_BUD = None
-        except RuntimeError:
-            _require_updated(seam, layer, ditching)  # the likelier cause of attention over the wrong shapes
+        except (RuntimeError, AttributeError, LookupError, TypeError):
+            # The likelier cause: attention over the wrong shapes, or a use of caches that is not known here.
+            _require_updated(seam, layer, ditching)
             raise
     return seam.selected_output
 
@@ -500,7 +504,7 @@ def _require_updated(
     if seam.keys is None:
         raise UserError(
             f"{type(layer).__name__} in {ditching.decoder.name} does not pass its keys and values through its cache; "
-            "this model is not served."
+            f"this model is not served. {what_to_install('transformers')}"
         )
 
 
