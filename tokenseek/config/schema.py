@@ -25,6 +25,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Files that a source reads (`tokenseek.data.reading`).
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 CellValue = str | int | float | bool | None
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
 
@@ -467,6 +469,34 @@ class EvaluatedConfig(_Section):
 
     model: ModelConfig
     eval_data: DataConfig | None = None
+
+
+class DataOfModel(_Section):
+    """The sections that prepare data: whose tokenizer, and what for."""
+
+    model: ModelConfig
+    data: DataConfig
+
+
+def recognised_data(path_or_name: str) -> dict[str, Any]:
+    """The `data` section for one source of which nothing else is known: its format is recognised from its rows.
+
+    Args:
+        path_or_name: an existing file or folder, or a data set of the hub.
+    """
+    looks_local = path_or_name.startswith((".", "/", "~")) or Path(path_or_name).suffix in _DATA_SUFFIXES
+    is_local = looks_local or Path(path_or_name).exists()
+    return {
+        "sources": [{"path" if is_local else "name": path_or_name, "kind": "auto"}],
+        "template": "auto",
+        "rewritten_turns": "separate",
+    }
+
+
+def load_data_of_model(model: str, data: str, overrides: list[str] | tuple[str, ...] = ()) -> DataOfModel:
+    """The checked sections for a model's name or folder and :func:`recognised_data`; errors as in `load_config`."""
+    values = {"model": {"name_or_path": model}, "data": recognised_data(data)}
+    return _checked(DataOfModel, values, overrides, "command line")
 
 
 def load_config(preset: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

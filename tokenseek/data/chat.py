@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tokenseek.data.templates import Rendered
@@ -194,6 +195,17 @@ class ChatRenderer:
     options: Mapping[str, Any] | None = None
     key: str = "data"
 
+    @cached_property
+    def markers(self) -> re.Pattern:
+        """The tokens that were added to the vocabulary, of which none is ever cut."""
+        return _one_of(token.content for token in self.tokenizer.added_tokens_decoder.values())
+
+    @cached_property
+    def closing(self) -> re.Pattern:
+        """Nothing but special tokens and space."""
+        special = _one_of(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return re.compile(rf"(?:\s|{special.pattern})*")
+
     def render(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, first_turn: int = 0
     ) -> list[Rendered]:
@@ -207,9 +219,8 @@ class ChatRenderer:
                 differently once others follow.
         """
         turns = self._trained_turns(messages, first_turn)
-        messages = _without_own_ends(self, _taken(self, messages, tools), tools)
-        conversation = _Conversation(self, messages, tools)
-        whole = conversation.apply()
+        messages, whole = _without_own_ends(self, *_taken(self, messages, tools), tools)
+        conversation = _Conversation(self, messages, tools, whole)
         shown = {turn: whole for turn, message in enumerate(messages) if message["role"] != "assistant"}
         if conversation.has_markers and len(turns) == len(_assistant_turns(messages)):
             text, spans = conversation.marked()
@@ -267,20 +278,19 @@ class ChatRenderer:
 class _Conversation:
     """The renderings of one conversation."""
 
-    def __init__(self, renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None):
-        self.renderer, self.messages, self.tools = renderer, messages, tools
-        tokenizer = renderer.tokenizer
-        self.template = tokenizer.get_chat_template(tools=tools)
-        added = tokenizer.added_tokens_decoder.values()
-        self.markers = _one_of(token.content for token in added)
-        self.closing = re.compile(rf"(?:\s|{_one_of(token.content for token in added if token.special).pattern})*")
+    def __init__(self, renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, whole: str):
+        self.renderer, self.messages, self.tools, self.whole = renderer, messages, tools, whole
+        self.template = renderer.tokenizer.get_chat_template(tools=tools)
+        self.markers, self.closing = renderer.markers, renderer.closing
 
     @property
     def has_markers(self) -> bool:
         return bool(_GENERATION.search(self.template))
 
-    def apply(self, upto: int | None = None, generation_prompt: bool = False) -> str:
+    def apply(self, upto: int, generation_prompt: bool = False) -> str:
         """The text of the first `upto` messages."""
+        if upto == len(self.messages) and not generation_prompt:
+            return self.whole
         return _apply(self.renderer, self.messages[:upto], self.tools, generation_prompt)
 
     def marked(self) -> tuple[str, tuple[Span, ...]]:
@@ -399,7 +409,7 @@ def _taken(renderer: ChatRenderer, messages: Sequence[Message], tools: list[dict
                         "the chat template does not render tools; use the tokenizer of a model that calls tools, or "
                         "leave the column out (columns.tools: '')"
                     )
-                return spelled
+                return spelled, text
     raise next((error for error in errors if "does not render" in str(error)), errors[0])
 
 
@@ -434,20 +444,21 @@ def _compact(text: str) -> str:
 
 
 def _without_own_ends(
-    renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None
-) -> list[Message]:
-    """The messages without a BOS or EOS of their own where the template writes one there too."""
+    renderer: ChatRenderer, messages: list[Message], text: str, tools: list[dict[str, Any]] | None
+) -> tuple[list[Message], str]:
+    """The messages, and their text, without a BOS or EOS of their own where the template writes one there too."""
     bos, eos = renderer.tokenizer.bos_token, renderer.tokenizer.eos_token
-    text = _apply(renderer, messages, tools, generation_prompt=False)
-    messages = [dict(message) for message in messages]
-    first = messages[0].get("content")
+    stripped = [dict(message) for message in messages]
+    first = stripped[0].get("content")
     if bos and isinstance(first, str) and first.startswith(bos) and text.startswith(bos):
-        messages[0]["content"] = first.removeprefix(bos)
+        stripped[0]["content"] = first.removeprefix(bos)
     if eos and re.search(rf"{re.escape(eos)}\s*{re.escape(eos)}", text):
-        for message in messages:
+        for message in stripped:
             if message["role"] == "assistant" and isinstance(message.get("content"), str):
                 message["content"] = message["content"].removesuffix(eos)
-    return messages
+    if stripped == messages:
+        return messages, text
+    return stripped, _apply(renderer, stripped, tools, generation_prompt=False)
 
 
 def _spelled(message: Message, empty_content: str, arguments_as_text: bool) -> Message:

@@ -58,6 +58,7 @@ class DataReport:
     Attributes:
         characters_cut: of texts so long that their end was not even tokenised; their tokens are not in `tokens_cut`.
         sources: what each source is, for people.
+        template: what renders the rows, for people.
         notes: what else a user should know, such as files that were left out.
     """
 
@@ -71,6 +72,7 @@ class DataReport:
     supervised_tokens: int
     characters_cut: int = 0
     sources: tuple[str, ...] = ()
+    template: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -173,7 +175,13 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
         "max_length": data.max_length,
         "labels": data.labels,
     }
-    report = _report(examples, rows, loaded, described)
+    by = [
+        ("the tokenizer's chat template", bool(by_chat_template)),
+        (f"{template} (data.template)", template != "chat" and any(s.kind == "instruction" for s in sources)),
+        ("none (text as it is)", len(by_chat_template) < sum(s.kind != "instruction" for s in sources)),
+    ]
+    used = " and ".join(name for name, is_used in by if is_used)
+    report = _report(examples, rows, loaded, described, used)
     return PreparedData(examples.remove_columns(["num_cut", "num_unread"]), fingerprints, report)
 
 
@@ -269,7 +277,9 @@ def _map(rows: Dataset, function: Callable, inputs: list[str], **options) -> Dat
     )
 
 
-def _report(examples: Dataset, rows: Dataset, loaded: Sequence[LoadedSource], described: tuple[str, ...]) -> DataReport:
+def _report(
+    examples: Dataset, rows: Dataset, loaded: Sequence[LoadedSource], described: tuple[str, ...], template: str
+) -> DataReport:
     cut, unread = np.asarray(examples["num_cut"]), np.asarray(examples["num_unread"])
     lengths, supervised = [], []
     for batch in examples.select_columns("labels").with_format("arrow").iter(1000):
@@ -302,5 +312,6 @@ def _report(examples: Dataset, rows: Dataset, loaded: Sequence[LoadedSource], de
         supervised_tokens=sum(supervised),
         characters_cut=int(unread.sum()),
         sources=described,
+        template=template,
         notes=tuple(notes),
     )

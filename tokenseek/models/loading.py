@@ -39,8 +39,15 @@ _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "u
 _SAMPLE_BYTES = 4096
 
 
-def model_folder(model: ModelConfig) -> Path:
-    """The local folder with the model's files, downloaded from the hub if it is not a folder already."""
+_ALL_BUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def model_folder(model: ModelConfig, *, weights: bool = True) -> Path:
+    """The local folder with the model's files, downloaded from the hub if it is not a folder already.
+
+    Args:
+        weights: download the weights too.
+    """
     local = Path(model.name_or_path).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():
@@ -58,7 +65,7 @@ def model_folder(model: ModelConfig) -> Path:
             snapshot_download(
                 model.name_or_path,
                 revision=model.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+                allow_patterns=[*(["*.safetensors"] if weights else []), *_ALL_BUT_WEIGHTS],
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
@@ -144,8 +151,13 @@ def require_decoder(model: ModelConfig, *, packing: bool = False, group: dist.Pr
         raise UserError(f"model.name_or_path: {folder}: {error}") from error
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    folder = model_folder(model)
+def load_tokenizer(model: ModelConfig, *, weights: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token.
+
+    Args:
+        weights: download the weights of a model of the hub too, which will be needed later.
+    """
+    folder = model_folder(model, weights=weights)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (ValueError, OSError, ImportError) as error:

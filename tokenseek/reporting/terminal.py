@@ -8,8 +8,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tokenseek.index import TokenIndex
+from tokenseek.labels import IGNORED
 
 _MARK, _DIM, _END = "\033[1;30;43m", "\033[2m", "\033[0m"
+# Two shades each: tokens with a loss black on green, and the others grey.
+_LEARNED, _GIVEN = ("\033[30;42m", "\033[30;102m"), ("\033[90m", "\033[37m")
 
 
 def describe_index(index: TokenIndex) -> str:
@@ -43,6 +46,30 @@ def render_example(
             text = f"{_DIM}{text}{_END}"
         pieces.append(text)
     return "".join(pieces)
+
+
+def render_labels(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int], color: bool = True
+) -> str:
+    """The tokens of an example, those with a loss in colour; neighbours differ in shade, so that all can be told apart.
+
+    Without colour a bar stands between tokens, and runs of tokens with a loss are in ``[[ ]]``. Ends of lines are shown
+    as such and as what they are.
+    """
+    pieces, before = [], False
+    for position, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
+        text = _printable(tokenizer.decode([token])).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n")
+        learned = label != IGNORED
+        if color:
+            pieces.append(f"{(_LEARNED if learned else _GIVEN)[position % 2]}{text}{_END}")
+            continue
+        if learned != before:
+            pieces.append("[[" if learned else "]]")
+        elif position:
+            pieces.append("|")
+        pieces.append(text)
+        before = learned
+    return "".join([*pieces, "]]" if before else ""])
 
 
 def _printable(text: str) -> str:

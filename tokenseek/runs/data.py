@@ -1,0 +1,58 @@
+"""`tokenseek data`: what a model would be trained on, as tokens with their labels, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenseek.config.schema import DataConfig, ModelConfig
+from tokenseek.data import PreparedData, prepare_dataset
+from tokenseek.data.packing import PackedDataset
+from tokenseek.labels import IGNORED
+from tokenseek.models.loading import load_tokenizer
+from tokenseek.reporting import render_labels
+
+_TOKENS_SHOWN = 400
+
+
+def show_data(model: ModelConfig, data: DataConfig, examples: int = 3, *, color: bool = False) -> None:
+    """Print what the sources are recognised as, what becomes of them, and their first examples as tokens.
+
+    Args:
+        examples: how many to show.
+        color: mark labels with colours instead of brackets.
+
+    Raises:
+        UserError: as :func:`tokenseek.prepare_dataset`.
+    """
+    tokenizer = load_tokenizer(model, weights=False)
+    prepared = prepare_dataset(data, tokenizer)
+    print("\n".join(describe_data(prepared, data)))
+    mark = "black on green" if color else "in [[ ]]"
+    for row, example in enumerate(prepared.dataset.select(range(min(examples, len(prepared.dataset))))):
+        ids, labels = example["input_ids"], example["labels"]
+        print(
+            f"\nexample {row} ({example['example_id']}): {len(ids):,} tokens, {_learned(labels):,} with a loss ({mark})"
+        )
+        print(render_labels(tokenizer, ids[:_TOKENS_SHOWN], labels[:_TOKENS_SHOWN], color))
+        if len(ids) > _TOKENS_SHOWN:
+            left = _learned(labels) - _learned(labels[:_TOKENS_SHOWN])
+            print(f"... {len(ids) - _TOKENS_SHOWN:,} more tokens, {left:,} with a loss")
+
+
+def _learned(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED for label in labels[1:])  # the first token is never predicted
+
+
+def describe_data(prepared: PreparedData, data: DataConfig) -> list[str]:
+    """Lines about prepared data: `123 rows, chat messages; chat template of the tokenizer; loss on 41 % of ...`."""
+    report, dataset = prepared.report, prepared.dataset
+    lengths = sorted(len(ids) for ids in dataset["input_ids"])
+    middle, longest = lengths[len(lengths) // 2], lengths[-1]
+    return [
+        *report.sources,
+        f"template: {report.template}; loss on {report.supervised_share:.0%} of the tokens "
+        f"({report.supervised_tokens:,} of {report.tokens:,})",
+        f"examples: {len(dataset):,}, of {middle:,} tokens in the middle and {longest:,} at most "
+        f"(max_length {data.max_length:,}); packed, {PackedDataset(dataset, data.max_length)}",
+        str(report),
+    ]
