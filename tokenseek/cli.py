@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from tokenseek.commands import (
     Command,
+    data,
     evaluate,
     merge,
     merge_adapter,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "reproduce": reproduce,
     "merge": merge,
     "plan": plan,
+    "data": data,
     "show": show,
     "evaluate": evaluate,
     "merge-adapter": merge_adapter,

@@ -3,6 +3,7 @@
 import pytest
 from helpers import tiny_tokenizer, write_jsonl
 
+from tokenseek import cli
 from tokenseek.config.schema import load_data_of_model, recognised_data
 from tokenseek.errors import UserError
 from tokenseek.reporting import render_labels
@@ -90,3 +91,21 @@ def test_no_weights_are_downloaded(monkeypatch, model):
     load_tokenizer(ModelConfig(name_or_path="user/a"), weights=False)
     load_tokenizer(ModelConfig(name_or_path="user/b"))
     assert "*.safetensors" not in asked["user/a"] and set(asked["user/b"]) == {*asked["user/a"], "*.safetensors"}
+
+
+def test_the_command(model, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    assert cli.main(["data", "--model", str(model), "--data", str(path), "--set", "data.template=plain"]) == 0
+    out = capsys.readouterr().out
+    assert "instruction and response (instruction from 'question', response from 'answer')" in out
+    assert "template: plain (data.template)" in out and "↵\n|↵\n[[2|</s>]]" in out
+    preset = tmp_path / "preset.yaml"
+    source = f"{{path: {path}, columns: {{instruction: question, response: answer}}}}"
+    preset.write_text(f"model: {{name_or_path: {model}}}\ndata: {{sources: [{source}]}}\noutput_dir: x\n")
+    assert cli.main(["data", "--preset", str(preset), "--examples", "1"]) == 0
+    assert "template: alpaca (data.template)" in capsys.readouterr().out
+    for words in (["--model", "x"], ["--data", "x"], [], ["--preset", "gsm8k", "--data", "x"]):
+        assert cli.main(["data", *words]) == 2
+        assert "give --model and --data, or a --preset" in capsys.readouterr().err
+    assert cli.main(["data", "--model", str(model), "--data", "missing.jsonl"]) == 2
+    assert "data.sources.0.path: no file or folder 'missing.jsonl'" in capsys.readouterr().err

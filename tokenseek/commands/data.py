@@ -1,0 +1,46 @@
+"""`tokenseek data`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tokenseek.commands.arguments import add_config_arguments, configuration, positive
+from tokenseek.config.schema import DataOfModel, load_data_of_model
+from tokenseek.errors import UserError
+
+HELP = "show training data as tokens with their labels, without a model's weights"
+DESCRIPTION = (
+    "show what a model would be trained on: the format that is recognised, how many tokens carry a loss, and the first "
+    "examples as tokens with their labels in colour; reads the tokenizer and not the weights"
+)
+LAUNCHED = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", metavar="M", help="a model's folder, or its name on the hub")
+    group.add_argument(
+        "--data", metavar="D", help="a file, a folder or a data set of the hub, whose format is recognised"
+    )
+    add_config_arguments(parser)
+    group = parser.add_argument_group("examples")
+    group.add_argument(
+        "--examples", type=positive, default=3, metavar="N", help="how many to show (default: %(default)s)"
+    )
+    group.add_argument("--no-color", action="store_true", help="mark with brackets instead of colours")
+
+
+def check(args: argparse.Namespace) -> DataOfModel:
+    if args.model and args.data and not args.preset:
+        return load_data_of_model(args.model, args.data, args.set)
+    if args.preset and not args.model and not args.data:
+        config = configuration(args)
+        return DataOfModel(model=config.model, data=config.data)
+    raise UserError("give --model and --data, or a --preset that names both; --set changes a setting of either.")
+
+
+def run(args: argparse.Namespace, config: DataOfModel) -> None:
+    from tokenseek.runs.data import show_data  # late: mistakes are told before transformers is imported
+
+    show_data(config.model, config.data, args.examples, color=sys.stdout.isatty() and not args.no_color)
