@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tokenseek.decoder.attention import attention_replaced
@@ -24,10 +25,11 @@ from tokenseek.decoder.head import at_least_float32, next_token_labels
 from tokenseek.decoder.masks import whole_masks
 from tokenseek.ditching.packing import every_example_alone
 from tokenseek.ditching.recorded import Recording
+from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.seeking.context import attention_received
-from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, head_scores, loss_gradient
+from tokenseek.seeking.gradient import REDUCTIONS, gradient_beyond, gradient_from, head_scores
 from tokenseek.selection import SelectionRule
 from tokenseek.selection.batched import Example, Selection, examples_of, select_batch
 from tokenseek.ulysses.text import DealtText
@@ -152,20 +154,33 @@ def see_all_tokens(
         targets_BT = targets_BT.masked_fill(~mask.to(targets_BT.device).bool(), IGNORED)
     examples = examples_of(mask, position_ids, targets_BT.shape)
     supervised_BT = targets_BT.ne(IGNORED)
+    is_split = is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
+    if seeking.exact_layers and is_split:
+        raise UserError(
+            "exact_layers is incompatible with ZeRO-3 and FSDP2, which let a layer's weights go between its two "
+            "backward passes; set it to 0, or train with DDP, ZeRO-1 or ZeRO-2."
+        )
     text = _dealt(ditching, arguments, labels_BT, selection_keys) if ditching.sequence else None
 
     by_context = rule.needs_scores and rule.alpha != 0
     by_gradient = rule.needs_scores and rule.beta != 0 and seeking.reduction != "error"
     by_error = rule.needs_scores and rule.beta != 0 and seeking.reduction == "error"
     exact = seeking.exact_layers
-    start = exact or (seeking.gradient_layer if by_gradient else 1 if by_context else 0)
+    scored = 0 if exact else seeking.gradient_layer if by_gradient else int(by_context)
     unrecorded = tuple(decoder.layers[-exact:]) if exact else ()
     storage = "host" if ditching.kv_storage == "host" else "device"
-    recording = Recording(storage, unrecorded, text and text.share_keys)
+    scored_layers = tuple(decoder.layers[-scored:]) if scored else ()
+    recording = Recording(storage, unrecorded, scored_layers, text and text.share_keys)
     with ditching.recording(recording), ExitStack() as stack:
-        leaves = stack.enter_context(gradient_from(decoder.layers[-start])) if start else None
-        if not start:
+        if exact:
+            leaves = stack.enter_context(gradient_from(decoder.layers[-exact]))
+        elif by_gradient and not is_partitioned(decoder.body):
+            leaves = stack.enter_context(gradient_beyond(decoder.layers[-1]))
+        else:
             stack.enter_context(torch.no_grad())
+            leaves = []
+            if by_gradient:
+                stack.enter_context(recording.scoring_beyond_layers(decoder))
         if text is None:
             attention = _attention_of(ditching, examples, len(targets_BT), mask)
         else:
@@ -194,9 +209,10 @@ def see_all_tokens(
             loss_sum, border, gradient = head.losses.sum(), None, None
             scores_BT = head.errors
             if by_gradient:
-                scores_BT = REDUCTIONS[seeking.reduction](
-                    loss_gradient(output, leaves[0], head.gradient, supervised_BT.sum(1))
-                )
+                gradient_BTD = head.gradient
+                if leaves:  # what comes after the layers has a graph of its own
+                    (gradient_BTD,) = torch.autograd.grad(output.last_hidden_state, leaves[0], gradient_BTD)
+                scores_BT = REDUCTIONS[seeking.reduction](recording.gradient_through_scored(gradient_BTD))
     context_BT = received and received[0]
     if text is not None:
         scores_BT = None if scores_BT is None else text.gathered(scores_BT)

@@ -431,7 +431,18 @@ def _recorded_layer(layer: nn.Module, ditching: Ditching, args: tuple, kwargs: d
     arguments = dict(zip(names, args, strict=False)) | kwargs
     cache = RecordingCache(recorder.exchange)
     arguments[ditching.decoder.cache_argument] = cache
-    output = _original_forward(layer)(**arguments)
+
+    if layer in recorder.scored:
+        outputs = []
+
+        def run(leaf: torch.Tensor) -> torch.Tensor:
+            outputs.append(_original_forward(layer)(**{**arguments, names[0]: leaf}))
+            return _hidden_states(outputs[0])
+
+        hidden = recorder.run_scored(layer, run, arguments[names[0]])
+        output = (hidden, *outputs[0][1:]) if isinstance(outputs[0], tuple) else hidden
+    else:
+        output = _original_forward(layer)(**arguments)
     _require_updated(cache, layer, ditching)
     recorder.put(layer, cache.keys, cache.values)
     recorder.returns_tuple = isinstance(output, tuple)

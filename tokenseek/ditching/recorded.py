@@ -8,15 +8,21 @@ Shapes: B batch, T tokens, R rows of a pass, N key/value heads, H head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 
+from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.ditching.cache import _OnceCache
 from tokenseek.ditching.rows import Partition, Rows
 from tokenseek.ditching.storage import Kept
+from tokenseek.ditching.zero3 import is_partitioned
+from tokenseek.errors import UserError
 
 
 class Recording:
@@ -25,6 +31,7 @@ class Recording:
     Args:
         storage: where they wait for the second pass, "device" or "host".
         unrecorded: layers that the second pass leaves out.
+        scored: the last layers, through which a gradient is taken before the second pass.
         exchange: from keys and values of the rows of this process to those of all tokens, where ranks share a text.
 
     Attributes:
@@ -33,9 +40,14 @@ class Recording:
     """
 
     def __init__(
-        self, storage: str, unrecorded: tuple[nn.Module, ...] = (), exchange: Callable[..., tuple] | None = None
+        self,
+        storage: str,
+        unrecorded: tuple[nn.Module, ...] = (),
+        scored: tuple[nn.Module, ...] = (),
+        exchange: Callable[..., tuple] | None = None,
     ):
-        self.storage, self.unrecorded, self.exchange = storage, unrecorded, exchange
+        self.storage, self.unrecorded, self.scored, self.exchange = storage, unrecorded, scored, exchange
+        self._graphs: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
         self._kept: dict[nn.Module, tuple[Kept, Kept]] = {}
         self.returns_tuple = False
         self.border: torch.Tensor | None = None
@@ -48,6 +60,51 @@ class Recording:
         """A layer's keys and values, for good: they belong to the caller."""
         keys, values = self._kept.pop(layer)
         return keys.restore(), values.restore()
+
+    def run_scored(self, layer: nn.Module, run: Callable[[torch.Tensor], tuple], hidden: torch.Tensor) -> torch.Tensor:
+        """Run a scored layer's forward with a graph of its own, and return its hidden states without.
+
+        Whatever watches the layer from outside (hooks of FSDP2 and ZeRO-3) sees a pass without gradient.
+
+        Raises:
+            UserError: `hidden` is not what the module before returned, so that the graphs cannot be joined.
+        """
+        if self._graphs and self._graphs[-1][2].data_ptr() != hidden.data_ptr():
+            raise UserError(
+                f"between {type(self._graphs[-1][0]).__name__} and {type(layer).__name__} this model changes its "
+                "hidden states in code of its own, through which no gradient is taken: use scoring.reduction=error."
+            )
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            output = run(leaf)
+        self._graphs.append((layer, leaf, output))
+        return output.detach()
+
+    @contextmanager
+    def scoring_beyond_layers(self, decoder: Decoder) -> Iterator[None]:
+        """In the block, what the body runs after its layers (the final norm) is scored through as the layers are.
+
+        Needed where an engine watches these modules as well, as ZeRO-3 does.
+        """
+        embeddings = decoder.causal_lm.get_input_embeddings()
+        others = [m for m in decoder.body.children() if m is not decoder.layers and m is not embeddings]
+        with ExitStack() as stack:
+            for module in others:
+                stack.enter_context(forward_replaced(module, partial(self._run_beyond, module, module.forward)))
+            yield
+
+    def _run_beyond(self, module: nn.Module, forward: Callable, *args, **kwargs):
+        if not self._graphs:
+            return forward(*args, **kwargs)
+        return self.run_scored(module, lambda leaf: forward(leaf, *args[1:], **kwargs), args[0])
+
+    def gradient_through_scored(self, gradient_BTD: torch.Tensor) -> torch.Tensor:
+        """From the gradient at the output of the last scored module to that at the input of the first; once."""
+        while self._graphs:
+            layer, leaf, output = self._graphs.pop()
+            with gathered(layer):
+                (gradient_BTD,) = torch.autograd.grad(output, leaf, gradient_BTD.to(output.dtype))
+        return gradient_BTD
 
     def beyond_border(self, hidden_BSD: torch.Tensor):
         """The output of a layer that is left out."""
@@ -100,6 +157,21 @@ class _Written(torch.autograd.Function):
         if ctx.rows.padded:
             gradient_BNRH = gradient_BNRH.masked_fill(~ctx.rows.valid_BR[:, None, :, None], 0)
         return None, gradient_BNRH, None
+
+
+@contextmanager
+def gathered(layer: nn.Module) -> Iterator[None]:
+    """In the block, the layer's weights are whole on this process, which FSDP2 and ZeRO-3 let go after its forward."""
+    units = [module for module in layer.modules() if isinstance(module, FSDPModule)]
+    with ExitStack() as stack:
+        if is_partitioned(layer):
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(list(layer.parameters())))
+        for unit in units:
+            unit.unshard()
+            stack.callback(unit.reshard)
+        yield
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

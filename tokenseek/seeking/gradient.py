@@ -53,6 +53,29 @@ def gradient_from(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def gradient_beyond(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A forward pass in the block records no graph up to the output of `layer`, which becomes a leaf.
+
+    Yields:
+        A list that holds that leaf [B, T, D] once `layer` has run.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def start_graph(_, args, output):
+        hidden_BTD = output[0] if isinstance(output, tuple) else output
+        leaves.append(hidden_BTD.detach().requires_grad_())
+        torch.set_grad_enabled(True)
+        return (leaves[0], *output[1:]) if isinstance(output, tuple) else leaves[0]
+
+    with torch.no_grad():
+        handle = layer.register_forward_hook(start_graph)  # behind those of parallel engines
+        try:
+            yield leaves
+        finally:
+            handle.remove()
+
+
 class HeadScores(NamedTuple):
     """What the head says of the supervised positions.
 
