@@ -6,8 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-from numerics.test_ditching import FLOAT32_INSIDE, assert_same, make_batch
-from tiny_models import tiny_model
+from numerics.test_ditching import assert_same, make_batch
+from tiny_models import computed_in, tiny_model
 
 import tokenseek
 from benchmarks.selected_attention import measure
@@ -115,7 +115,7 @@ def test_models(small_spans, kind, lengths, recompute, kv_storage):
     model = tiny_model(kind, dtype=torch.float64)
     model = tokenseek.enable_token_ditching(model, recompute=recompute, kv_storage=kv_storage)
     with mock.patch.object(attention, "staircase_attention", wraps=staircase.staircase_attention) as used:
-        assert_same(model, batch, selected, FLOAT32_INSIDE.get(kind, 1e-12))
+        assert_same(model, batch, selected, computed_in(kind))
     layers = 2 if kind == "gemma3" else 4
     assert used.call_count == layers * (1 + recompute)
 

@@ -11,8 +11,10 @@ from torch.nn.functional import pad
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.labels import IGNORED
 
-# Logits of one chunk of rows in float32; bounds the head's memory whatever the vocabulary.
+# Logits of one chunk of rows in float32; bounds the head's memory whatever the vocabulary. Every chunk reads all of the
+# head's weights, and few rows keep a GPU from its peak: there a chunk takes a fortieth of the memory, up to a GiB.
 CHUNK_BYTES = 64 * 2**20
+MOST_CHUNK_BYTES, CHUNKS_IN_MEMORY = 2**30, 40
 
 
 def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
@@ -20,9 +22,13 @@ def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
     return pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]
 
 
-def rows_per_chunk(decoder: Decoder) -> int:
+def rows_per_chunk(decoder: Decoder, device: torch.device) -> int:
     """How many rows of logits are held at once."""
-    return max(1, CHUNK_BYTES // (4 * decoder.causal_lm.config.get_text_config().vocab_size))
+    nbytes = CHUNK_BYTES
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        nbytes = max(nbytes, min(memory // CHUNKS_IN_MEMORY, MOST_CHUNK_BYTES))
+    return max(1, nbytes // (4 * decoder.causal_lm.config.get_text_config().vocab_size))
 
 
 def head_logits(decoder: Decoder, body_output, hidden_RD: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,11 @@ def aligned_mask(mask: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> to
     else:
         within.copy_(mask.unsqueeze(-3))
     return added.flatten(-3, -2)[..., :keys]
+
+
+def makes_masks_by_utils(decoder: Decoder) -> bool:
+    """Whether the body's masks come from Transformers' masking_utils, by the look of its file."""
+    return hasattr(sys.modules[type(decoder.body).__module__], "create_causal_mask")
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def selected_attention(rows: Rows) -> Callable[[Callable], Callable]:
                 )
                 # o: (B, G * S, K, H) -> (B, G, S, K, H) -> (B, S, K, G, H) -> (B, S, N, H)
                 outputs.append(output.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3))
-            return torch.cat(outputs, dim=1), None
+            return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
 
         return attention
 
@@ -95,13 +95,8 @@ def _staircase(rows: Rows, query_BNSH, key_BKTH, value_BKTH, *args, dropout: flo
     dtype = query_BNSH.dtype
 
     def make() -> list[list[Span]] | None:
-        valid_BS = rows.valid_BR.tolist()
-        if any(valid[i] < valid[i + 1] for valid in valid_BS for i in range(len(valid) - 1)):
-            return None  # dealt to ranks with gaps between
-        positions_BS = [
-            positions[: sum(valid)] for positions, valid in zip(rows.index_BR.tolist(), valid_BS, strict=True)
-        ]
-        return make_spans(positions_BS, rows.tokens, query_BNSH.device, dtype)
+        positions_BS = rows.on_host
+        return positions_BS and make_spans(positions_BS, rows.tokens, query_BNSH.device, dtype)
 
     return rows._once(f"staircase.{dtype}", rows.index_BR, make)
 

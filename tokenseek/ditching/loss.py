@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, S selected, R supervised rows, D hidden, V vocabulary
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import at_least_float32, head_logits, rows_per_chunk
+from tokenseek.ditching.planned import supervised_rows
 from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.labels import IGNORED
 
@@ -36,36 +39,58 @@ def selected_loss(
             chunk this is done anyway, and never under a head that is not trained.
         weights_BS: of the rows' losses in the sum; all 1 by default.
     """
-    hidden_RD, labels_R = hidden_BSD.flatten(0, 1), labels_BS.flatten()
-    supervised = labels_R.ne(IGNORED).nonzero().squeeze(1)
-    if len(supervised) == 0:
-        supervised = supervised.new_zeros(1)
-    hidden_RD, labels_R = hidden_RD[supervised], labels_R[supervised]
-    if weights_BS is None:
-        weights_R = torch.ones(len(labels_R), device=labels_R.device)
-    else:
-        weights_R = weights_BS.flatten()[supervised]
+    labels = labels_BS.flatten()
+    supervised_R = supervised_rows(labels)  # the host waits for their number
+    targets_R = labels.index_select(0, supervised_R)
+    return supervised_loss(
+        decoder, body_output, hidden_BSD, supervised_R, targets_R, num_items_in_batch, recompute, weights_BS
+    )
 
-    rows = rows_per_chunk(decoder)
-    chunks = list(zip(hidden_RD.split(rows), labels_R.split(rows), weights_R.split(rows), strict=True))
+
+def supervised_loss(
+    decoder: Decoder,
+    body_output,
+    hidden_BSD: torch.Tensor,
+    supervised_R: torch.Tensor,
+    targets_R: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    recompute: bool,
+    weights_BS: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`selected_loss` of rows that are known to carry a loss.
+
+    Args:
+        supervised_R, targets_R: as in :class:`tokenseek.ditching.planned.PlannedRows`.
+    """
+    hidden_RD = hidden_BSD.flatten(0, 1).index_select(0, supervised_R)
+    weights_R = None if weights_BS is None else weights_BS.flatten().index_select(0, supervised_R)
+    rows = rows_per_chunk(decoder, hidden_RD.device)
+    starts = list(range(0, len(targets_R), rows))
+    chunks = [tuple(x if x is None else x[i : i + rows] for x in (hidden_RD, targets_R, weights_R)) for i in starts]
     head = decoder.causal_lm.get_output_embeddings()
-    without_loss = hidden_RD[:1], torch.full_like(labels_R[:1], IGNORED), weights_R[:1]
-    chunks += [without_loss] * (most_chunks(head, len(chunks)) - len(chunks))
-    is_constant = torch.is_grad_enabled() and hidden_RD.requires_grad and _is_constant(head)
-    is_stored = not (is_constant or recompute or len(chunks) > 1)
+    if more := most_chunks(head, len(chunks)) - len(chunks):
+        chunks += [(hidden_RD[:1], torch.full_like(targets_R[:1], IGNORED), None)] * more
+    has_gradient = torch.is_grad_enabled() and hidden_RD.requires_grad
+    is_stored = not (recompute or len(chunks) > 1)
 
-    def chunk_loss(hidden_CD, labels_C, weights_C):
-        losses_C = _CrossEntropy.apply(head_logits(decoder, body_output, hidden_CD), labels_C, not is_stored)
-        return (losses_C * weights_C.to(losses_C)).sum()  # not `@`, which autocast would compute in 16 bits
+    def chunk_loss(hidden_CD, targets_C, weights_C):
+        losses_C = _CrossEntropy.apply(head_logits(decoder, body_output, hidden_CD), targets_C, once)
+        # Not `@`, which autocast would compute in 16 bits.
+        return losses_C.sum() if weights_C is None else (losses_C * weights_C.to(losses_C)).sum()
 
-    if is_stored:
-        total = chunk_loss(*chunks[0])
-    elif is_constant:
+    once = True
+    if has_gradient and _is_constant(head):
         total = sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
+    elif is_stored:
+        once = False
+        total = chunk_loss(*chunks[0])
+    elif has_gradient and is_plain_trained(head):
+        total = _LossWithHeadGradient.apply(chunk_loss, head, starts, hidden_RD, targets_R, weights_R, head.weight)
     else:
         total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
     if num_items_in_batch is None:
-        num_items_in_batch = weights_R[labels_R.ne(IGNORED)].sum()
+        carries_loss_R = targets_R.ne(IGNORED)
+        num_items_in_batch = (carries_loss_R if weights_R is None else weights_R[carries_loss_R]).sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 
@@ -123,6 +148,82 @@ class _LossWithGradient(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         (gradient_CD,) = ctx.saved_tensors
         return None, gradient_CD * gradient, None, None
+
+
+class _LossWithHeadGradient(torch.autograd.Function):
+    """The loss of all rows and, at once, the gradients of the hidden states and of the head's weight.
+
+    Every chunk adds its part to one gradient of the weight, where autograd would make a matrix of the vocabulary's size
+    for each. The weight is converted once, if autocast converts it.
+    """
+
+    @staticmethod
+    def forward(ctx, chunk_loss, head, starts, hidden_RD, targets_R, weights_R, weight_VD) -> torch.Tensor:
+        ctx.run = lambda hidden_RD: _loss_and_gradients(chunk_loss, head, starts, hidden_RD, targets_R, weights_R)
+        total, gradient_RD, gradient_VD = ctx.run(hidden_RD)
+        ctx.gradient_VD = gradient_VD
+        ctx.save_for_backward(hidden_RD, gradient_RD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        hidden_RD, gradient_RD = ctx.saved_tensors
+        gradient_VD, ctx.gradient_VD = ctx.gradient_VD, None
+        if gradient_VD is None:  # the graph is gone through once more
+            gradient_VD = ctx.run(hidden_RD)[2]
+        # In place: it is as large as the weight, and from here on belongs to whoever takes it.
+        return None, None, None, gradient_RD * gradient, None, None, gradient_VD.mul_(gradient)
+
+
+def _loss_and_gradients(chunk_loss, head: nn.Linear, starts: list[int], hidden_RD, targets_R, weights_R):
+    """The sum of the chunks' losses, and its gradients: [R, D] of the hidden states, [V, D] of the head's weight."""
+    weight_VD = head.weight.detach()
+    gradient_VD = torch.zeros_like(weight_VD)
+    if torch.is_autocast_enabled(hidden_RD.device.type):
+        weight_VD = weight_VD.to(torch.get_autocast_dtype(hidden_RD.device.type))
+    ends = [*starts[1:], len(targets_R)]
+    total, gradients = 0.0, []
+    product = partial(_HeadProduct.apply, weight_VD, gradient_VD)
+    with torch.enable_grad(), forward_replaced(head, product):
+        for first, end in zip(starts, ends, strict=True):
+            hidden_CD = hidden_RD[first:end].detach().requires_grad_()
+            weights_C = None if weights_R is None else weights_R[first:end]
+            loss = chunk_loss(hidden_CD, targets_R[first:end], weights_C)
+            gradients += torch.autograd.grad(loss, hidden_CD)
+            total = total + loss.detach()
+    return total, torch.cat(gradients), gradient_VD
+
+
+class _HeadProduct(torch.autograd.Function):
+    """Logits; the backward pass adds the weight's gradient to `gradient_VD`."""
+
+    @staticmethod
+    def forward(ctx, weight_VD, gradient_VD, hidden_1CD: torch.Tensor) -> torch.Tensor:
+        hidden_1CD = hidden_1CD.to(weight_VD.dtype)
+        ctx.save_for_backward(hidden_1CD)
+        ctx.weights = weight_VD, gradient_VD
+        return hidden_1CD @ weight_VD.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_1CV: torch.Tensor):
+        (hidden_1CD,), (weight_VD, gradient_VD) = ctx.saved_tensors, ctx.weights
+        gradient_CV, hidden_CD = gradient_1CV.flatten(0, -2), hidden_1CD.flatten(0, -2)
+        if gradient_VD.dtype == hidden_CD.dtype:
+            gradient_VD.addmm_(gradient_CV.T, hidden_CD)
+        else:
+            gradient_VD.add_(gradient_CV.T @ hidden_CD)
+        return None, None, gradient_1CV @ weight_VD
+
+
+def is_plain_trained(head: nn.Module) -> bool:
+    """Whether it is a linear layer of a trained weight alone, which is here as a whole (not cut up by an engine)."""
+    if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__ or head.bias is not None:
+        return False
+    if is_partitioned(head) or isinstance(head, FSDPModule) or type(head.weight) is not nn.Parameter:
+        return False
+    return head.weight.requires_grad and not (head._forward_hooks or head._forward_pre_hooks)
 
 
 def _is_constant(head: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -44,25 +45,37 @@ def partition_by_example(
         UserError: as :func:`tokenseek.ditching.rows.partition` does; for several examples in a row, where the decoder
             takes no position_ids.
     """
-    tokens = position_ids.shape[-1]
+    tokens, device = position_ids.shape[-1], selected_positions.device
     # One transfer; what follows is decided on the host.
     joined = torch.cat([selected_positions.flatten(), position_ids.flatten()]).cpu()
     positions_BS = joined[: selected_positions.numel()].view(selected_positions.shape)
-    is_first_BT = begins_anew(joined[selected_positions.numel() :].view(-1, tokens))
+    parts = partition_on_host(
+        positions_BS, joined[selected_positions.numel() :].view(-1, tokens), attention_is_ours, recorded
+    )
+    if parts is None or isinstance(parts, PackedPartition):
+        _require_position_ids(decoder)
+    if parts is None:
+        parts = partition(positions_BS, None, tokens, recorded)
+        parts = MaskedPartition(parts.selected, parts.unselected, tokens, parts.padded, True, position_ids)
+    return parts.to(device, non_blocking=True)
+
+
+def partition_on_host(
+    positions_BS: torch.Tensor, position_ids_BT: torch.Tensor, attention_is_ours: bool, recorded: bool = False
+) -> Partition | None:
+    """As :func:`partition_by_example` of tensors on the host; None where a mask has to tell examples apart."""
+    tokens = position_ids_BT.shape[-1]
+    parts = partition(positions_BS, None, tokens, recorded)  # and its checks
+    is_first_BT = begins_anew(position_ids_BT)
     if not is_first_BT.any():
-        return partition(selected_positions, None, tokens, recorded)
-    _require_position_ids(decoder)
-    whole = partition(positions_BS, None, tokens)  # for its checks
-    if not attention_is_ours or len(positions_BS) > 1 or not whole.selected.valid_BR.any():
-        parts = partition(selected_positions, None, tokens, recorded)
-        return MaskedPartition(parts.selected, parts.unselected, tokens, parts.padded, True, position_ids)
+        return parts
+    if not attention_is_ours or len(positions_BS) > 1 or not parts.selected.valid_BR.any():
+        return None
     borders = [0, *is_first_BT[0].nonzero().squeeze(1).tolist(), tokens]
-    return _partition_row(positions_BS[0], borders, selected_positions.device, recorded)
+    return _partition_row(positions_BS[0], borders, recorded)
 
 
-def _partition_row(
-    positions_S: torch.Tensor, borders: list[int], device: torch.device, recorded: bool
-) -> PackedPartition:
+def _partition_row(positions_S: torch.Tensor, borders: list[int], recorded: bool) -> PackedPartition:
     """
     Args:
         positions_S: selected positions in the row, on the host.
@@ -70,7 +83,7 @@ def _partition_row(
     """
     positions_S = positions_S[positions_S >= 0]
     examples, selected, unselected = [], [], []
-    for first, end in zip(borders, borders[1:], strict=False):
+    for first, end in pairwise(borders):
         own_1S = positions_S[(positions_S >= first) & (positions_S < end)][None] - first
         if not own_1S.numel():  # no row of this example is seen by a selected one
             examples.append(None)
@@ -79,26 +92,20 @@ def _partition_row(
         selected.append(parts.selected.index_BR + first)
         if parts.unselected is not None:
             unselected.append(parts.unselected.index_BR + first)
-        examples.append((_moved(parts.selected, device), parts.unselected and _moved(parts.unselected, device)))
-    lengths = tuple(end - first for first, end in zip(borders, borders[1:], strict=False))
+        examples.append((parts.selected, parts.unselected))
     return PackedPartition(
-        selected=_row(selected, borders[-1], device),
-        unselected=_row(unselected, borders[-1], device) if unselected else None,
+        selected=_row(selected, borders[-1]),
+        unselected=_row(unselected, borders[-1]) if unselected else None,
         tokens=borders[-1],
         padded=False,
         right_padded=True,
-        lengths=lengths,
+        lengths=tuple(end - first for first, end in pairwise(borders)),
         examples=tuple(examples),
     )
 
 
-def _moved(rows: Rows, device: torch.device) -> Rows:
-    index_BR = rows.index_BR.to(device, non_blocking=True)
-    return Rows(index_BR, index_BR[:, :1], rows.tokens, rows.padded, rows.spans)
-
-
-def _row(index_1R: list[torch.Tensor], tokens: int, device: torch.device) -> PackedRows:
-    index = torch.cat(index_1R, dim=1).to(device, non_blocking=True)
+def _row(index_1R: list[torch.Tensor], tokens: int) -> PackedRows:
+    index = torch.cat(index_1R, dim=1)
     return PackedRows(index, index[:, :1], tokens, padded=False)
 
 
@@ -132,6 +139,10 @@ class PackedPartition(Partition):
 
     lengths: tuple[int, ...]
     examples: tuple[tuple[Rows, Rows | None] | None, ...]
+
+    def _moved(self, move: Callable[[Rows], Rows]) -> PackedPartition:
+        examples = tuple(own and (move(own[0]), own[1] and move(own[1])) for own in self.examples)
+        return replace(super()._moved(move), examples=examples)
 
     def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
         """[.., M, M], or None where causality, which the kernels know, is all that they would say."""

@@ -25,14 +25,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tokenseek.decoder.attention import has_attention_interface, require_masked_backend
 from tokenseek.decoder.find import Decoder, find_decoder, keep_4bit_differentiable
 from tokenseek.decoder.head import head_logits, next_token_labels
+from tokenseek.decoder.masks import makes_masks_by_utils, whole_masks
 from tokenseek.decoder.names import CACHE_ARGUMENTS, OUTPUTS_OF_ALL_TOKENS, checkpoints, without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.autocast import autocast_cache
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
 from tokenseek.ditching.embedding import forget_tied_weights, one_gradient_of_tied_weights
-from tokenseek.ditching.loss import most_chunks, selected_loss
+from tokenseek.ditching.loss import most_chunks, selected_loss, supervised_loss
 from tokenseek.ditching.online import OnlineOutput, Seeking, see_all_tokens
 from tokenseek.ditching.packing import MaskedPartition, PackedPartition, partition_by_example
+from tokenseek.ditching.planned import PlannedRows
 from tokenseek.ditching.recorded import RecordedCache, Recording, RecordingCache
 from tokenseek.ditching.rows import Partition, Rows, partition
 from tokenseek.ditching.storage import STORAGES, TakenOnce, saved_as_kept
@@ -237,8 +239,9 @@ def _causal_lm_forward(causal_lm: nn.Module):
         arguments.pop("logits_to_keep", None)
         if sequence:
             selected_positions = sequence.agreed_positions(arguments, selected_positions, labels, shift_labels)
-        parts = _partition(ditching, arguments, selected_positions)
-        labels_BS = _labels_of(parts.selected, labels, shift_labels) if has_labels else None
+        planned = selected_positions if isinstance(selected_positions, PlannedRows) else None
+        parts = planned.partition if planned else _partition(ditching, arguments, selected_positions)
+        labels_BS = _labels_of(parts.selected, labels, shift_labels) if has_labels and not planned else None
         if sequence:
             if num_items_in_batch is None:
                 counts_BS = labels_BS.ne(IGNORED)
@@ -252,11 +255,13 @@ def _causal_lm_forward(causal_lm: nn.Module):
 
         loss = logits = None
         if has_labels:
-            loss = selected_loss(
+            # A loss of rows that the host knows, or of those that the labels tell.
+            rows = (planned.supervised_R, planned.targets_R) if planned else (labels_BS,)
+            loss = (supervised_loss if planned else selected_loss)(
                 decoder,
                 body_output,
                 hidden_BSD,
-                labels_BS,
+                *rows,
                 num_items_in_batch,
                 recompute=ditching.recomputes(decoder.layers[-1]),
                 weights_BS=selected_weights,
@@ -364,18 +369,23 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
         if ditching.sequence:
             raise UserError("under sequence parallelism call the causal LM with labels: hidden states stay apart.")
         parts = _partition(ditching, arguments, selected_positions)
+    masks = parts.masks(ditching.decoder)
     if parts.right_padded and arguments.get("position_ids") is None:
         # No token looks at padding behind it: causality is all the mask that is needed.
         arguments.pop("attention_mask", None)
+        if type(parts) is Partition and makes_masks_by_utils(ditching.decoder):
+            # Without a mask, Transformers would look for packed examples, for which the host waits for the device.
+            arguments["attention_mask"] = _ones(parts)
+            masks = whole_masks(ditching.decoder, parts.tokens, None, None)
     if isinstance(parts, MaskedPartition | PackedPartition):
         # Its masks are made by example; with a mask of its own the model does not do so once more.
-        arguments["attention_mask"] = parts.selected.index_BR.new_ones(len(parts.selected.index_BR), parts.tokens)
+        arguments["attention_mask"] = _ones(parts)
 
     layers = ditching.decoder.layers
     ditching.step = Step(parts, {layer for layer in layers if ditching.recomputes(layer)}, ditching.recorded)
     try:
         # Until 5.22, Transformers recomputes a layer from outside its forward.
-        with parts.masks(ditching.decoder), without_checkpointing(self, *layers):
+        with masks, without_checkpointing(self, *layers):
             output = _original_forward(self)(**{name: value for name, value in arguments.items() if value is not None})
     finally:
         ditching.step = None
@@ -388,6 +398,11 @@ def _body_forward(self, *args, selected_positions: torch.Tensor | Partition | No
             "selected ones: it changes the token axis after its layers; this model is not served."
         )
     return output
+
+
+def _ones(parts: Partition) -> torch.Tensor:
+    index_BR = parts.selected.index_BR
+    return index_BR.new_ones(len(index_BR), parts.tokens)
 
 
 def _layer_forward(self, *args, **kwargs):

@@ -146,17 +146,14 @@ class _Written(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
-        ctx.rows = rows
+        ctx.rows = rows.alone
         rows.overwrite(whole_BNTH, mine_BNRH)
         return whole_BNTH.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient_BNTH: torch.Tensor):
-        gradient_BNRH = ctx.rows.take(gradient_BNTH.transpose(1, 2), 1).transpose(1, 2)
-        if ctx.rows.padded:
-            gradient_BNRH = gradient_BNRH.masked_fill(~ctx.rows.valid_BR[:, None, :, None], 0)
-        return None, gradient_BNRH, None
+        return None, ctx.rows.gradient_of(gradient_BNTH), None
 
 
 @contextmanager

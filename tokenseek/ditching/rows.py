@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import Self
 
 from tokenseek.decoder.attention import attention_replaced, without_cudnn
 from tokenseek.decoder.find import Decoder
@@ -21,9 +26,10 @@ from tokenseek.errors import UserError
 # Every row needs biases over the keys whole, and the caches of both passes ask for no places.
 WHOLE_ARGUMENTS = (*KEY_ARGUMENTS, *CACHE_PLACES)
 
-# Keys that a span of rows does not see are left out of its attention; spans of fewer rows are not worth a call, and
-# kernels like numbers of keys that their blocks divide.
-MAX_SPANS, MIN_SPAN_ROWS, KEY_BLOCK = 4, 24, 16
+# Under a mask, keys that a span of rows does not see are left out of its attention. Spans of fewer rows are not worth a
+# call (on a GPU, a launch), and kernels like numbers of keys that their blocks divide.
+MAX_SPANS, MIN_SPAN_ROWS, KEY_BLOCK = 4, {"cpu": 24}, 16
+_MIN_SPAN_ROWS = 256
 
 
 class Rows:
@@ -34,7 +40,8 @@ class Rows:
     Args:
         positions_BR: int64, ascending, -1 where the example has no further row.
         fallback_B1: for each example a position whose row stands in where there is none.
-        spans: (first row, row behind the last, number of keys): stretches of rows that look at no key behind.
+        spans: (first row, row behind the last, number of keys): stretches of rows that look at no key behind; made of
+            the positions by default.
     """
 
     def __init__(
@@ -46,27 +53,97 @@ class Rows:
         spans: Sequence[tuple[int, int, int]] = (),
     ):
         self.tokens = tokens
-        self.spans = spans or [(0, positions_BR.shape[1], tokens)]
         self.padded = padded
-        self.valid_BR = positions_BR >= 0
+        if spans:
+            self.spans = spans
+        if padded:
+            self.valid_BR = positions_BR >= 0
         self.index_BR = torch.where(self.valid_BR, positions_BR, fallback_B1) if padded else positions_BR
         self._made: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @cached_property
+    def valid_BR(self) -> torch.Tensor:
+        """bool: not a repeated row."""
+        return torch.ones_like(self.index_BR, dtype=torch.bool)
+
+    @cached_property
+    def on_host(self) -> list[list[int]] | None:
+        """Of each example its positions, without repeated rows; None where these lie between others.
+
+        The host waits for the device, unless the rows were made there.
+        """
+        positions_BR = torch.where(self.valid_BR, self.index_BR, -1) if self.padded else self.index_BR
+        rows = positions_BR.tolist()
+        counts = [sum(position >= 0 for position in row) for row in rows]
+        if any(min(row[:count], default=0) < 0 for row, count in zip(rows, counts, strict=True)):
+            return None
+        return [row[:count] for row, count in zip(rows, counts, strict=True)]
+
+    @cached_property
+    def spans(self) -> Sequence[tuple[int, int, int]]:
+        """Up to MAX_SPANS spans of equally many rows."""
+        rows, positions = self.index_BR.shape[1], self.on_host
+        count = max(1, min(MAX_SPANS, rows // MIN_SPAN_ROWS.get(self.index_BR.device.type, _MIN_SPAN_ROWS)))
+        borders = [rows * i // count for i in range(count + 1)]
+        if self.padded or positions is None:  # a repeated row looks at the tokens up to its example's first
+            return [(first, last, self.tokens) for first, last in pairwise(borders)]
+        seen = [max(row[border - 1] for row in positions) for border in borders[1:]]
+        keys = [min(self.tokens, KEY_BLOCK * (last // KEY_BLOCK + 1)) for last in seen]
+        return [(*span, n) for span, n in zip(pairwise(borders), keys, strict=True)]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """These rows on another device, with all that the host knows of them."""
+        if self.index_BR.device == torch.device(device):
+            return self
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self._moved(torch.Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """With what is made of the positions made before, so that no kernel has to."""
+        _ = self.on_host, self._slots, self._flat
+        moved, once = copy(self.alone), {}
+        moved.__dict__.pop("spans", None)  # which differ by device
+        for name, value in moved.__dict__.items():
+            if isinstance(value, torch.Tensor):
+                if id(value) not in once:
+                    once[id(value)] = move(value)
+                moved.__dict__[name] = once[id(value)]
+        return moved
+
+    @cached_property
+    def alone(self) -> Self:
+        """The same rows without the masks made of them, for nodes of autograd, which outlive a backward pass."""
+        _ = self._slots, self._flat
+        rows = copy(self)
+        rows.__dict__.pop("causal_mask", None)
+        rows._made = {}
+        return rows
+
+    @cached_property
     def _slots(self) -> torch.Tensor:
         """Row numbers [B * R] in a buffer of B x T rows, or B x (T + 1) where repeated rows go to a spare last one."""
-        batch, stride = len(self.index_BR), self.tokens + self.padded
-        position_BR = torch.where(self.valid_BR, self.index_BR, self.tokens) if self.padded else self.index_BR
-        return (position_BR + stride * torch.arange(batch, device=position_BR.device)[:, None]).flatten()
+        if not self.padded:
+            return self._flat
+        position_BR = torch.where(self.valid_BR, self.index_BR, self.tokens)
+        return _numbered(position_BR, self.tokens + 1)
+
+    @cached_property
+    def _flat(self) -> torch.Tensor:
+        """Row numbers [B * R] in a tensor of B x T rows; repeated rows too."""
+        return _numbered(self.index_BR, self.tokens)
 
     def take(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """The rows of `x` along its token axis `dim`; the axis before it is the batch, or 1 to be shared."""
-        index_BR = self.index_BR.to(x.device)
-        if len(index_BR) == 1:
-            return x.index_select(dim, index_BR[0])
-        x = x.expand(*x.shape[: dim - 1], len(index_BR), *x.shape[dim:])
-        index = index_BR.view(*[1] * (dim - 1), *index_BR.shape, *[1] * (x.dim() - dim - 1))
-        return x.gather(dim, index.expand(*x.shape[:dim], index_BR.shape[1], *x.shape[dim + 1 :]))
+        batch, rows = self.index_BR.shape
+        if batch == 1:
+            return x.index_select(dim, self._flat.to(x.device))
+        # One index for all examples: `gather` would read one for every number that it takes.
+        is_shared = x.shape[dim - 1] == 1
+        index = self.index_BR.flatten() if is_shared else self._flat
+        taken = x.flatten(dim - 1, dim).index_select(dim - 1, index.to(x.device))
+        return taken.unflatten(dim - 1, (batch, rows))
 
     def put(self, buffer: torch.Tensor, rows_BNRH: torch.Tensor) -> None:
         """Write rows [B, N, R, H] into a token-major `buffer` [B, T (+ 1), N, H], in place."""
@@ -91,10 +168,17 @@ class Rows:
             whole_BNTH.transpose(1, 2).index_put_((batch_B1, index_BR), rows_BNRH.transpose(1, 2))
 
     def spread(self, rows_BNRH: torch.Tensor) -> torch.Tensor:
-        """[B, N, T, H] with these rows at their positions and zeros elsewhere."""
-        buffer = _token_buffer(rows_BNRH, self.tokens, self.padded)
+        """[B, N, T, H] with these rows at their positions and anything elsewhere."""
+        buffer = _token_buffer(rows_BNRH, self.tokens, self.padded, torch.Tensor.new_empty)
         self.put(buffer, rows_BNRH)
         return buffer[:, : self.tokens].transpose(1, 2)
+
+    def gradient_of(self, gradient_BNTH: torch.Tensor) -> torch.Tensor:
+        """[B, N, R, H]: of these rows, from that of all tokens; zeros for repeated rows."""
+        gradient_BNRH = self.take(gradient_BNTH.transpose(1, 2), 1).transpose(1, 2)
+        if self.padded:
+            gradient_BNRH = gradient_BNRH.masked_fill(~self.valid_BR.to(gradient_BNRH.device)[:, None, :, None], 0)
+        return gradient_BNRH
 
     def packed_mask(
         self, mask_B1RT: torch.Tensor, span: tuple[int, int, int], groups: int, dtype: torch.dtype
@@ -163,10 +247,41 @@ class Rows:
         return (keys <= self.index_BR[:, :, None])[:, None]
 
 
-def _token_buffer(like_BNRH: torch.Tensor, tokens: int, padded: bool) -> torch.Tensor:
-    """Zeros [B, T (+ 1), N, H]: token-major, so that a row is one copy; repeated rows go to a spare last one."""
+def _numbered(position_BR: torch.Tensor, stride: int) -> torch.Tensor:
+    """[B * R]: numbers of rows among B x `stride`."""
+    batch = len(position_BR)
+    if batch == 1:
+        return position_BR[0]
+    return (position_BR + stride * torch.arange(batch, device=position_BR.device)[:, None]).flatten()
+
+
+def _token_buffer(like_BNRH: torch.Tensor, tokens: int, padded: bool, make: Callable) -> torch.Tensor:
+    """[B, T (+ 1), N, H]: token-major, so that a row is one copy; repeated rows go to a spare last one.
+
+    Args:
+        make: ``torch.Tensor.new_zeros``, or ``new_empty`` where every row is written or not looked at.
+    """
     batch, heads, _, head_dim = like_BNRH.shape
-    return like_BNRH.new_zeros(batch, tokens + padded, heads, head_dim)
+    return make(like_BNRH, (batch, tokens + padded, heads, head_dim))
+
+
+class _Assembled(torch.autograd.Function):
+    """Keys or values of all tokens from those of both passes; the selected ones alone have a gradient."""
+
+    @staticmethod
+    def forward(ctx, selected_BNSH: torch.Tensor, unselected_BNUH: torch.Tensor | None, parts: Partition):
+        ctx.rows = parts.selected.alone
+        make = torch.Tensor.new_empty if parts.is_complete else torch.Tensor.new_zeros
+        buffer = _token_buffer(selected_BNSH, parts.tokens, parts.padded, make)
+        if unselected_BNUH is not None:
+            parts.unselected.put(buffer, unselected_BNUH)
+        parts.selected.put(buffer, selected_BNSH)
+        return buffer[:, : parts.tokens].transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_BNTH: torch.Tensor):
+        return ctx.rows.gradient_of(gradient_BNTH), None, None
 
 
 @dataclass(frozen=True)
@@ -187,11 +302,23 @@ class Partition:
 
     def assemble(self, unselected_BNUH: torch.Tensor | None, selected_BNSH: torch.Tensor) -> torch.Tensor:
         """Keys or values of all tokens, [B, N, T, H], in the order of the text; gradient reaches the selected rows."""
-        buffer = _token_buffer(selected_BNSH, self.tokens, self.padded)
-        if unselected_BNUH is not None:
-            self.unselected.put(buffer, unselected_BNUH)
-        self.selected.put(buffer, selected_BNSH)
-        return buffer[:, : self.tokens].transpose(1, 2)
+        return _Assembled.apply(selected_BNSH, unselected_BNUH, self)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same on another device; the host goes on knowing what it knows."""
+        return self._moved(lambda rows: rows.to(device, non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self._moved(Rows.pin_memory)
+
+    def _moved(self, move: Callable[[Rows], Rows]) -> Self:
+        return replace(self, selected=move(self.selected), unselected=self.unselected and move(self.unselected))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every token is in one of the groups."""
+        rows = [rows.index_BR.shape[1] for rows in (self.selected, self.unselected) if rows is not None]
+        return not self.padded and sum(rows) == self.tokens
 
     # What follows is trivial here, and not where ranks share a text (`tokenseek.parallel.sharding`) or a row holds
     # several (`tokenseek.ditching.packing`).
@@ -233,6 +360,9 @@ def partition(
 ) -> Partition:
     """Split the tokens of a batch by `selected_positions` [B, S] (int64, ascending, padded with -1).
 
+    It is made on the host: a dozen sizes are needed there, and what takes dozens of kernels is some arithmetic on a few
+    thousand integers. Positions on a device come over in one transfer.
+
     Args:
         attention_mask: [B, T], 0 at padding; None where there is none.
         tokens: T.
@@ -245,68 +375,56 @@ def partition(
     if selected_positions.dim() != 2 or selected_positions.dtype != torch.int64:
         raise UserError(f"{given}: expected [B, S] int64, each row ascending and padded with -1 at its end.")
     batch, device = len(selected_positions), selected_positions.device
-    if attention_mask is None:
-        attention_mask = torch.ones(batch, tokens, device=device)
-    if attention_mask.shape != (batch, tokens):
+    if attention_mask is not None and attention_mask.shape != (batch, tokens):
         raise UserError(
             f"{given} do not fit attention_mask {list(attention_mask.shape)}: expected [{batch}, {tokens}]."
         )
     if selected_positions.shape[1] == 0:  # nothing selected anywhere: one dropped row keeps the graph alive
         selected_positions = selected_positions.new_full((batch, 1), -1)
+    positions_BS, mask_BT = _on_host(selected_positions, attention_mask)
+    return _partition(positions_BS, mask_BT, tokens, recorded, given).to(device, non_blocking=True)
 
-    is_token_BT = attention_mask.to(device=device, dtype=torch.bool)
-    chosen_BS = selected_positions >= 0
-    clamped_BS = selected_positions.clamp(0, tokens - 1)
-    slot_BS = torch.where(chosen_BS, clamped_BS, tokens)
-    is_selected_BT = is_token_BT.new_zeros(batch, tokens + 1).scatter_(1, slot_BS, True)[:, :tokens]
-    # What comes behind the last selected token is seen by no selected token.
-    last_B1 = selected_positions.amax(1, keepdim=True)
-    is_needed_BT = torch.arange(tokens, device=device) < last_B1
-    is_unselected_BT = is_token_BT & is_needed_BT & ~is_selected_BT
-    if recorded:
-        is_unselected_BT = torch.zeros_like(is_unselected_BT)
-    unselected_B = is_unselected_BT.sum(1)
 
-    ascending_BS = ((selected_positions.diff(dim=1) > 0) & chosen_BS[:, :-1]) | ~chosen_BS[:, 1:]
-    facts = [
-        (selected_positions < tokens).all(),
-        ascending_BS.all() & (selected_positions >= -1).all(),
-        (is_token_BT.gather(1, clamped_BS) | ~chosen_BS).all(),
-        (is_token_BT[:, :-1] >= is_token_BT[:, 1:]).all(),
-        chosen_BS.all(),
-        unselected_B.max(),
-        unselected_B.min(),
-    ]
-    borders = _span_borders(selected_positions.shape[1])
-    facts += [selected_positions[:, :border].max() for border in borders[1:]]
-    # One transfer for everything that the host has to know.
-    in_range, ascending, on_tokens, right_padded, all_chosen, longest, shortest, *last_seen = torch.stack(
-        [fact.long() for fact in facts]
-    ).tolist()
-    if not in_range:
+def _on_host(positions_BS: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if mask_BT is None or positions_BS.device.type == "cpu":
+        return positions_BS.cpu(), None if mask_BT is None else mask_BT.cpu()
+    joined = torch.cat([positions_BS, mask_BT.to(positions_BS)], dim=1).cpu()
+    return joined[:, : positions_BS.shape[1]].contiguous(), joined[:, positions_BS.shape[1] :]
+
+
+def _partition(
+    positions_BS: torch.Tensor, mask_BT: torch.Tensor | None, tokens: int, recorded: bool, given: str
+) -> Partition:
+    chosen_BS = positions_BS >= 0
+    all_chosen = bool(chosen_BS.all())
+    if bool((positions_BS >= tokens).any()):
         raise UserError(f"{given} hold a position outside the {tokens} tokens given.")
-    if not ascending:
+    ascending_BS = ((positions_BS.diff(dim=1) > 0) & chosen_BS[:, :-1]) | ~chosen_BS[:, 1:]
+    if not (bool(ascending_BS.all()) and bool((positions_BS >= -1).all())):
         raise UserError(f"{given} are not ascending with -1 at the end; sort each row and pad it with -1.")
-    if not on_tokens:
-        raise UserError(f"{given} point at padding (attention_mask 0); select real tokens only.")
+    is_token_BT = torch.ones(len(positions_BS), tokens, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    right_padded = True
+    if mask_BT is not None:
+        if not bool((is_token_BT.gather(1, positions_BS.clamp(min=0)) | ~chosen_BS).all()):
+            raise UserError(f"{given} point at padding (attention_mask 0); select real tokens only.")
+        right_padded = bool((is_token_BT[:, :-1] >= is_token_BT[:, 1:]).all())
 
-    padded = not (all_chosen and longest == shortest)
+    # What comes behind the last selected token is seen by no selected token.
+    is_unselected_BT = is_token_BT & (torch.arange(tokens) < positions_BS.amax(1, keepdim=True))
+    if recorded:
+        is_unselected_BT[:] = False
+    slot_BS = torch.where(chosen_BS, positions_BS, tokens)
+    is_unselected_BT = torch.cat([is_unselected_BT, is_unselected_BT.new_zeros(len(positions_BS), 1)], dim=1)
+    is_unselected_BT = is_unselected_BT.scatter_(1, slot_BS, False)[:, :tokens]
+    unselected_B = is_unselected_BT.sum(1).tolist()
+
+    padded = not (all_chosen and max(unselected_B) == min(unselected_B))
     first_token_B1 = is_token_BT.long().argmax(1, keepdim=True)
     unselected = None
-    if longest:
-        order_BT = (~is_unselected_BT).long().argsort(dim=1, stable=True)  # the unselected ones first, ascending
-        within_BU = torch.arange(longest, device=device) < unselected_B[:, None]
-        unselected = Rows(torch.where(within_BU, order_BT[:, :longest], -1), first_token_B1, tokens, padded)
-    spans = []
-    for first, last, seen in zip(borders, borders[1:], last_seen, strict=False):
-        # A repeated row looks at the tokens up to its example's first.
-        keys = tokens if padded else min(tokens, KEY_BLOCK * (seen // KEY_BLOCK + 1))
-        spans.append((first, last, keys))
-    selected = Rows(selected_positions, first_token_B1, tokens, padded, spans)
-    return Partition(selected, unselected, tokens, padded, bool(right_padded))
-
-
-def _span_borders(rows: int) -> list[int]:
-    """Where up to MAX_SPANS spans of equally many rows begin, and the end of the last."""
-    spans = max(1, min(MAX_SPANS, rows // MIN_SPAN_ROWS))
-    return [rows * i // spans for i in range(spans + 1)]
+    if max(unselected_B):
+        found = is_unselected_BT.nonzero()[:, 1].split(unselected_B)
+        positions_BU = pad_sequence(list(found), batch_first=True, padding_value=-1)
+        unselected = Rows(positions_BU, first_token_B1, tokens, padded)
+    selected = Rows(positions_BS, first_token_B1, tokens, padded)
+    _ = selected.on_host  # now that its tensors can be read
+    return Partition(selected, unselected, tokens, padded, right_padded)

@@ -61,7 +61,7 @@ class Span(NamedTuple):
     last: int
     before: int
     keys: int
-    mask_sR: torch.Tensor
+    mask_sR: torch.Tensor | None
 
 
 def make_spans(
@@ -142,14 +142,17 @@ class _Staircase(torch.autograd.Function):
                     out, total = _merged(out, total, far, far_lse)
                 output[:, :, first:last] = out
                 lse[:, :, first:last] = total
-        ctx.save_for_backward(query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS)
-        ctx.spans, ctx.scale = spans, scale
+        # Masks too, since what a node holds itself lives as long as its output.
+        masks = [span.mask_sR for of_example in spans for span in of_example]
+        ctx.save_for_backward(query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS, *masks)
+        ctx.spans, ctx.scale = [[span._replace(mask_sR=None) for span in of_example] for of_example in spans], scale
         return output_BSNH
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BSNH: torch.Tensor):
-        query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS = ctx.saved_tensors
+        query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS, *masks = ctx.saved_tensors
+        masks = iter(masks)
         key_heads = key_BKTH.shape[1]
         unmasked, masked = _kernels(query_BNSH)
         dquery_BNSH = torch.zeros_like(query_BNSH)
@@ -160,10 +163,13 @@ class _Staircase(torch.autograd.Function):
             dquery = _grouped(dquery_BNSH[b], key_heads)
             key, value = key_BKTH[b], value_BKTH[b]
             end = of_example[-1].last if of_example else 0
-            for first, last, before, keys, mask in of_example:
+            for first, last, before, keys, _ in of_example:
                 # The keys under this step: the span's own rows see some of them, the rows of all later spans see all.
                 near = slice(before, keys)
-                for kernel, some, mask_sR in (masked, slice(first, last), mask), (unmasked, slice(last, end), None):
+                for kernel, some, mask_sR in (
+                    (masked, slice(first, last), next(masks)),
+                    (unmasked, slice(last, end), None),
+                ):
                     if some.start == some.stop:
                         continue
                     given = (x[:, :, some] for x in (grad, query, output, lse))

@@ -116,11 +116,13 @@ def shard(parts: Partition, group: dist.ProcessGroup, query_heads: int, layout: 
         if rows is None:
             return None
         positions_BR = shards.in_text_order
-        spans = []
+        spans = [(0, positions_BR.shape[1], parts.tokens)]
         if shards.interleaved:  # rows are where they were, with empty slots behind the last
             *spans, (first, _, keys) = rows.spans
             spans.append((first, positions_BR.shape[1], keys))
-        return Rows(positions_BR, fallback_B1, parts.tokens, True, spans)
+        of_all = Rows(positions_BR, fallback_B1, parts.tokens, True, spans)
+        of_all.on_host = rows.on_host if shards.interleaved else None
+        return of_all
 
     whole = Partition(
         everywhere(parts.selected, selected_shards),

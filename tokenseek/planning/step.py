@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Tra
 from transformers.initialization import no_init_weights
 
 from tokenseek.config.schema import RunConfig
+from tokenseek.decoder import head
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.names import asks_for_checkpointing, enable_checkpointing
 from tokenseek.ditching import enable_token_ditching, staircase, storage
@@ -142,6 +143,7 @@ def plan_memory(
         limits = {} if engine.on_cpu else {"cpu": staircase.LIMITS["cuda"]}  # the fake tensors say that they are on one
         with (
             mock.patch.dict(staircase.LIMITS, limits),
+            mock.patch.object(head, "CHUNK_BYTES", head.CHUNK_BYTES if engine.on_cpu else head.MOST_CHUNK_BYTES),
             fake,
             Ledger() as ledger,
             Work() as work,

@@ -112,7 +112,7 @@ def head_scores(
     gradient_BTD = torch.zeros_like(hidden_BTD) if gradient else None
     hidden_RD, targets_R = hidden_BTD[supervised_BT], targets_BT[supervised_BT]
     # The head is the widest part of the model, so it is taken a few rows at a time down to its input.
-    rows = min(rows_per_chunk(decoder), max(FEWEST_ROWS, int(SHARE_OF_ROWS * targets_BT.numel())))
+    rows = min(rows_per_chunk(decoder, hidden_BTD.device), max(FEWEST_ROWS, int(SHARE_OF_ROWS * targets_BT.numel())))
     found = []
     for chunk in zip(hidden_RD.split(rows), targets_R.split(rows), strict=True):
         if len(chunk[1]):

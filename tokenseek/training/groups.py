@@ -6,7 +6,7 @@ processes only: left alone they would give each rank of a group other examples, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -95,11 +95,15 @@ class GroupTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         plain_collator = self.data_collator
-        self.data_collator = NamedExamples(plain_collator)
+        self.data_collator = self._collator_of_training()
         try:
             return self._train_dataloader()
         finally:
             self.data_collator = plain_collator
+
+    def _collator_of_training(self) -> Callable[[list], dict]:
+        # A stream's batches may be dealt from the main process by accelerate, which cuts up tensors alone.
+        return NamedExamples(self.data_collator) if has_length(self.train_dataset) else self.data_collator
 
     def _train_dataloader(self) -> DataLoader:
         plain, strategy = self.train_dataset, self.args.train_sampling_strategy

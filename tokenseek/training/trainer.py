@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,11 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching.planned import PlannedRows
 from tokenseek.ditching.zero3 import gather_layers_once
 from tokenseek.errors import UserError
 from tokenseek.training.collator import TokenSeekCollator
@@ -57,6 +59,17 @@ class TokenSeekTrainer(GroupTrainer):
         self.new_epoch.collator = data_collator
         self.online = OnlineTotals()
 
+    def _collator_of_training(self) -> Callable[[list], dict]:
+        collator, ditching = super()._collator_of_training(), find_decoder(self.model).causal_lm._token_ditching
+        if not has_length(self.train_dataset) or ditching.sequence or self.args.n_gpu > 1:
+            return collator
+        return PlanningCollator(collator, ditching.attention_is_ours)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+        if planned := inputs.pop("planned_rows", None):
+            inputs = inputs | {"selected_positions": planned}
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -90,3 +103,17 @@ class TokenSeekTrainer(GroupTrainer):
             yield
         finally:
             self.data_collator = with_selection
+
+
+class PlanningCollator:
+    """Adds `planned_rows` to its batch, a :class:`~tokenseek.ditching.planned.PlannedRows` made where it collates."""
+
+    def __init__(self, collator: Callable[[list], dict[str, Any]], attention_is_ours: bool):
+        self.collator, self.attention_is_ours = collator, attention_is_ours
+
+    def __call__(self, features: list) -> dict[str, Any]:
+        batch = self.collator(features)
+        if "selected_positions" in batch:
+            planned = PlannedRows.of(batch, self.attention_is_ours)
+            batch |= {"planned_rows": planned} if planned else {}
+        return batch

@@ -1,0 +1,64 @@
+"""What a step has to know of a batch's selected positions, found on the host before the batch leaves it.
+
+On a GPU, finding it takes dozens of kernels, and the host waits for the device to learn the sizes.
+
+Shapes: B batch, T tokens, S selected, R supervised rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from typing_extensions import Self
+
+from tokenseek.ditching.packing import partition_on_host
+from tokenseek.ditching.rows import Partition, partition
+from tokenseek.labels import IGNORED
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """Stands in the place of ``selected_positions``; travels with its batch, as a tensor would.
+
+    Attributes:
+        partition: of the batch.
+        supervised_R: which of the B x S selected rows carry a loss; the first, if none does.
+        targets_R: the tokens that these have to predict.
+    """
+
+    partition: Partition
+    supervised_R: torch.Tensor
+    targets_R: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: dict[str, Any], attention_is_ours: bool) -> PlannedRows | None:
+        """Of a collator's batch, with ``shift_labels`` [B, S]; None where the model has to see it first.
+
+        Args:
+            attention_is_ours: see :func:`tokenseek.ditching.packing.partition_by_example`.
+        """
+        positions_BS, mask_BT = batch["selected_positions"], batch.get("attention_mask")
+        if mask_BT is None and batch.get("position_ids") is not None:
+            parts = partition_on_host(positions_BS, batch["position_ids"], attention_is_ours)
+        else:
+            parts = partition(positions_BS, mask_BT, batch["input_ids"].shape[1])
+        if parts is None or parts.selected.index_BR.shape != batch["shift_labels"].shape:
+            return None
+        targets = batch["shift_labels"].masked_fill(~parts.selected.valid_BR, IGNORED).flatten()
+        supervised = supervised_rows(targets)
+        return cls(parts, supervised, targets[supervised])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        rows = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.supervised_R, self.targets_R))
+        return PlannedRows(self.partition.to(device, non_blocking), *rows)
+
+    def pin_memory(self) -> Self:
+        return PlannedRows(self.partition.pin_memory(), self.supervised_R.pin_memory(), self.targets_R.pin_memory())
+
+
+def supervised_rows(targets: torch.Tensor) -> torch.Tensor:
+    """[R]: where `targets` is a token; the first place, where it is one nowhere."""
+    supervised_R = targets.ne(IGNORED).nonzero().squeeze(1)
+    return supervised_R if len(supervised_R) else supervised_R.new_zeros(1)
