@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+from accelerate import PartialState
 from tiny_preset import tiny_preset
 
 from tokenseek import SelectionRule, TokenSeekCollator, UserError
+from tokenseek.runs.exact import settle_exact_layers
 from tokenseek.runs.train import train
 
 ONLINE = (
@@ -87,3 +89,26 @@ def test_the_collator_leaves_the_selection_to_the_model():
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]] and packed["selection_keys"].shape == (2,)
     with pytest.raises(UserError, match="online=True scores in the training step"):
         TokenSeekCollator("index.arrow", online=True)
+
+
+@pytest.mark.parametrize(
+    "variables,asked,settled",
+    [
+        ({}, "auto", 1),
+        ({}, 2, 2),
+        ({}, 0, 0),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "auto", 1),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "auto", 0),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, 1, "ZeRO-3 and FSDP"),
+    ],
+)
+def test_exact_layers_are_settled_by_the_launch(tmp_path, monkeypatch, capsys, variables, asked, settled):
+    config = tiny_preset(tmp_path, *ONLINE, f"selection.exact_layers={asked}")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(settled, str):
+        with pytest.raises(UserError, match=settled):
+            settle_exact_layers(config, PartialState(cpu=True))
+        return
+    assert settle_exact_layers(config, PartialState(cpu=True)).selection.exact_layers == settled
+    assert ("auto" in capsys.readouterr().out) == (asked == "auto")

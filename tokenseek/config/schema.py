@@ -208,12 +208,13 @@ class SelectionConfig(_SelectionFields):
     training starts, and saved with the run.
 
     `exact_layers` top layers and the head are trained on all tokens; below them, selected tokens are seeded with their
-    gradient over their probability. It needs `scoring.mode: online` and rule `sampled` by the gradient alone.
+    gradient over their probability. It needs `scoring.mode: online` and rule `sampled` by the gradient alone. `auto` is
+    1, but 0 where the launch splits layers (ZeRO-3, FSDP) or has ranks share texts; it is settled when training starts.
     """
 
     ratio: float | Literal["auto"] = SelectionRule.ratio
     bands: list[list[float]] | None = None
-    exact_layers: NonNegativeInt = 0
+    exact_layers: NonNegativeInt | Literal["auto"] = 0
 
     @model_validator(mode="after")
     def _check(self):

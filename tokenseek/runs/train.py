@@ -27,6 +27,7 @@ from tokenseek.launching.memory import peak_memory_bytes
 from tokenseek.launching.processes import first_on_main, join_processes, require_engine
 from tokenseek.models.loading import add_adapter, load_model, load_tokenizer, require_decoder
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
+from tokenseek.runs.exact import settle_exact_layers
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.score import run_fingerprints, score
@@ -75,12 +76,16 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     config.require_trainable()
     state = join_processes()
     require_engine(state, config.model.quantization)
+    config = settle_exact_layers(config, state)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(config, output)
     group = sequence_group(state.device.type)
-    if group is not None and config.scoring.mode == "online":
-        _require_shareable_selection(config)
+    if group is not None and config.scoring.mode == "online" and config.training.packing:
+        raise UserError(
+            "training.packing with scoring.mode: online is incompatible with sequence parallelism (sp_size); leave one "
+            "of them out."
+        )
     require_decoder(config.model, packing=bool(config.training.packing), group=group)
     tokenizer = load_tokenizer(config.model)
     prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
@@ -177,18 +182,6 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
         write_model_card(final, config, _card_rows(summary, len(training)))
     state.wait_for_everyone()
     return summary
-
-
-def _require_shareable_selection(config: RunConfig) -> None:
-    for name, given in (
-        ("selection.exact_layers", config.selection.exact_layers),
-        ("training.packing", config.training.packing),
-    ):
-        if given:
-            raise UserError(
-                f"{name} with scoring.mode: online is incompatible with sequence parallelism (sp_size); leave one of "
-                "them out."
-            )
 
 
 def _checkpoint(config: RunConfig, output: Path) -> str | None:
