@@ -49,38 +49,66 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def report(tokenseek: Path, ordinary: Path) -> None:
-    """Print the two runs side by side, and the files that the first one wrote."""
-    runs = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (tokenseek, ordinary)]
+def steps_for_seconds(ordinary: Path, probe: Path) -> int:
+    """How many steps of the probe's kind take as long as the ordinary run did."""
+    whole, few = (read_summary(run) for run in (ordinary, probe))
+    return max(1, round(whole["seconds"] / (few["seconds"] / few["steps"])))
+
+
+def read_summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+
+
+def report(ordinary: Path, tokenseek: Path) -> None:
+    """Print the two runs side by side, one sentence that reads the table, and the files that TokenSeek wrote."""
+    runs = [read_summary(run) for run in (ordinary, tokenseek)]
     rows = [
+        ("seconds of training, selection included", "seconds", "{:.1f}"),
+        ("optimizer steps", "steps", "{}"),
+        ("peak memory per process (MiB)", "peak_memory_mib", "{:.0f}"),
         ("held-out loss before (nats/token)", "loss_before", "{:.4f}"),
         ("held-out loss after (nats/token)", "loss_after", "{:.4f}"),
-        ("optimizer steps", "steps", "{}"),
-        ("seconds of training", "seconds", "{:.1f}"),
-        ("tokens per second", "tokens_per_second", "{:.0f}"),
-        ("peak memory per process (MiB)", "peak_memory_mib", "{:.0f}"),
     ]
     for run in runs:
         run["peak_memory_mib"] = run["peak_memory_bytes"] / 2**20
-    print(f"\n{'':36}{'TokenSeek':>12}{'all tokens':>12}{'ratio':>8}")
+    print(f"\n{'':42}{'ordinary':>12}{'TokenSeek':>12}{'ratio':>8}")
     for title, key, form in rows:
-        ours, theirs = (run[key] for run in runs)
-        print(f"{title:36}{form.format(ours):>12}{form.format(theirs):>12}{ours / theirs:>8.2f}")
-    print("\nFiles:")
+        theirs, ours = (run[key] for run in runs)
+        print(f"{title:42}{form.format(theirs):>12}{form.format(ours):>12}{ours / theirs:>8.2f}")
+    print(f"\n{in_a_sentence(*runs)}\n\nFiles:")
     for path in sorted(tokenseek.rglob("*")):
         if path.is_file() and not any(part.startswith("checkpoint-") for part in path.parts):
             print(f"  {path}  ({path.stat().st_size:,} bytes)")
+
+
+def in_a_sentence(ordinary: dict, ours: dict) -> str:
+    """What the two runs say to somebody who sees these numbers for the first time."""
+    memory = ours["peak_memory_bytes"] / ordinary["peak_memory_bytes"]
+    gap = ours["loss_after"] - ordinary["loss_after"]
+    learned = "as much as" if abs(gap) < 0.01 else "more than" if gap < 0 else "less than"
+    return (
+        f"In as many seconds TokenSeek took {ours['steps'] / ordinary['steps']:.1f} times the steps in {memory:.0%} of "
+        f"the memory, and learned {learned} ordinary training: the loss on problems that neither has seen is "
+        f"{ours['loss_after']:.3f} after TokenSeek and {ordinary['loss_after']:.3f} after ordinary training (lower is "
+        "better)."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("prepare").add_argument("folder", type=Path)
-    command = commands.add_parser("report")
-    command.add_argument("tokenseek", type=Path)
-    command.add_argument("ordinary", type=Path)
+    for name, second in (("steps", "probe"), ("report", "tokenseek")):
+        command = commands.add_parser(name)
+        command.add_argument("ordinary", type=Path)
+        command.add_argument(second, type=Path)
     args = parser.parse_args()
-    prepare(args.folder) if args.command == "prepare" else report(args.tokenseek, args.ordinary)
+    if args.command == "prepare":
+        prepare(args.folder)
+    elif args.command == "steps":
+        print(steps_for_seconds(args.ordinary, args.probe))
+    else:
+        report(args.ordinary, args.tokenseek)
 
 
 if __name__ == "__main__":

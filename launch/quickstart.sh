@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model fine-tuned on 10 % of the tokens, beside ordinary fine-tuning of the same steps.
+# From nothing to a fine-tuned model, twice: by ordinary training, and by TokenSeek for as many seconds.
 # Needs Python >= 3.10 and PyPI, no model hub and no GPU (two are used where there are two). Everything it makes is in
 # .venv-quickstart/, quickstart/ and runs/ of this folder. TOKENSEEK_VENV names another virtual environment.
 set -euo pipefail
@@ -27,16 +27,18 @@ case $gpus in
     *) processes=(--accelerate-config ddp --num-processes 2) ;;
 esac
 
-rm -rf runs/quickstart runs/quickstart-all-tokens
-echo "== Seek: score every token"
-tokenseek score "${processes[@]}" --preset quickstart
-echo "== Ditch: LoRA on the best 10 % of the tokens"
-tokenseek train "${processes[@]}" --preset quickstart
-echo "== The same steps on all tokens, to compare"
+rm -rf runs/quickstart runs/quickstart-ordinary runs/quickstart-probe
+echo "== 1 of 2: ordinary fine-tuning, LoRA on all tokens, once over the data"
 tokenseek train "${processes[@]}" --preset quickstart \
-    --set training.ditching=false --set output_dir=runs/quickstart-all-tokens
+    --set training.ditching=false --set output_dir=runs/quickstart-ordinary
+echo "== How long a step of TokenSeek takes, by two of them"
+tokenseek train "${processes[@]}" --preset quickstart --set training.max_steps=2 --set training.save_strategy=no \
+    --set eval_data=null --set output_dir=runs/quickstart-probe
+steps=$(python launch/quickstart.py steps runs/quickstart-ordinary runs/quickstart-probe)
+echo "== 2 of 2: TokenSeek for as many seconds: $steps steps, each on the tenth of the tokens that it selects"
+tokenseek train "${processes[@]}" --preset quickstart --set training.max_steps="$steps"
 
-python launch/quickstart.py report runs/quickstart runs/quickstart-all-tokens
+python launch/quickstart.py report runs/quickstart-ordinary runs/quickstart
 echo
-echo "Next: tokenseek show --preset quickstart --row 0        (the selected tokens of an example)"
+echo "Next: tokenseek train --help                                (your own model and data)"
 echo "      tokenseek merge-adapter runs/quickstart/final merged/"

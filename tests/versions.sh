@@ -67,7 +67,7 @@ quickstart() {
     preset+=(--set "eval_data.sources.0.path=$folder/heldout.jsonl" --set "output_dir=$folder/run")
     (cd "$folder" && tokenseek train "${preset[@]}" --set training.max_steps=1) > "$scratch/quickstart.log" 2>&1 ||
         { cat "$scratch/quickstart.log"; return 1; }
-    test -f "$folder/run/index.arrow" && test -f "$folder/run/final/adapter_model.safetensors"
+    grep -q loss_all "$folder/run/metrics.jsonl" && test -f "$folder/run/final/adapter_model.safetensors"
 }
 
 check() {

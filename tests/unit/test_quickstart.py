@@ -1,0 +1,40 @@
+"""The arithmetic and the words of the quickstart; its runs are those of every other test."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(folder, **values):
+    summary = dict(seconds=100.0, steps=10, peak_memory_bytes=2**30, loss_before=2.0, loss_after=1.0) | values
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_as_many_steps_as_fit_into_the_seconds(quickstart, tmp_path):
+    ordinary = write_run(tmp_path / "ordinary", seconds=100.0)
+    assert quickstart.steps_for_seconds(ordinary, write_run(tmp_path / "probe", seconds=9.0, steps=2)) == 22
+    assert quickstart.steps_for_seconds(ordinary, write_run(tmp_path / "slow", seconds=900.0, steps=2)) == 1
+
+
+@pytest.mark.parametrize("loss,learned", [(0.8, "more than"), (1.2, "less than"), (1.005, "as much as")])
+def test_the_sentence_says_who_is_ahead(quickstart, tmp_path, capsys, loss, learned):
+    ordinary = write_run(tmp_path / "ordinary")
+    ours = write_run(tmp_path / "ours", steps=20, loss_after=loss, peak_memory_bytes=2**29)
+    quickstart.report(ordinary, ours)
+    printed = capsys.readouterr().out
+    assert f"2.0 times the steps in 50% of the memory, and learned {learned} ordinary training" in printed
+    assert "peak memory per process (MiB)                     1024         512    0.50" in printed
