@@ -1,9 +1,12 @@
 """Whole data sets packed into rows of max_length tokens, and trained as such: each example once, alike on all ranks."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
+from tiny_preset import tiny_preset
 from tiny_run import LENGTHS, tiny_arguments, tiny_dataset, write_index
 
 from tokenseek import SelectionRule, TokenSeekCollator, TokenSeekTrainer, UserError
@@ -143,3 +146,15 @@ def test_group_by_length_takes_the_lengths_of_rows_too(dataset, tmp_path):
     trainer = GroupTrainer(tiny_model("llama"), arguments, train_dataset=rows)
     trainer.get_train_dataloader()
     assert trainer.new_epoch.sampler.lengths == [sum(LENGTHS[example] for example in items) for items in rows.bins]
+
+
+@pytest.mark.parametrize("mode", ["index", "online"])
+def test_a_run_with_packed_rows(tmp_path, mode, capsys):
+    from tokenseek.runs.train import train
+
+    settings = ["training.packing=bins", "training.max_steps=-1", "training.gradient_accumulation_steps=1"]
+    config = tiny_preset(tmp_path, *settings, f"scoring.mode={mode}", "training.per_device_train_batch_size=1")
+    summary = train(config)
+    out = capsys.readouterr().out
+    rows = int(re.search(r"Packed: 12 examples in (\d+) rows of 512 tokens", out)[1])
+    assert summary.steps == rows < 12 and np.isfinite(summary.train_loss)

@@ -360,6 +360,25 @@ def test_row_14_data_without_a_label_is_refused(tmp_path):
     require_supervised(prepare(path).dataset, "eval_data")
 
 
+@pytest.mark.parametrize("section", ["data", "eval_data"])
+def test_row_14_a_run_is_refused_before_it_scores(tmp_path, section, monkeypatch):
+    from tiny_preset import tiny_preset
+
+    from tokenseek.runs import train
+
+    monkeypatch.setattr(train, "score", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("loaded"))
+    late = write_jsonl(tmp_path / "late.jsonl", [{"question": "word " * 50, "answer": "late"}] * 3)
+    columns = "{instruction: question, response: answer}"
+    settings = [
+        f"{section}.sources.0.path={late}",
+        f"{section}.sources.0.columns={columns}",
+        f"{section}.max_length=16",
+    ]
+    with pytest.raises(UserError, match=f"{section}: no token of its 3 examples carries a loss"):
+        train.train(tiny_preset(tmp_path, *settings))
+
+
 def test_row_24_a_path_is_no_pattern(tmp_path):
     rows = [{"instruction": "a", "response": text} for text in ("plain", "brackets", "star")]
     for name, row in zip(("data1.jsonl", "data[1].jsonl", "data*.jsonl"), rows, strict=True):
