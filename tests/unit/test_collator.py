@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from tokenseek import PaddingCollator, SelectionRule, TokenIndex, TokenSeekCollator, UserError
 from tokenseek.ditching import enable_token_ditching
-from tokenseek.runs.train import Selected
+from tokenseek.runs.summary import Selected
 from tokenseek.selection import select_positions
 
 

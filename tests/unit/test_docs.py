@@ -18,7 +18,7 @@ from tokenseek.config.resources import resolve_accelerate_config
 from tokenseek.data.toy import make_word_problems
 from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import split_tasks
-from tokenseek.runs.score import run_fingerprints
+from tokenseek.runs.inputs import run_fingerprints
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,7 +64,7 @@ def scored(tmp_path_factory):
     )
     prepared = tokenseek.prepare_dataset(config.data, tokenizer)
     (folder / "run").mkdir()
-    write_index(folder / "run" / "index.arrow", prepared.dataset, run_fingerprints(config, prepared))
+    write_index(folder / "run" / "index.arrow", prepared.dataset, run_fingerprints(config.model, prepared))
     return folder
 
 

@@ -12,17 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from tokenseek.config.schema import RunConfig
-from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.errors import UserError
 from tokenseek.index import IndexHeader, ShardStore, TokenIndex, merge_shards
 from tokenseek.index.schema import differences
-from tokenseek.launching.processes import first_on_main, join_processes, whole_models
-from tokenseek.models.loading import fingerprint_model, load_model, load_tokenizer, model_folder, require_decoder
+from tokenseek.launching.processes import join_processes, whole_models
+from tokenseek.models.loading import load_model
 from tokenseek.parallel import sequence_group
+from tokenseek.runs.inputs import RunInputs, read_inputs
 from tokenseek.seeking import (
     ScoringPlan,
     SeekingProgress,
@@ -41,13 +40,13 @@ _MERGE_SLOW_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 
 
-def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[int, int] | None = None) -> Path:
+def score(config: RunConfig, inputs: RunInputs | None = None, part: tuple[int, int] | None = None) -> Path:
     """Score the data of a run and merge the scores into its index; every process of a launch calls this.
 
     Shards that an earlier launch finished are kept. Nothing is done when the index exists already and fits.
 
     Args:
-        prepared: the data, if it is prepared already.
+        inputs: tokenizer and data of the run, where they are checked and made already.
         part: (i, n) scores the i-th of n parts without merging, for jobs that know nothing of each other; run
             :func:`merge` when all are done.
 
@@ -57,28 +56,24 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
     Raises:
         UserError: before the model is loaded, where an index or shards of other data or settings are in the way.
     """
-    state = join_processes()
-    team = Team(sequence_group(state.device.type))
-    if prepared is None:
-        require_decoder(config.model, group=team.group)
-        tokenizer = load_tokenizer(config.model)
-        prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
-        state.print(f"Data to score: {prepared.report}")
+    if inputs is None:
+        inputs = _read_inputs(config)
+    state, team, dataset = inputs.state, Team(inputs.group), inputs.data.dataset
     path, options = config.index_path, _options(config)
     if path.exists():
-        _require_same_scoring(path, run_fingerprints(config, prepared), options)
+        _require_same_scoring(path, inputs.fingerprints, options)
         state.print(f"{path} holds the scores of this data already.")
         return path
 
     plan = plan_batches(
-        [len(ids) for ids in prepared.dataset.with_format("numpy")["input_ids"]],
+        [len(ids) for ids in dataset.with_format("numpy")["input_ids"]],
         tokens_per_batch=config.scoring.tokens_per_batch,
         tokens_per_shard=config.scoring.tokens_per_shard,
     )
     header = IndexHeader(
-        fingerprints=run_fingerprints(config, prepared),
+        fingerprints=inputs.fingerprints,
         scoring=options,
-        num_examples=len(prepared.dataset),
+        num_examples=len(dataset),
         num_tokens=plan.num_tokens,
     )
     store = ShardStore(shard_folder(path), header, len(plan.shards))
@@ -90,7 +85,7 @@ def score(config: RunConfig, prepared: PreparedData | None = None, part: tuple[i
         state.print(f"{len(kept)} of {len(shards)} shards were finished before and are kept.")
     with SeekingProgress(store, plan, shards, disable=not state.is_main_process) as progress:
         if len(kept) < len(shards):
-            loading = _seek(config, prepared, store, plan, run_id, shards, progress, state, team)
+            loading = _seek(config, inputs, store, plan, run_id, shards, progress, team)
         if not state.is_main_process:
             return _wait_for_merge(path) if part is None else path
         wait_for_shards(store, shards, progress=progress)
@@ -124,9 +119,11 @@ def shard_folder(path: Path) -> Path:
     return path.with_name(path.name + ".shards")
 
 
-def run_fingerprints(config: RunConfig, prepared: PreparedData) -> dict[str, str | int]:
-    """What an index has to agree with to serve a run."""
-    return {"model": fingerprint_model(model_folder(config.model)), **prepared.fingerprints}
+def _read_inputs(config: RunConfig) -> RunInputs:
+    state = join_processes()
+    inputs = read_inputs(config, state, sequence_group(state.device.type))
+    state.print(f"Data to score: {inputs.data.report}")
+    return inputs
 
 
 def _options(config: RunConfig) -> dict:
@@ -150,22 +147,21 @@ def _require_same_scoring(path: Path, fingerprints: dict, options: dict) -> None
 
 def _seek(
     config: RunConfig,
-    prepared: PreparedData,
+    inputs: RunInputs,
     store: ShardStore,
     plan: ScoringPlan,
     run_id: str,
     shards: range,
     progress: SeekingProgress,
-    state: PartialState,
     team: Team,
 ) -> float:
     """Score until all shards are finished; returns the seconds that the model took to load."""
     began = time.perf_counter()
-    with _cpu_threads(config.scoring.cpu_threads if state.device.type == "cpu" else None):
+    with _cpu_threads(config.scoring.cpu_threads if inputs.state.device.type == "cpu" else None):
         with whole_models():
             model = load_model(config.model)
         if not config.model.quantization:
-            model.to(state.device)
+            model.to(inputs.state.device)
         scorer = TokenScorer(
             model,
             gradient_layer=config.scoring.gradient_layer,
@@ -175,7 +171,7 @@ def _seek(
         )
         loading = time.perf_counter() - began
         for work in (seek, seek_abandoned):
-            work(scorer, prepared.dataset, store, plan, run_id=run_id, shards=shards, progress=progress, team=team)
+            work(scorer, inputs.data.dataset, store, plan, run_id=run_id, shards=shards, progress=progress, team=team)
     del model, scorer
     gc.collect()
     if torch.cuda.is_available():

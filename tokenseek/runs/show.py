@@ -12,7 +12,7 @@ from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.models.loading import load_model, load_tokenizer
 from tokenseek.reporting import describe_index, render_example, render_page, shown_example, token_maps
-from tokenseek.runs.score import run_fingerprints
+from tokenseek.runs.inputs import run_fingerprints
 from tokenseek.selection import Top
 from tokenseek.training import TokenSeekCollator
 
@@ -51,7 +51,7 @@ def show(
 
     tokenizer = load_tokenizer(config.model)
     prepared = prepare_dataset(config.data, tokenizer)
-    index.require(run_fingerprints(config, prepared))
+    index.require(run_fingerprints(config.model, prepared))
     if html:
         examples = [shown_example(tokenizer, row, prepared.dataset[row], index.scores(row)) for row in rows]
         subtitle = f"{config.model.name_or_path}: {len(rows)} of {len(index):,} examples in {config.index_path}"

@@ -3,65 +3,40 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import PartialState
+import torch.distributed as dist
 from datasets import Dataset
-from transformers import TrainerCallback
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, set_seed
 
 from tokenseek.config.schema import RunConfig, save_resolved
-from tokenseek.data import PreparedData, hold_out, prepare_dataset, require_supervised
+from tokenseek.data import hold_out, prepare_dataset, require_supervised
 from tokenseek.data.packing import PackedDataset
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.online import Seeking
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
-from tokenseek.labels import IGNORED
 from tokenseek.launching.memory import peak_memory_bytes
 from tokenseek.launching.processes import first_on_main, join_processes, require_engine
-from tokenseek.models.loading import add_adapter, load_model, load_tokenizer, require_decoder
+from tokenseek.models.loading import add_adapter, load_model
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.exact import settle_exact_layers
 from tokenseek.runs.export import write_model_card
+from tokenseek.runs.inputs import RunInputs, read_inputs
 from tokenseek.runs.ratio import settle_ratio
-from tokenseek.runs.score import run_fingerprints, score
+from tokenseek.runs.score import score
+from tokenseek.runs.summary import Selected, TrainingSummary, card_rows
 from tokenseek.training import GroupTrainer, PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 from tokenseek.training.arguments import training_arguments
 from tokenseek.training.checkpoints import Resumed, fit_checkpoint
 from tokenseek.training.metrics import MetricsFile, held_out_loss
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """What a run did; written to ``summary.json``.
-
-    Attributes:
-        tokens: that went through the model, padding not counted, in all processes.
-        seconds: of the training steps alone, without loading, scoring and evaluation.
-        peak_memory_bytes: of the busiest process while it trained: allocated on its GPU, or resident on a CPU.
-        loss_before, loss_after: held-out loss in nats per token; None without `eval_data` (before: or when resumed).
-        selected_share: selected tokens of all tokens, in the first examples; 1 without ditching.
-        supervised_share: of those, the tokens that carry a loss.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-    train_loss: float
-    loss_before: float | None
-    loss_after: float | None
-    trainable_parameters: int
-    selected_share: float
-    supervised_share: float
-    final: str
 
 
 def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummary:
@@ -73,93 +48,117 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
     Raises:
         UserError: before the model is loaded, for a configuration, data or an index that does not fit.
     """
+    run = prepare(config)
+    trainer, selected = build(run)
+    timer = _Timer(trainer, run.held_out, loss_before)
+    trainer.add_callback(timer)
+    if run.checkpoint:
+        trainer.add_callback(Resumed(Path(run.checkpoint)))
+    result = trainer.train(resume_from_checkpoint=run.checkpoint)
+    return finish(run, trainer, timer, selected, result)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run whose configuration, data and index are checked and made; no weight is loaded yet.
+
+    Attributes:
+        config: with a number for `selection.ratio`.
+        training: the examples to train on, without those that are held out.
+        packed: the same as rows of several examples, where the run packs them.
+        index: None where no score is needed before training.
+        checkpoint: that the run resumes from, if any.
+    """
+
+    config: RunConfig
+    inputs: RunInputs
+    training: Dataset
+    held_out: Dataset | None
+    packed: PackedDataset | None
+    index: TokenIndex | None
+    arguments: TrainingArguments
+    output: Path
+    checkpoint: str | None
+
+
+def prepare(config: RunConfig) -> Run:
+    """Everything that can be refused before weights are loaded, and the index, which is made where there is none."""
     config.require_trainable()
     state = join_processes()
     require_engine(state, config.model.quantization)
     config = settle_exact_layers(config, state)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    checkpoint = _checkpoint(config, output)
+    checkpoint = _checkpoint(config.training.resume, output)
     group = sequence_group(state.device.type)
     if group is not None and config.scoring.mode == "online" and config.training.packing:
         raise UserError(
             "training.packing with scoring.mode: online is incompatible with sequence parallelism (sp_size); leave one "
             "of them out."
         )
-    require_decoder(config.model, packing=bool(config.training.packing), group=group)
-    tokenizer = load_tokenizer(config.model)
-    prepared = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
-    training, held_out = prepared.dataset, None
-    if config.data.hold_out:
-        training, held_out = hold_out(training, config.data.hold_out, config.data.seed)
-    elif config.eval_data:
-        held_out = first_on_main(state, lambda: prepare_dataset(config.eval_data, tokenizer, "eval_data")).dataset
-    require_supervised(training, "data")
-    if held_out is not None:
-        require_supervised(held_out, "eval_data" if config.eval_data else "data.hold_out")
-    state.print(f"Training data: {prepared.report}")
-    longest = max(map(len, prepared.dataset["input_ids"]))
-    rows = None
+    inputs = read_inputs(config, state, group, packing=bool(config.training.packing))
+    training, held_out = _split(config, inputs)
+    state.print(f"Training data: {inputs.data.report}")
+    packed, longest = None, max(map(len, inputs.data.dataset["input_ids"]))
     if config.training.packing == "bins":
-        rows, longest = PackedDataset(training, config.data.max_length), config.data.max_length
-        state.print(f"Packed: {rows}.")
+        packed, longest = PackedDataset(training, config.data.max_length), config.data.max_length
+        state.print(f"Packed: {packed}.")
     config = settle_ratio(config, checkpoint, longest, state)
     if state.is_main_process:
         save_resolved(config, output / "config.yaml")
-    rule = config.selection.to_rule()
-    index = _index(config, prepared, state) if config.needs_index else None
-
-    # Before the model: under ZeRO-3 these arguments decide that weights are partitioned as they are loaded.
+    index = _index(config, inputs) if config.needs_index else None
     arguments = training_arguments(config.training, output, config.seed)
     if arguments.world_size != state.num_processes:
         raise RuntimeError(f"Trainer sees {arguments.world_size} processes of the {state.num_processes} launched.")
     if checkpoint:
         fit_checkpoint(Path(checkpoint), arguments, state)
-    set_seed(config.seed)
-    model = load_model(config.model)
-    if config.peft:
-        model = add_adapter(model, config.peft)
-    if config.training.ditching:
-        scoring = config.scoring
-        seeking = Seeking(scoring.reduction, scoring.gradient_layer, config.selection.exact_layers)
-        enable_token_ditching(
-            model, recompute=config.training.recompute, kv_storage=config.training.kv_storage, seeking=seeking
-        )
-    if group is not None:
-        enable_sequence_parallelism(model, group, layout=config.training.sequence_layout)
-    common = dict(
-        args=arguments,
-        on_nan=config.training.on_nan,
-        train_dataset=training if rows is None else rows,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        callbacks=[MetricsFile(output / "metrics.jsonl")],
-    )
-    if config.training.ditching:
-        online = config.scoring.mode == "online"
-        options = dict(pad_token_id=tokenizer.pad_token_id, packing=bool(config.training.packing), online=online)
-        collator = TokenSeekCollator(index, rule=rule, **options)
-        selection = None
-        if online:
-            state.print(f"Selection in each step, rule {rule.rule}: {rule.ratio:g} of the tokens, no index.")
-        else:
-            selection = Selected.among(collator, training)
-            state.print(selection.report())
-        trainer = TokenSeekTrainer(model, data_collator=collator, **common)
-    else:
-        selection = Selected.among(TokenSeekCollator(None, rule="all"), training)
-        trainer = GroupTrainer(model, data_collator=PaddingCollator(tokenizer.pad_token_id), **common)
-    timer = _Timer(trainer, held_out, loss_before)
-    trainer.add_callback(timer)
-    if checkpoint:
-        trainer.add_callback(Resumed(Path(checkpoint)))
+    return Run(config, inputs, training, held_out, packed, index, arguments, output, checkpoint)
 
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    peak = int(state_max(trainer, peak_memory_bytes()))
-    after = held_out_loss(trainer, held_out) if held_out else None
-    if selection is None:
-        selection = Selected.by_steps(trainer)
-    final = output / "final"
+
+def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
+    """The model and its trainer, and what is selected of the first examples where that is known before training."""
+    config, inputs, tokenizer = run.config, run.inputs, run.inputs.tokenizer
+    # Under ZeRO-3 the arguments, which are made before, decide that weights are partitioned as they are loaded.
+    set_seed(config.seed)
+    model = _model(config, inputs.group)
+    options: dict[str, Any] = dict(
+        args=run.arguments,
+        on_nan=config.training.on_nan,
+        train_dataset=run.training if run.packed is None else run.packed,
+        eval_dataset=run.held_out,
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(run.output / "metrics.jsonl")],
+    )
+    if not config.training.ditching:
+        selected = Selected.among(TokenSeekCollator(None, rule="all"), run.training)
+        return GroupTrainer(model, data_collator=PaddingCollator(tokenizer.pad_token_id), **options), selected
+    online, rule = config.scoring.mode == "online", config.selection.to_rule()
+    collator = TokenSeekCollator(
+        run.index,
+        rule=rule,
+        pad_token_id=tokenizer.pad_token_id,
+        packing=bool(config.training.packing),
+        online=online,
+    )
+    selected = None
+    if online:
+        inputs.state.print(f"Selection in each step, rule {rule.rule}: {rule.ratio:g} of the tokens, no index.")
+    else:
+        selected = Selected.among(collator, run.training)
+        inputs.state.print(selected.report())
+    return TokenSeekTrainer(model, data_collator=collator, **options), selected
+
+
+def finish(
+    run: Run, trainer: GroupTrainer, timer: _Timer, selected: Selected | None, result: TrainOutput
+) -> TrainingSummary:
+    """Measure what was learned, save it, and write the summary and the model card."""
+    state = run.inputs.state
+    peak = int(max_over_processes(trainer, peak_memory_bytes()))
+    after = held_out_loss(trainer, run.held_out) if run.held_out else None
+    if selected is None:
+        selected = Selected.by_steps(trainer)
+    final = run.output / "final"
     trainer.save_model(str(final))
     if state.is_main_process:
         (final / TRAINING_ARGS_NAME).unlink()  # a pickle, and all that it says is in config.yaml
@@ -172,20 +171,50 @@ def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummar
         train_loss=result.training_loss,
         loss_before=timer.loss_before,
         loss_after=after,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        selected_share=selection.selected / selection.tokens,
-        supervised_share=selection.supervised / selection.selected,
+        trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        selected_share=selected.selected / selected.tokens,
+        supervised_share=selected.supervised / selected.selected,
         final=str(final),
     )
     if state.is_main_process:
-        (output / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
-        write_model_card(final, config, _card_rows(summary, len(training)))
+        (run.output / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        write_model_card(final, run.config, card_rows(summary, len(run.training)))
     state.wait_for_everyone()
     return summary
 
 
-def _checkpoint(config: RunConfig, output: Path) -> str | None:
-    resume = config.training.resume
+def _split(config: RunConfig, inputs: RunInputs) -> tuple[Dataset, Dataset | None]:
+    """Examples to train on, and those of the held-out loss; both have tokens with a loss."""
+    training, held_out, section = inputs.data.dataset, None, "eval_data"
+    if config.data.hold_out:
+        training, held_out = hold_out(training, config.data.hold_out, config.data.seed)
+        if not config.eval_data:
+            section = "data.hold_out"
+    elif config.eval_data:
+        held_out = first_on_main(
+            inputs.state, lambda: prepare_dataset(config.eval_data, inputs.tokenizer, "eval_data")
+        ).dataset
+    require_supervised(training, "data")
+    if held_out is not None:
+        require_supervised(held_out, section)
+    return training, held_out
+
+
+def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedModel | PeftModel:
+    """The model as the run trains it: with its adapter, its ditching and its ranks that share texts."""
+    model = load_model(config.model)
+    if config.peft:
+        model = add_adapter(model, config.peft)
+    if config.training.ditching:
+        scoring, training = config.scoring, config.training
+        seeking = Seeking(scoring.reduction, scoring.gradient_layer, config.selection.exact_layers)
+        enable_token_ditching(model, recompute=training.recompute, kv_storage=training.kv_storage, seeking=seeking)
+    if group is not None:
+        enable_sequence_parallelism(model, group, layout=config.training.sequence_layout)
+    return model
+
+
+def _checkpoint(resume: str, output: Path) -> str | None:
     if resume == "never":
         return None
     if resume == "auto":
@@ -200,63 +229,21 @@ def _checkpoint(config: RunConfig, output: Path) -> str | None:
     return resume
 
 
-def _index(config: RunConfig, prepared: PreparedData, state: PartialState) -> TokenIndex:
-    path = config.index_path
+def _index(config: RunConfig, inputs: RunInputs) -> TokenIndex:
+    path, state = config.index_path, inputs.state
     if not path.exists():
         state.print(f"There is no index at {path}: scoring the data first.")
-        score(config, prepared)
+        score(config, inputs)
 
     def open_index() -> TokenIndex:
         index = TokenIndex.open(path, verify=state.is_main_process)  # one process reads every byte, the others trust it
-        index.require(run_fingerprints(config, prepared))
+        index.require(inputs.fingerprints)
         return index
 
     return first_on_main(state, open_index)
 
 
-@dataclass(frozen=True)
-class Selected:
-    """How many tokens of the first examples are selected, and how many of those carry a loss."""
-
-    examples: int
-    tokens: int
-    selected: int
-    supervised: int
-
-    @classmethod
-    def among(cls, collator: TokenSeekCollator, dataset: Dataset, examples: int = 256) -> Selected:
-        first = dataset.select(range(min(examples, len(dataset))))
-        selected = supervised = 0
-        for example in first:
-            batch = collator([example])
-            selected += batch["selected_positions"].shape[1]
-            supervised += int(batch["shift_labels"].ne(IGNORED).sum())
-        return cls(len(first), sum(map(len, first["input_ids"])), selected, supervised)
-
-    @classmethod
-    def by_steps(cls, trainer: TokenSeekTrainer) -> Selected:
-        """Of the steps of a run that selected their tokens themselves, over all processes."""
-        counts = torch.tensor(
-            [int(n) for n in (trainer.online.tokens, trainer.online.selected, trainer.online.supervised)]
-        )
-        counts = trainer.accelerator.reduce(counts.to(trainer.args.device), reduction="sum").tolist()
-        tokens, selected, supervised = (max(1, count) for count in counts)
-        return cls(0, tokens, selected, supervised)
-
-    def report(self) -> str:
-        report = (
-            f"Selection in the first {self.examples} examples: {self.selected:,} of {self.tokens:,} tokens, "
-            f"{self.supervised / self.selected:.0%} of which carry a loss."
-        )
-        if not self.supervised:
-            report += (
-                "\nWARNING: no selected token carries a loss, so that nothing is learned from them. Raise "
-                "selection.ratio or selection.beta, or set selection.scope=supervised."
-            )
-        return report
-
-
-def state_max(trainer: GroupTrainer, value: int) -> float:
+def max_over_processes(trainer: GroupTrainer, value: int) -> float:
     values = torch.tensor([value], dtype=torch.int64, device=trainer.args.device)
     return trainer.accelerator.gather(values).max().item()
 
@@ -281,17 +268,3 @@ class _Timer(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self._began
         self.tokens = state.num_input_tokens_seen - self._tokens_before
-
-
-def _card_rows(summary: TrainingSummary, examples: int) -> dict[str, str]:
-    rows = {
-        "examples": f"{examples:,}",
-        "optimizer steps": f"{summary.steps:,}",
-        "trainable parameters": f"{summary.trainable_parameters:,}",
-        "tokens per second": f"{summary.tokens_per_second:,.0f}",
-        "peak memory per process": f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
-    }
-    for name, loss in (("before", summary.loss_before), ("after", summary.loss_after)):
-        if loss is not None:
-            rows[f"held-out loss {name}"] = f"{loss:.4f} nats per token (perplexity {math.exp(loss):.2f})"
-    return rows

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenseek.config.schema import RunConfig, override_config
 from tokenseek.launching.processes import leave_launch
-from tokenseek.runs.train import TrainingSummary
+from tokenseek.runs.summary import TrainingSummary
 from tokenseek.sweeps.paper import PaperTable, TableRow, row_settings
 from tokenseek.sweeps.sweep import Measure, Row, Sweep, Trial
 from tokenseek.sweeps.tables import Group, gibibytes, grouped, markdown

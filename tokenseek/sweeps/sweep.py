@@ -27,7 +27,8 @@ from tokenseek.config.schema import RunConfig, override_config
 from tokenseek.errors import UserError
 from tokenseek.launching.memory import peak_memory_bytes, reset_peak_memory
 from tokenseek.runs.score import score
-from tokenseek.runs.train import TrainingSummary, train
+from tokenseek.runs.summary import TrainingSummary
+from tokenseek.runs.train import train
 
 Row = dict[str, Any]
 Measure = Callable[[RunConfig, TrainingSummary], Mapping[str, Any]]

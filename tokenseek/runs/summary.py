@@ -1,0 +1,95 @@
+"""What a training run reports of itself: its summary, the tokens it selected, and the rows of its model card."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+
+from tokenseek.labels import IGNORED
+from tokenseek.training import TokenSeekCollator, TokenSeekTrainer
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a run did; written to ``summary.json``.
+
+    Attributes:
+        tokens: that went through the model, padding not counted, in all processes.
+        seconds: of the training steps alone, without loading, scoring and evaluation.
+        peak_memory_bytes: of the busiest process while it trained: allocated on its GPU, or resident on a CPU.
+        loss_before, loss_after: held-out loss in nats per token; None without `eval_data` (before: or when resumed).
+        selected_share: selected tokens of all tokens, in the first examples; 1 without ditching.
+        supervised_share: of those, the tokens that carry a loss.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    train_loss: float
+    loss_before: float | None
+    loss_after: float | None
+    trainable_parameters: int
+    selected_share: float
+    supervised_share: float
+    final: str
+
+
+@dataclass(frozen=True)
+class Selected:
+    """How many tokens of the first examples are selected, and how many of those carry a loss."""
+
+    examples: int
+    tokens: int
+    selected: int
+    supervised: int
+
+    @classmethod
+    def among(cls, collator: TokenSeekCollator, dataset: Dataset, examples: int = 256) -> Selected:
+        first = dataset.select(range(min(examples, len(dataset))))
+        selected = supervised = 0
+        for example in first:
+            batch = collator([example])
+            selected += batch["selected_positions"].shape[1]
+            supervised += int(batch["shift_labels"].ne(IGNORED).sum())
+        return cls(len(first), sum(map(len, first["input_ids"])), selected, supervised)
+
+    @classmethod
+    def by_steps(cls, trainer: TokenSeekTrainer) -> Selected:
+        """Of the steps of a run that selected their tokens themselves, over all processes."""
+        counts = torch.tensor(
+            [int(n) for n in (trainer.online.tokens, trainer.online.selected, trainer.online.supervised)]
+        )
+        counts = trainer.accelerator.reduce(counts.to(trainer.args.device), reduction="sum").tolist()
+        tokens, selected, supervised = (max(1, count) for count in counts)
+        return cls(0, tokens, selected, supervised)
+
+    def report(self) -> str:
+        report = (
+            f"Selection in the first {self.examples} examples: {self.selected:,} of {self.tokens:,} tokens, "
+            f"{self.supervised / self.selected:.0%} of which carry a loss."
+        )
+        if not self.supervised:
+            report += (
+                "\nWARNING: no selected token carries a loss, so that nothing is learned from them. Raise "
+                "selection.ratio or selection.beta, or set selection.scope=supervised."
+            )
+        return report
+
+
+def card_rows(summary: TrainingSummary, examples: int) -> dict[str, str]:
+    rows = {
+        "examples": f"{examples:,}",
+        "optimizer steps": f"{summary.steps:,}",
+        "trainable parameters": f"{summary.trainable_parameters:,}",
+        "tokens per second": f"{summary.tokens_per_second:,.0f}",
+        "peak memory per process": f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
+    }
+    for name, loss in (("before", summary.loss_before), ("after", summary.loss_after)):
+        if loss is not None:
+            rows[f"held-out loss {name}"] = f"{loss:.4f} nats per token (perplexity {math.exp(loss):.2f})"
+    return rows
