@@ -19,7 +19,8 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import Trainer, TrainerCallback
 
 from tokenseek.config.schema import load_config
-from tokenseek.launching.processes import join_processes, zero_stage
+from tokenseek.launching.environment import zero_stage
+from tokenseek.launching.processes import join_processes
 from tokenseek.parallel import measured
 from tokenseek.runs import train as train_module
 from tokenseek.runs.train import train

@@ -9,7 +9,8 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from tokenseek.config.resources import find_resource
 from tokenseek.errors import UserError
-from tokenseek.launching.processes import require_engine, whole_models, zero_stage
+from tokenseek.launching.environment import zero_stage
+from tokenseek.launching.processes import require_engine, whole_models
 
 CPU, GPU = (SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", "cuda"))
 

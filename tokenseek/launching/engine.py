@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from accelerate.utils import parse_flag_from_env
 
 from tokenseek.config.resources import resolve_accelerate_config
 from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
+from tokenseek.launching import environment
 from tokenseek.launching.sequence import PARALLEL_SIZES, require_groups, served_parallelism
 
 
@@ -81,28 +79,7 @@ def launched_engine(on_cpu: bool) -> Engine:
     Raises:
         UserError: as :func:`read_engine` does.
     """
-    env = os.environ
-    config: dict = {
-        "num_processes": int(env.get("WORLD_SIZE", 1)),
-        "use_cpu": on_cpu,
-    }
-    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        config["parallelism_config"] = {name.lower(): value for name, value in env.items()}
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        names = ("config_file", "zero_stage", "offload_optimizer_device", "offload_param_device")
-        given = {name: env.get(f"ACCELERATE_DEEPSPEED_{name.upper()}", "none") for name in names}
-        settings = {name: value for name, value in given.items() if value != "none"}
-        if "config_file" in settings:
-            settings = {"deepspeed_config_file": settings["config_file"]}
-        config |= {"distributed_type": "DEEPSPEED", "deepspeed_config": settings}
-    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        settings = {
-            "fsdp_version": env.get("FSDP_VERSION", 1),
-            "fsdp_reshard_after_forward": env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
-            "fsdp_offload_params": parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
-        }
-        config |= {"distributed_type": "FSDP", "fsdp_config": settings}
-    return _engine(config, "this launch")
+    return _engine(environment.launched_config(on_cpu), "this launch")
 
 
 def _engine(config: dict, accelerate_config: str) -> Engine:

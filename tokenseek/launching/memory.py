@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import PartialState
+
+from tokenseek.launching import environment
 
 
 def reset_peak_memory() -> None:
@@ -30,4 +31,4 @@ def free_memory_bytes(state: PartialState) -> int:
     """What is free on the GPU of this process; on CPUs, of the machine's memory the share of one of its processes."""
     if state.device.type == "cuda":
         return torch.cuda.mem_get_info(state.device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available // environment.local_world_size()

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from tokenseek.errors import UserError
+from tokenseek.launching import environment
 
 Result = TypeVar("Result")
 
@@ -36,9 +34,9 @@ def join_processes(patience: timedelta | None = None) -> PartialState:
         patience: how long processes wait for each other in a collective; torch's own default if None.
     """
     # Told nothing, PartialState finds no GPU and makes each of several CPU processes believe that it is alone.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    cpu = environment.uses_cpu() or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, **({"timeout": patience} if patience else {}))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = environment.world_size()
     if state.num_processes != launched:
         raise UserError(
             f"{launched} processes were launched, but each of them sees {state.num_processes}. Launch with "
@@ -57,31 +55,12 @@ def leave_launch() -> int:
     Raises:
         UserError: the launch's engine is for processes that work together.
     """
-    engines = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
-    if found := [name for name in engines if parse_flag_from_env(f"ACCELERATE_USE_{name}")]:
+    if found := environment.engines():
         raise UserError(
-            f"{found[0].lower()}: here every process trains a model of its own. Launch with ddp.yaml, ddp_cpu.yaml or "
+            f"{found[0]}: here every process trains a model of its own. Launch with ddp.yaml, ddp_cpu.yaml or "
             "single.yaml."
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    if not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank] if visible else str(local_rank)
-    return rank
-
-
-def zero_stage() -> int:
-    """The ZeRO stage that this launch's accelerate config asks for; 0 without DeepSpeed."""
-    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        return 0
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file == "none":
-        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))  # accelerate's default
-    return json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+    return environment.leave_processes()
 
 
 def require_engine(state: PartialState, quantization: str | None) -> None:
@@ -90,13 +69,13 @@ def require_engine(state: PartialState, quantization: str | None) -> None:
     Raises:
         UserError: FSDP without GPUs, or quantised weights that the engine would split.
     """
-    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    fsdp = environment.uses_fsdp()
     if fsdp and state.device.type == "cpu":
         raise UserError(
             "FSDP was asked for, and there are no GPUs: accelerate would silently run DDP, with the whole model in "
             "every process. Launch with ddp_cpu.yaml, or with zero3.yaml, which splits parameters on CPUs too."
         )
-    if quantization and (fsdp or zero_stage() == 3):
+    if quantization and (fsdp or environment.zero_stage() == 3):
         engine = "FSDP" if fsdp else "ZeRO-3"
         raise UserError(
             f"model.quantization: {engine} splits parameters over the processes, and TokenSeek does not split packed "
@@ -112,14 +91,12 @@ def whole_models() -> Iterator[None]:
     ZeRO-3 would split their parameters; FSDP's way of loading counts on the first process to fill in the others.
     """
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    fsdp_loading = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     hf_deepspeed.unset_hf_deepspeed_config()
     try:
-        yield
+        with environment.without_fsdp_loading():
+            yield
     finally:
         hf_deepspeed._hf_deepspeed_config_weak_ref = reference
-        if fsdp_loading is not None:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp_loading
 
 
 def first_on_main(state: PartialState, work: Callable[[], Result]) -> Result:
@@ -134,7 +111,7 @@ def first_on_main(state: PartialState, work: Callable[[], Result]) -> Result:
     if state.num_processes == 1:
         return work()
     call = next(_calls)
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    per_node = environment.local_world_size(state.num_processes)
     first = range(0, state.num_processes, per_node)
     result, met = None, None
     if state.process_index in first:

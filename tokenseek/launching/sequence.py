@@ -8,19 +8,16 @@ whatever a Trainer has planned for its loss. The setting is the same here, the a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch.distributed as dist
 from accelerate import ParallelismConfig
-from accelerate.utils import parse_flag_from_env
 
 from tokenseek.errors import UserError
+from tokenseek.launching import environment
 
-_SWITCH = "ACCELERATE_USE_PARALLELISM_CONFIG"
-_ATTENTION = "PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION"
 PARALLEL_SIZES = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
 
 
@@ -30,12 +27,12 @@ def launched_sp_size() -> int:
     Raises:
         UserError: the ``parallelism_config`` is none, or asks for what cannot be had together with ``sp_size``.
     """
-    if not parse_flag_from_env(_SWITCH):
+    if not environment.has_parallelism_config():
         return 1
-    config = served_parallelism(parse_flag_from_env("ACCELERATE_USE_FSDP"))
-    if config.sp_size > 1 and os.environ.get(_ATTENTION, "sdpa") != "sdpa":
+    config = served_parallelism(environment.uses_fsdp())
+    if config.sp_size > 1 and (attention := environment.sequence_attention()) != "sdpa":
         raise UserError(
-            f"parallelism_config: sp_attn_implementation is {os.environ[_ATTENTION]}; which attention a model uses is "
+            f"parallelism_config: sp_attn_implementation is {attention}; which attention a model uses is "
             "the preset's business (model.attn_implementation). Leave it out."
         )
     return config.sp_size
@@ -123,9 +120,5 @@ def _mesh(world: dist.ProcessGroup, device_type: str, size: int) -> dist.DeviceM
 @contextmanager
 def unseen_by_accelerate() -> Iterator[None]:
     """An ``Accelerator`` that is made inside knows nothing of ``sp_size`` and leaves batches as they are."""
-    hidden = os.environ.pop(_SWITCH, None) if launched_sp_size() > 1 else None
-    try:
+    with environment.without_parallelism_config() if launched_sp_size() > 1 else nullcontext():
         yield
-    finally:
-        if hidden is not None:
-            os.environ[_SWITCH] = hidden

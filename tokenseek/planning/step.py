@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from unittest import mock
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,8 +143,8 @@ def plan_memory(
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         limits = {} if engine.on_cpu else {"cpu": staircase.LIMITS["cuda"]}  # the fake tensors say that they are on one
         with (
-            mock.patch.dict(staircase.LIMITS, limits),
-            mock.patch.object(head, "CHUNK_BYTES", head.CHUNK_BYTES if engine.on_cpu else head.MOST_CHUNK_BYTES),
+            _replaced(staircase, LIMITS={**staircase.LIMITS, **limits}),
+            _replaced(head, CHUNK_BYTES=head.CHUNK_BYTES if engine.on_cpu else head.MOST_CHUNK_BYTES),
             fake,
             Ledger() as ledger,
             Work() as work,
@@ -293,8 +294,21 @@ def _put_away(ledger: Ledger) -> Iterator[None]:
         return make_tracked
 
     to_host, to_int8 = tracked(storage.to_host, None), tracked(storage.to_int8, "keys_values")
-    with mock.patch.multiple(storage, to_host=to_host, to_int8=to_int8):
+    with _replaced(storage, to_host=to_host, to_int8=to_int8):
         yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
+    """Attributes of a module have other values inside."""
+    before = {name: getattr(module, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 def _enter_head(ledger: Ledger, body_output) -> None:
@@ -344,12 +358,12 @@ class _LargestBatch(TorchDispatchMode):
 
     def __enter__(self):
         # Transformers asks nothing of tensors without data, and builds the largest masks then, which no real batch has.
-        self._masks = mock.patch.object(masking_utils, "is_tracing", lambda *args: False)
-        self._masks.start()
+        self._masks = _replaced(masking_utils, is_tracing=lambda *args: False)
+        self._masks.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exception):
-        self._masks.stop()
+        self._masks.__exit__(*exception)
         return super().__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
