@@ -22,9 +22,10 @@ PACKAGE = ROOT / "tokenseek"
 FLOORS = (
     {"errors", "labels", "spelling", "versions"},
     {"decoder", "index", "selection"},
-    {"config", "seeking", "ulysses"},
-    {"ditching", "launching", "reporting"},
-    {"data", "models", "parallel"},
+    {"config", "ulysses"},
+    {"launching", "reporting", "seeking"},
+    {"data", "ditching"},
+    {"models", "parallel"},
     {"training"},
     {"evaluation", "planning"},
     {"runs"},
