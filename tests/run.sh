@@ -27,6 +27,8 @@ fi
 # One thread each, for there are as many processes as cores; DeepSpeed finds ninja on the PATH to compile an operator.
 export PATH="$venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 ruff check .
+ruff format --check --quiet .
+mypy
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
