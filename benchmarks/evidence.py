@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tokenseek.config.schema import RunConfig, load_config
+from tokenseek.config import RunConfig, load_config
 from tokenseek.sweeps.sweep import Row, Sweep, Trial, read_rows
 from tokenseek.sweeps.tables import grouped, markdown
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from benchmarks.memory import LiveStorages, storage_bytes
-from tokenseek.config.schema import RunConfig, load_config
+from tokenseek.config import RunConfig, load_config
 from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.models.loading import add_adapter

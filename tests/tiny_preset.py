@@ -7,7 +7,7 @@ from pathlib import Path
 from helpers import tiny_tokenizer, write_jsonl
 from tiny_models import tiny_model
 
-from tokenseek.config.schema import RunConfig, load_config
+from tokenseek.config import RunConfig, load_config
 from tokenseek.data.toy import make_word_problems
 
 

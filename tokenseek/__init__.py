@@ -6,7 +6,7 @@ Names are imported when they are first used, so that ``tokenseek --help`` does n
 from importlib import import_module
 
 _WHERE = {
-    "DataConfig": "tokenseek.config.schema",
+    "DataConfig": "tokenseek.config",
     "PaddingCollator": "tokenseek.training",
     "SelectionRule": "tokenseek.selection",
     "TokenIndex": "tokenseek.index",
@@ -16,7 +16,7 @@ _WHERE = {
     "UserError": "tokenseek.errors",
     "disable_token_ditching": "tokenseek.ditching",
     "enable_token_ditching": "tokenseek.ditching",
-    "load_config": "tokenseek.config.schema",
+    "load_config": "tokenseek.config",
     "prepare_dataset": "tokenseek.data",
 }
 __all__ = sorted(_WHERE)

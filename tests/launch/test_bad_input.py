@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from tokenseek import cli
-from tokenseek.config.schema import load_config
+from tokenseek.config import load_config
 from tokenseek.errors import UserError
 from tokenseek.launching import launcher
 from tokenseek.runs.score import score

@@ -10,8 +10,8 @@ from closeness import assert_close
 from conftest import ACCELERATE, assert_close_steps, steps
 from safetensors.torch import load_file
 
+from tokenseek.config import load_config
 from tokenseek.config.resources import find_resource
-from tokenseek.config.schema import load_config
 from tokenseek.runs.train import train
 
 pytest.importorskip("deepspeed")

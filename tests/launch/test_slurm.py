@@ -15,8 +15,8 @@ import pytest
 import yaml
 from conftest import ROOT, assert_close_steps, steps
 
+from tokenseek.config import load_config
 from tokenseek.config.resources import find_resource
-from tokenseek.config.schema import load_config
 from tokenseek.runs.train import train
 
 if missing := [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name)]:

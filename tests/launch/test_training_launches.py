@@ -10,8 +10,8 @@ from conftest import assert_close_steps, metrics, steps
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tokenseek.config import load_config
 from tokenseek.config.resources import list_resources
-from tokenseek.config.schema import load_config
 from tokenseek.data import prepare_dataset
 from tokenseek.models.loading import load_tokenizer
 from tokenseek.planning import Engine, Method, plan_memory

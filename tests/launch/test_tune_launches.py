@@ -2,7 +2,7 @@
 
 from conftest import TOKENSEEK, kill_tree, wait_until
 
-from tokenseek.config.schema import load_config
+from tokenseek.config import load_config
 from tokenseek.sweeps.sweep import read_rows
 
 TUNE = [*TOKENSEEK, "tune", "--accelerate-config", "ddp_cpu", "--num-processes", "2"]

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from conftest import assert_close_steps, steps
 
+from tokenseek.config import load_config
 from tokenseek.config.resources import find_resource
-from tokenseek.config.schema import load_config
 from tokenseek.runs.score import shard_folder
 from tokenseek.runs.train import train
 

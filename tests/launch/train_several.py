@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import Trainer, TrainerCallback
 
-from tokenseek.config.schema import load_config
+from tokenseek.config import load_config
 from tokenseek.launching.environment import zero_stage
 from tokenseek.launching.processes import join_processes
 from tokenseek.parallel import measured

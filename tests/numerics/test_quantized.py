@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tokenseek
-from tokenseek.config.schema import ModelConfig, PeftSettings
+from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.models.loading import add_adapter, load_model
 
 pytest.importorskip("bitsandbytes")

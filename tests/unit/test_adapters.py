@@ -7,7 +7,7 @@ from tiny_models import VOCAB, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tokenseek import UserError, enable_token_ditching
-from tokenseek.config.schema import PeftSettings
+from tokenseek.config import PeftSettings
 from tokenseek.models.loading import add_adapter
 
 METHODS = {

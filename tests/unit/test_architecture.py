@@ -112,7 +112,7 @@ def test_no_mocks_in_production():
             assert not {"mock", "unittest", "unittest.mock", "pytest"} & set(names), module
 
 
-@pytest.mark.parametrize("module", ["tokenseek", "tokenseek.cli", "tokenseek.config.schema"])
+@pytest.mark.parametrize("module", ["tokenseek", "tokenseek.cli", "tokenseek.config", "tokenseek.commands.train"])
 def test_heavy_libraries_are_imported_late(module):
     """A mistake in a configuration is told before anybody waits for torch."""
     code = f"import sys, {module}; print(*[name for name in {sorted(HEAVY)} if name in sys.modules])"

@@ -7,7 +7,7 @@ import pytest
 from chat_templates import MODELS, chat_tokenizer
 from helpers import tiny_tokenizer, write_jsonl
 
-from tokenseek.config.schema import DataConfig
+from tokenseek.config import DataConfig
 from tokenseek.data import prepare_dataset
 from tokenseek.data.chat import ChatRenderer, read_messages, read_tools
 from tokenseek.errors import UserError

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tokenseek.config.schema import DataConfig, RunConfig, load_config, save_resolved
+from tokenseek.config import DataConfig, RunConfig, load_config, save_resolved
 from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
 
@@ -32,7 +32,7 @@ def test_minimal_config_has_the_documented_defaults():
 def test_configurations_are_checked_without_heavy_imports():
     code = (
         "import sys; "
-        "from tokenseek.config.schema import load_config; load_config('llama-3.2-1b-qlora'); "
+        "from tokenseek.config import load_config; load_config('llama-3.2-1b-qlora'); "
         "assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -225,7 +225,7 @@ def test_require_trainable():
 def test_schedulers_are_those_of_transformers():
     from transformers import SchedulerType
 
-    from tokenseek.config.schema import TrainingConfig
+    from tokenseek.config import TrainingConfig
 
     accepted = TrainingConfig.model_fields["lr_scheduler_type"].annotation.__args__
     assert set(accepted) <= {member.value for member in SchedulerType}
@@ -236,7 +236,7 @@ def test_training_fields_are_those_of_training_arguments():
 
     from transformers import TrainingArguments
 
-    from tokenseek.config.schema import DitchingSettings, TrainingConfig
+    from tokenseek.config import DitchingSettings, TrainingConfig
 
     assert set(TrainingConfig.model_fields) - set(DitchingSettings.model_fields) <= {
         field.name for field in fields(TrainingArguments)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import tiny_tokenizer, write_jsonl
 
-from tokenseek.config.schema import DataConfig
+from tokenseek.config import DataConfig
 from tokenseek.data import prepare_dataset
 from tokenseek.data.chat import ChatRenderer
 from tokenseek.data.encoding import tokenizer_fingerprint

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import tiny_tokenizer, write_jsonl
 
-from tokenseek.config.schema import DataConfig, SourceConfig
+from tokenseek.config import DataConfig, SourceConfig
 from tokenseek.data import prepare_dataset, recognise
 from tokenseek.errors import UserError
 

@@ -10,7 +10,7 @@ from tiny_preset import tiny_preset
 from tiny_run import LENGTHS, tiny_arguments, tiny_dataset, write_index
 
 from tokenseek import SelectionRule, TokenSeekCollator, TokenSeekTrainer, UserError
-from tokenseek.config.schema import load_config
+from tokenseek.config import load_config
 from tokenseek.data.packing import PackedDataset, first_fit_decreasing, unpacked
 from tokenseek.training.groups import GroupTrainer
 from tokenseek.training.sampling import LengthGroupedSampler, WithBlanks

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import tiny_tokenizer, write_jsonl
 
-from tokenseek.config.schema import DataConfig
+from tokenseek.config import DataConfig
 from tokenseek.data import prepare_dataset, require_supervised
 from tokenseek.data.encoding import Encoder
 from tokenseek.data.reading import arrow_rows, parse_row
@@ -473,7 +473,7 @@ def test_rows_of_the_hub_are_read_alike(tmp_path, monkeypatch):
 
 def test_rows_are_cached_as_json_texts(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", "n": 1}])
-    from tokenseek.config.schema import SourceConfig
+    from tokenseek.config import SourceConfig
     from tokenseek.data.sources import load_source
 
     loaded = load_source(SourceConfig(path=str(path)), "data.sources.0")

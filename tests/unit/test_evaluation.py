@@ -21,7 +21,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from tokenseek import cli
-from tokenseek.config.schema import ModelConfig, load_config, load_evaluated, save_resolved
+from tokenseek.config import ModelConfig, load_config, load_evaluated, save_resolved
 from tokenseek.data import prepare_dataset
 from tokenseek.errors import UserError
 from tokenseek.evaluation import EvaluationResult, Score, evaluate

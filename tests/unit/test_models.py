@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 from tokenseek import UserError
-from tokenseek.config.schema import ModelConfig
+from tokenseek.config import ModelConfig
 from tokenseek.models.loading import fingerprint_model, load_model, load_tokenizer, model_folder
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tokenseek.config import load_config
 from tokenseek.config.resources import assets_root, find_resource, folder_of, list_resources, resolve_accelerate_config
-from tokenseek.config.schema import load_config
 from tokenseek.errors import UserError
 from tokenseek.sweeps.paper import load_table
 

@@ -9,8 +9,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 import benchmarks.plan
 from benchmarks.plan import model_config
+from tokenseek.config import save_resolved
 from tokenseek.config.resources import list_resources, resolve_accelerate_config
-from tokenseek.config.schema import save_resolved
 from tokenseek.errors import UserError
 from tokenseek.planning import Engine, Method, launched_engine, plan_memory, read_engine
 from tokenseek.runs import ratio

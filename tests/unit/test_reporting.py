@@ -213,7 +213,7 @@ def run(tmp_path_factory):
         "data.sources.0.path": write_jsonl(folder / "data.jsonl", rows),
         "output_dir": folder,
     }
-    from tokenseek.config.schema import load_config
+    from tokenseek.config import load_config
     from tokenseek.runs.score import score
 
     arguments = [f"{key}={value}" for key, value in settings.items()]

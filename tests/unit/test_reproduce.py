@@ -3,8 +3,8 @@
 import pytest
 from tiny_preset import tiny_preset
 
+from tokenseek.config import override_config, save_resolved
 from tokenseek.config.resources import list_resources
-from tokenseek.config.schema import override_config, save_resolved
 from tokenseek.errors import UserError
 from tokenseek.sweeps.paper import PaperTable, TableRow, load_table, row_settings, table_config
 from tokenseek.sweeps.reproduce import render, reproduce

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from tokenseek.config import load_config
 from tokenseek.config.resources import list_resources
-from tokenseek.config.schema import load_config
 from tokenseek.errors import UserError
 from tokenseek.planning.shapes import find_shape, known_shape, known_shapes
 from tokenseek.planning.step import load_model_config

@@ -4,7 +4,7 @@ import pytest
 from helpers import tiny_tokenizer, write_jsonl
 
 from tokenseek import cli
-from tokenseek.config.schema import load_data_of_model, recognised_data
+from tokenseek.config import load_data_of_model, recognised_data
 from tokenseek.errors import UserError
 from tokenseek.reporting import render_labels
 from tokenseek.runs.data import show_data
@@ -85,7 +85,7 @@ def test_no_weights_are_downloaded(monkeypatch, model):
         return str(model)
 
     monkeypatch.setattr("tokenseek.models.loading.snapshot_download", download)
-    from tokenseek.config.schema import ModelConfig
+    from tokenseek.config import ModelConfig
     from tokenseek.models.loading import load_tokenizer
 
     load_tokenizer(ModelConfig(name_or_path="user/a"), weights=False)

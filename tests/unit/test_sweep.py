@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_preset import tiny_preset
 
-from tokenseek.config.schema import override_config
+from tokenseek.config import override_config
 from tokenseek.data import hold_out, prepare_dataset
 from tokenseek.errors import UserError
 from tokenseek.models.loading import load_tokenizer

@@ -3,7 +3,7 @@
 import pytest
 from tiny_preset import tiny_preset
 
-from tokenseek.config.schema import load_config, override_config
+from tokenseek.config import load_config, override_config
 from tokenseek.errors import UserError
 from tokenseek.sweeps.tables import Group
 from tokenseek.sweeps.tune import Grid, choose, short_runs, table, tune, tune_sweep

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from tokenseek.config import RunConfig, load_config
 from tokenseek.config.resources import list_resources
-from tokenseek.config.schema import RunConfig, load_config
 from tokenseek.errors import UserError
 
 

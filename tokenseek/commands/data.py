@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from tokenseek.commands.arguments import add_config_arguments, configuration, positive
-from tokenseek.config.schema import DataOfModel, load_data_of_model
+from tokenseek.config import DataOfModel, load_data_of_model
 from tokenseek.errors import UserError
 
 HELP = "show training data as tokens with their labels, without a model's weights"

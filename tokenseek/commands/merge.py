@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tokenseek.commands.arguments import add_config_arguments, configuration
-from tokenseek.config.schema import RunConfig
+from tokenseek.config import RunConfig
 
 HELP = "merge the shards of parts scored one by one (`score --part`)"
 DESCRIPTION = HELP

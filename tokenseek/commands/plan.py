@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from tokenseek.commands.arguments import add_config_arguments, configuration, positive, split_ratios
+from tokenseek.config import RunConfig
 from tokenseek.config.resources import list_resources
-from tokenseek.config.schema import RunConfig
 from tokenseek.config.sizes import parse_size
 
 HELP = "tell the peak memory and the time of a run's steps, without its weights, its data or a GPU"

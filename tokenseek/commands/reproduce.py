@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenseek.commands.arguments import add_config_arguments, positive
+from tokenseek.config import RunConfig
 from tokenseek.config.resources import list_resources
-from tokenseek.config.schema import RunConfig
 from tokenseek.evaluation.benchmarks import runnable_tasks
 from tokenseek.sweeps.paper import PaperTable, TableRow, load_table, row_settings, table_config
 

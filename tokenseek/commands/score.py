@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tokenseek.commands.arguments import add_config_arguments, configuration, part
-from tokenseek.config.schema import RunConfig
+from tokenseek.config import RunConfig
 
 HELP = "score every token of a data set and write its index"
 DESCRIPTION = f"{HELP}; starts `accelerate launch` underneath"

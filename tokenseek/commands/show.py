@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tokenseek.commands.arguments import add_config_arguments, configuration
-from tokenseek.config.schema import RunConfig
+from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
 
 HELP = "show an index, and the selected tokens of its examples"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tokenseek.commands.arguments import add_config_arguments, configuration
-from tokenseek.config.schema import RunConfig
+from tokenseek.config import RunConfig
 
 HELP = "fine-tune on selected tokens (scores first where there is no index)"
 DESCRIPTION = f"{HELP}; starts `accelerate launch` underneath"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tokenseek.commands.arguments import add_config_arguments, configuration, pair, positive, split_ratios
-from tokenseek.config.schema import RunConfig
+from tokenseek.config import RunConfig
 
 HELP = "choose alpha, beta and r by the loss on held-out data"
 DESCRIPTION = f"{HELP}; the processes of `accelerate launch` take runs of their own"

@@ -1,0 +1,43 @@
+"""Configuration: what a run can be told, checked before anything is loaded."""
+
+from tokenseek.config.data import Columns, DataConfig, SourceConfig
+from tokenseek.config.loading import (
+    load_config,
+    load_data_of_model,
+    load_evaluated,
+    override_config,
+    recognised_data,
+    save_resolved,
+)
+from tokenseek.config.schema import (
+    DataOfModel,
+    DitchingSettings,
+    EvaluatedConfig,
+    ModelConfig,
+    PeftSettings,
+    RunConfig,
+    ScoringConfig,
+    SelectionConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "Columns",
+    "DataConfig",
+    "DataOfModel",
+    "DitchingSettings",
+    "EvaluatedConfig",
+    "ModelConfig",
+    "PeftSettings",
+    "RunConfig",
+    "ScoringConfig",
+    "SelectionConfig",
+    "SourceConfig",
+    "TrainingConfig",
+    "load_config",
+    "load_data_of_model",
+    "load_evaluated",
+    "override_config",
+    "recognised_data",
+    "save_resolved",
+]

@@ -1,42 +1,24 @@
-"""The configuration of a run: presets composed from small files, overrides, and one strict schema.
+"""The schema of a run: its sections, and what has to hold between them.
 
 Nothing heavy is imported here (no torch, no transformers), so every mistake in a configuration is reported, all of them
 at once and each with its dotted path, before a model is loaded.
 """
 
-import re
-import types
-from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
-from tokenseek.config.resources import find_resource, folder_of
+from tokenseek.config.data import DataConfig
+from tokenseek.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 from tokenseek.config.sizes import parse_size
-from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
 from tokenseek.selection import SelectionRule, rule_named
 from tokenseek.spelling import did_you_mean
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# Files that a source reads (`tokenseek.data.reading`).
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-CellValue = str | int | float | bool | None
-SchemaT = TypeVar("SchemaT", bound=BaseModel)
 
-
-class _Section(BaseModel):
-    # Strict: "3" is not a number and 1 is not a flag. YAML has types of its own; a guess would hide a mistake.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model, and in which numbers it is held."""
 
     name_or_path: str
@@ -54,115 +36,7 @@ class ModelConfig(_Section):
         return self
 
 
-class Columns(_Section):
-    """The data's own name of each column that the kind of source reads.
-
-    `input`, `tools` and `system` left out are read from columns of these names where the data has them; an empty name
-    reads none.
-    """
-
-    instruction: str = "instruction"
-    input: str | None = None
-    response: str = "response"
-    messages: str = "messages"
-    tools: str | None = None
-    system: str | None = None
-    prompt: str = "prompt"
-    completion: str = "completion"
-    text: str = "text"
-
-
-_COLUMNS_OF_KIND = {
-    "auto": set(),
-    "instruction": {"instruction", "input", "response"},
-    "chat": {"messages", "tools", "system"},
-    "completion": {"prompt", "completion", "tools"},
-    "text": {"text"},
-}
-
-
-class SourceConfig(_Section):
-    """One data set: a local file or folder (`path`) or a data set of the hub (`name`).
-
-    `drop` and `keep` filter rows by the values of a column. A source adds all its rows; or `rows` of them; or, among
-    the sources that have a `weight`, the largest share that keeps the proportion of the weights without repeating a
-    row. Drawn rows are chosen with `seed` and stay in the data's order.
-
-    `kind` says what a row is: an `instruction` (with an input or without) and its response; a `chat`, as messages or in
-    ShareGPT's form; a prompt and its `completion`, of text or of messages; or `text`. With `auto`, kind and columns are
-    recognised from the first rows.
-    """
-
-    path: str | None = None
-    name: str | None = None
-    config_name: str | None = None
-    split: str = "train"
-    kind: Literal["auto", "instruction", "chat", "completion", "text"] = "instruction"
-    columns: Columns = Columns()
-    drop: dict[str, list[CellValue]] = {}
-    keep: dict[str, list[CellValue]] = {}
-    weight: Annotated[float, Field(gt=0)] | None = None
-    rows: PositiveInt | None = None
-    seed: NonNegativeInt = 0
-
-    @model_validator(mode="after")
-    def _check(self):
-        if (self.path is None) == (self.name is None):
-            raise ValueError(
-                "give either path (a local file or folder) or name (a data set of the hub) and set the other to null, "
-                f"got path={self.path!r} and name={self.name!r}"
-            )
-        if self.weight is not None and self.rows is not None:
-            raise ValueError("give either weight or rows, not both")
-        if self.config_name is not None and self.name is None:
-            raise ValueError("config_name belongs to a data set of the hub; a local path has none")
-        read = _COLUMNS_OF_KIND[self.kind]
-        if surplus := [
-            name for name, column in self.columns if name not in read and column != getattr(Columns(), name)
-        ]:
-            reads = f"it reads {sorted(read)}" if read else "name the kind that the columns belong to"
-            raise ValueError(f"columns {surplus} are not read by kind {self.kind}; {reads}")
-        return self
-
-
-class DataConfig(_Section):
-    """Sources, and how a row becomes tokens and labels.
-
-    `labels: response` puts the loss on responses (assistant turns) only, `sequence` on every token. `limit` keeps the
-    first rows after mixing and shuffling. `hold_out` rows of training data, drawn with `seed`, are kept out of
-    training and are its `eval_data`; they are scored like the others, so that an index serves with and without them.
-
-    `template` renders instructions: as `alpaca`, `plain`, by the tokenizer's `chat` template, or with `auto` by that if
-    there is one and else as `alpaca`. Conversations always take the chat template, with `template_options` as its
-    further variables (`{enable_thinking: false}`). In them `loss_on: last` puts the loss on the last turn of the
-    assistant only; the fields `train` and `weight` of a message win. Some templates render a turn differently once
-    others follow: `rewritten_turns: refuse` such conversations, or train these turns in examples of their own
-    (`separate`).
-    """
-
-    sources: Annotated[list[SourceConfig], Field(min_length=1)]
-    template: Literal["auto", "alpaca", "plain", "chat"] = "alpaca"
-    template_options: dict[str, Any] = {}
-    loss_on: Literal["all", "last"] = "all"
-    rewritten_turns: Literal["refuse", "separate"] = "refuse"
-    max_length: Annotated[int, Field(ge=2)] = 2048
-    labels: Literal["response", "sequence"] = "response"
-    append_eos: bool = True
-    limit: PositiveInt | None = None
-    shuffle: bool = False
-    hold_out: PositiveInt | None = None
-    seed: NonNegativeInt = 0
-    num_proc: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _check_mixing(self):
-        weighted = [source.weight is not None for source in self.sources]
-        if any(weighted) and not all(w or s.rows is not None for w, s in zip(weighted, self.sources, strict=True)):
-            raise ValueError("one source has a weight, so every source needs a weight or rows")
-        return self
-
-
-class ScoringConfig(_Section):
+class ScoringConfig(Section):
     """Seeking: context and gradient score of every token (Eq. 3 and 4).
 
     With `mode: index` all data is scored once, by the model as it is before training, and the scores are stored apart
@@ -197,7 +71,7 @@ class ScoringConfig(_Section):
 
 
 _SelectionFields: Any = create_model(
-    "_SelectionFields", __base__=_Section, **{f.name: (f.type, f.default) for f in fields(SelectionRule)}
+    "_SelectionFields", __base__=Section, **{f.name: (f.type, f.default) for f in fields(SelectionRule)}
 )
 
 
@@ -252,7 +126,7 @@ _OWNED_ELSEWHERE = {
 }
 
 
-class DitchingSettings(_Section):
+class DitchingSettings(Section):
     """The settings of training that are no fields of `transformers.TrainingArguments`.
 
     - `ditching`: false is ordinary fine-tuning on all tokens.
@@ -352,7 +226,7 @@ class TrainingConfig(DitchingSettings):
         return extra
 
 
-class PeftSettings(_Section):
+class PeftSettings(Section):
     """A PEFT adapter. `method` is any PEFT type in lower case; fields left out keep PEFT's own defaults.
 
     `target_modules` is `feed_forward`, `attention`, `all-linear`, or a list of module names. `extra` goes to the
@@ -392,7 +266,7 @@ class PeftSettings(_Section):
         return method
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides what a run learns. Where it runs (processes, ZeRO, FSDP) is the accelerate config's."""
 
     model: ModelConfig
@@ -465,207 +339,15 @@ class RunConfig(_Section):
             )
 
 
-class EvaluatedConfig(_Section):
+class EvaluatedConfig(Section):
     """The sections of a model that no run of ours made: itself, and the data of its held-out loss."""
 
     model: ModelConfig
     eval_data: DataConfig | None = None
 
 
-class DataOfModel(_Section):
+class DataOfModel(Section):
     """The sections that prepare data: whose tokenizer, and what for."""
 
     model: ModelConfig
     data: DataConfig
-
-
-def recognised_data(path_or_name: str) -> dict[str, Any]:
-    """The `data` section for one source of which nothing else is known: its format is recognised from its rows.
-
-    Args:
-        path_or_name: an existing file or folder, or a data set of the hub.
-    """
-    looks_local = path_or_name.startswith((".", "/", "~")) or Path(path_or_name).suffix in _DATA_SUFFIXES
-    is_local = looks_local or Path(path_or_name).exists()
-    return {
-        "sources": [{"path" if is_local else "name": path_or_name, "kind": "auto"}],
-        "template": "auto",
-        "rewritten_turns": "separate",
-    }
-
-
-def load_data_of_model(model: str, data: str, overrides: list[str] | tuple[str, ...] = ()) -> DataOfModel:
-    """The checked sections for a model's name or folder and :func:`recognised_data`; errors as in `load_config`."""
-    values = {"model": {"name_or_path": model}, "data": recognised_data(data)}
-    return _checked(DataOfModel, values, overrides, "command line")
-
-
-def load_config(preset: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """A checked configuration from a preset (name or path) and `a.b=value` overrides, which are parsed as YAML.
-
-    Example:
-        >>> load_config("gsm8k", ["data.sources.0.path=train.jsonl", "selection.ratio=0.2"])
-
-    Raises:
-        UserError: names every violation with its dotted path, the accepted values and the nearest spelling.
-    """
-    values: dict[str, Any] = {}
-    origin = "command line"
-    if preset is not None:
-        origin = str(preset)
-        values = _read_preset(find_resource("preset", preset), including=())
-    return _checked(RunConfig, values, overrides, origin)
-
-
-def override_config(config: RunConfig, settings: Mapping[str, Any], origin: str = "settings") -> RunConfig:
-    """The configuration with some settings changed, by their dotted paths.
-
-    Example:
-        >>> override_config(config, {"selection.alpha": 1, "selection.beta": 0})
-
-    Raises:
-        UserError: names every violation, as `load_config` does.
-    """
-    values = config.model_dump(mode="json")
-    for key, value in settings.items():
-        _set_dotted(values, key, value, origin)
-    return _validated(RunConfig, values, origin)
-
-
-def load_evaluated(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> EvaluatedConfig:
-    """The checked sections of a model to evaluate; `overrides` and errors are those of :func:`load_config`."""
-    return _checked(EvaluatedConfig, {"model": {"name_or_path": name_or_path}}, overrides, "command line")
-
-
-def _checked(schema: type[SchemaT], values: dict[str, Any], overrides: Iterable[str], origin: str) -> SchemaT:
-    for override in overrides:
-        _apply_override(values, override)
-    return _validated(schema, values, origin)
-
-
-def _validated(schema: type[SchemaT], values: dict[str, Any], origin: str) -> SchemaT:
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        problems = _explain(error, values, schema)
-        raise UserError(f"{origin}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems)) from error
-
-
-def save_resolved(config: RunConfig, path: str | Path) -> None:
-    """Writes every setting of a run, defaults included, as a preset that `load_config` reads back unchanged."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
-
-
-def _read_preset(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    """The merged mapping of a preset and of what it includes; later files win, the preset's own keys win last."""
-    if path in including:
-        raise UserError("presets include each other: " + " -> ".join(str(p) for p in (*including, path)))
-    own = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    if not isinstance(own, dict):
-        raise UserError(f"{path}: a preset is a mapping of sections, got a {type(own).__name__}")
-    includes = own.pop("include", [])
-    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
-        raise UserError(f"{path}: include: a list of file names is accepted, got {includes!r}")
-    merged: dict[str, Any] = {}
-    for name in includes:
-        found = [folder / name for folder in (path.parent, folder_of("preset")) if (folder / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: include: no file {name!r} beside it or in {folder_of('preset')}")
-        merged = _merge(merged, _read_preset(found[0].resolve(), (*including, path)))
-    return _merge(merged, own)
-
-
-def _merge(base: dict[str, Any], winner: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; anything else (lists too) is replaced."""
-    merged = dict(base)
-    for key, value in winner.items():
-        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not all(key.split(".")):
-        raise UserError(f"--set {override}: write section.key=value, such as --set training.learning_rate=1e-4")
-    _set_dotted(values, key, parse_yaml(text, f"--set {key}"), f"--set {override}")
-
-
-def _set_dotted(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
-    """Sets one dotted key in place; numbers step into lists, and the number after the last item appends one."""
-    steps = key.split(".")
-    node: Any = values
-    for depth, step in enumerate(steps):
-        here = ".".join(steps[:depth]) or "the configuration"
-        if isinstance(node, list):
-            if not step.isdigit() or int(step) > len(node):
-                raise UserError(
-                    f"{origin}: {here} is a list; accepted are the positions 0 to {len(node)}, got {step!r}"
-                )
-            step = int(step)
-            if step == len(node):
-                node.append(None)
-        elif not isinstance(node, dict):
-            raise UserError(f"{origin}: {here} is the value {node!r} and has no keys")
-        if depth == len(steps) - 1:
-            node[step] = value
-            return
-        if (node[step] if isinstance(node, list) else node.get(step)) is None:
-            node[step] = [] if steps[depth + 1].isdigit() else {}
-        node = node[step]
-
-
-def _explain(error: ValidationError, values: dict[str, Any], schema: type[BaseModel]) -> list[str]:
-    """One line per violation. The members of a union that all refuse one value share a line."""
-    problems: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False):
-        loc = item["loc"]
-        if item["type"] in ("extra_forbidden", "missing"):
-            *parents, key = loc
-            accepted = sorted(_section_at(parents, schema).model_fields)
-            message = (
-                f"unknown key; accepted keys: {', '.join(accepted)}{did_you_mean(key, accepted)}"
-                if item["type"] == "extra_forbidden"
-                else "required, but not given"
-            )
-        else:
-            loc = _steps_in(values, loc)
-            message = str(item.get("ctx", {}).get("error") or item["msg"].replace("Input should", "should"))
-            if item["type"] != "value_error":
-                message += f", got {item['input']!r}"
-            if item["type"] == "literal_error":
-                message += did_you_mean(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
-        problems.setdefault(".".join(map(str, loc)), []).append(message)
-    return [_with_path(path, " or ".join(dict.fromkeys(messages))) for path, messages in problems.items()]
-
-
-def _with_path(path: str, message: str) -> str:
-    """`path: message`, where the message (of SelectionRule, say) does not open with its dotted path already."""
-    return message if not path or message.startswith(f"{path}.") else f"{path}: {message}"
-
-
-def _steps_in(values: Any, loc: tuple[int | str, ...]) -> list[int | str]:
-    """The part of a pydantic location that exists in the data: the rest are names of union members."""
-    steps: list[int | str] = []
-    for step in loc:
-        if not (isinstance(values, dict) and step in values or isinstance(values, list) and isinstance(step, int)):
-            break
-        values = values[step]
-        steps.append(step)
-    return steps
-
-
-def _section_at(loc: list[int | str], section: type[BaseModel]) -> type[BaseModel]:
-    for step in loc:
-        if isinstance(step, str):
-            section = _section_in(section.model_fields[step].annotation)
-    return section
-
-
-def _section_in(annotation: Any) -> type[BaseModel]:
-    """The section class inside `Section | None` or `list[Section]`."""
-    while get_origin(annotation) in (list, Annotated, Union, types.UnionType):
-        annotation = next(arg for arg in get_args(annotation) if arg is not types.NoneType)
-    return annotation

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenseek.config.schema import Columns, SourceConfig
+from tokenseek.config import Columns, SourceConfig
 from tokenseek.data.chat import read_messages
 from tokenseek.data.reading import parse_row
 from tokenseek.data.sources import LoadedSource, load_source
@@ -43,7 +43,7 @@ class Format:
 
     Attributes:
         name: for people.
-        kind, columns: of :class:`tokenseek.config.schema.SourceConfig`.
+        kind, columns: of :class:`tokenseek.config.SourceConfig`.
         unread: columns that do not become text.
     """
 

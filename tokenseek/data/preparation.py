@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from tokenseek.config.schema import DataConfig, SourceConfig
+from tokenseek.config import DataConfig, SourceConfig
 from tokenseek.data.chat import ChatRenderer
 from tokenseek.data.encoding import (
     Encoder,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokenseek.config.schema import DataConfig, SourceConfig
+from tokenseek.config import DataConfig, SourceConfig
 from tokenseek.data.chat import ChatRenderer, read_messages, read_tools
 from tokenseek.data.formats import hint
 from tokenseek.data.reading import parse_row

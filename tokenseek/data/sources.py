@@ -19,7 +19,7 @@ from datasets import Dataset, ReadInstruction, load_dataset
 from datasets.table import MemoryMappedTable
 from datasets.utils.logging import get_logger
 
-from tokenseek.config.schema import SourceConfig
+from tokenseek.config import SourceConfig
 from tokenseek.data.reading import READERS, RawRow, arrow_rows, parse_row, read_file
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenseek.config.schema import DataConfig
+from tokenseek.config import DataConfig
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
 

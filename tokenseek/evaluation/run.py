@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from tokenseek import __version__
-from tokenseek.config.schema import DataConfig, ModelConfig
+from tokenseek.config import DataConfig, ModelConfig
 from tokenseek.data import prepare_dataset, require_supervised
 from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import HELD_OUT_LOSS, TABLE_1, Chosen, local_files, runnable_tasks

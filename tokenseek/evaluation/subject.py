@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenseek.config.schema import DataConfig, ModelConfig, load_config, load_evaluated
+from tokenseek.config import DataConfig, ModelConfig, load_config, load_evaluated
 from tokenseek.errors import UserError
 
 

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tokenseek.config.schema import ModelConfig, PeftSettings
+from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
 from tokenseek.ditching.packing import require_packable
 from tokenseek.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tokenseek.config.schema import PeftSettings, RunConfig
+from tokenseek.config import PeftSettings, RunConfig
 from tokenseek.launching.engine import Engine
 from tokenseek.planning.step import MemoryPlan, load_model_config, method_of, plan_memory
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from tokenseek.config.schema import ModelConfig
+from tokenseek.config import ModelConfig
 
 # bitsandbytes' block sizes: one scale for 64 weights; under double quantisation one byte, with a scale for 256 of them.
 _BLOCK, _DOUBLE_BLOCK = 64, 256

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, masking_utils
 from transformers.initialization import no_init_weights
 
-from tokenseek.config.schema import RunConfig
+from tokenseek.config import RunConfig
 from tokenseek.decoder import head
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.names import asks_for_checkpointing, enable_checkpointing

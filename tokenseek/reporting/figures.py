@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tokenseek.config.schema import SelectionConfig
+from tokenseek.config import SelectionConfig
 from tokenseek.errors import UserError
 from tokenseek.reporting.maps import TokenMaps
 from tokenseek.selection import rule_named

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenseek.config.schema import DataConfig, ModelConfig
+from tokenseek.config import DataConfig, ModelConfig
 from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.data.packing import PackedDataset
 from tokenseek.labels import IGNORED

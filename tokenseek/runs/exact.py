@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from accelerate import PartialState
 
-from tokenseek.config.schema import RunConfig
+from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
 from tokenseek.launching.engine import launched_engine
 from tokenseek.launching.sequence import launched_sp_size

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokenseek.config.schema import RunConfig
+from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
 
 

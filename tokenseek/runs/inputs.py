@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from tokenseek.config.schema import ModelConfig, RunConfig
+from tokenseek.config import ModelConfig, RunConfig
 from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.launching.processes import first_on_main
 from tokenseek.models.loading import fingerprint_model, load_tokenizer, model_folder, require_decoder

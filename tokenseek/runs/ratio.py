@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from tokenseek.config.schema import RunConfig, load_config
+from tokenseek.config import RunConfig, load_config
 from tokenseek.config.sizes import format_size, parse_size
 from tokenseek.errors import UserError
 from tokenseek.launching.memory import free_memory_bytes

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from tokenseek.config.schema import RunConfig
+from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
 from tokenseek.index import IndexHeader, ShardStore, TokenIndex, merge_shards
 from tokenseek.index.schema import differences

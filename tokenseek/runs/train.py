@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, set_seed
 
-from tokenseek.config.schema import RunConfig, save_resolved
+from tokenseek.config import RunConfig, save_resolved
 from tokenseek.data import hold_out, prepare_dataset, require_supervised
 from tokenseek.data.packing import PackedDataset
 from tokenseek.ditching import enable_token_ditching

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from tokenseek.config import RunConfig, load_config, override_config
 from tokenseek.config.resources import find_resource, folder_of
-from tokenseek.config.schema import RunConfig, load_config, override_config
 from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenseek.config.schema import RunConfig, override_config
+from tokenseek.config import RunConfig, override_config
 from tokenseek.launching.processes import leave_launch
 from tokenseek.runs.summary import TrainingSummary
 from tokenseek.sweeps.paper import PaperTable, TableRow, row_settings

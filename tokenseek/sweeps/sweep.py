@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tokenseek.config.schema import RunConfig, override_config
+from tokenseek.config import RunConfig, override_config
 from tokenseek.errors import UserError
 from tokenseek.launching.memory import peak_memory_bytes, reset_peak_memory
 from tokenseek.runs.score import score

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tokenseek.config.schema import RunConfig, override_config
+from tokenseek.config import RunConfig, override_config
 from tokenseek.errors import UserError
 from tokenseek.launching.processes import leave_launch
 from tokenseek.selection import rule_named

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from tokenseek.config.schema import DitchingSettings, TrainingConfig
+from tokenseek.config import DitchingSettings, TrainingConfig
 from tokenseek.decoder.names import spelled_for_trainer
 
 

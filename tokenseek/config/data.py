@@ -1,0 +1,115 @@
+"""The sections `data` and `eval_data`: sources, their columns, and how rows become examples."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from tokenseek.config.section import CellValue, NonNegativeInt, PositiveInt, Section
+
+
+class Columns(Section):
+    """The data's own name of each column that the kind of source reads.
+
+    `input`, `tools` and `system` left out are read from columns of these names where the data has them; an empty name
+    reads none.
+    """
+
+    instruction: str = "instruction"
+    input: str | None = None
+    response: str = "response"
+    messages: str = "messages"
+    tools: str | None = None
+    system: str | None = None
+    prompt: str = "prompt"
+    completion: str = "completion"
+    text: str = "text"
+
+
+_COLUMNS_OF_KIND = {
+    "auto": set(),
+    "instruction": {"instruction", "input", "response"},
+    "chat": {"messages", "tools", "system"},
+    "completion": {"prompt", "completion", "tools"},
+    "text": {"text"},
+}
+
+
+class SourceConfig(Section):
+    """One data set: a local file or folder (`path`) or a data set of the hub (`name`).
+
+    `drop` and `keep` filter rows by the values of a column. A source adds all its rows; or `rows` of them; or, among
+    the sources that have a `weight`, the largest share that keeps the proportion of the weights without repeating a
+    row. Drawn rows are chosen with `seed` and stay in the data's order.
+
+    `kind` says what a row is: an `instruction` (with an input or without) and its response; a `chat`, as messages or in
+    ShareGPT's form; a prompt and its `completion`, of text or of messages; or `text`. With `auto`, kind and columns are
+    recognised from the first rows.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    config_name: str | None = None
+    split: str = "train"
+    kind: Literal["auto", "instruction", "chat", "completion", "text"] = "instruction"
+    columns: Columns = Columns()
+    drop: dict[str, list[CellValue]] = {}
+    keep: dict[str, list[CellValue]] = {}
+    weight: Annotated[float, Field(gt=0)] | None = None
+    rows: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.path is None) == (self.name is None):
+            raise ValueError(
+                "give either path (a local file or folder) or name (a data set of the hub) and set the other to null, "
+                f"got path={self.path!r} and name={self.name!r}"
+            )
+        if self.weight is not None and self.rows is not None:
+            raise ValueError("give either weight or rows, not both")
+        if self.config_name is not None and self.name is None:
+            raise ValueError("config_name belongs to a data set of the hub; a local path has none")
+        read = _COLUMNS_OF_KIND[self.kind]
+        if surplus := [
+            name for name, column in self.columns if name not in read and column != getattr(Columns(), name)
+        ]:
+            reads = f"it reads {sorted(read)}" if read else "name the kind that the columns belong to"
+            raise ValueError(f"columns {surplus} are not read by kind {self.kind}; {reads}")
+        return self
+
+
+class DataConfig(Section):
+    """Sources, and how a row becomes tokens and labels.
+
+    `labels: response` puts the loss on responses (assistant turns) only, `sequence` on every token. `limit` keeps the
+    first rows after mixing and shuffling. `hold_out` rows of training data, drawn with `seed`, are kept out of
+    training and are its `eval_data`; they are scored like the others, so that an index serves with and without them.
+
+    `template` renders instructions: as `alpaca`, `plain`, by the tokenizer's `chat` template, or with `auto` by that if
+    there is one and else as `alpaca`. Conversations always take the chat template, with `template_options` as its
+    further variables (`{enable_thinking: false}`). In them `loss_on: last` puts the loss on the last turn of the
+    assistant only; the fields `train` and `weight` of a message win. Some templates render a turn differently once
+    others follow: `rewritten_turns: refuse` such conversations, or train these turns in examples of their own
+    (`separate`).
+    """
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    template: Literal["auto", "alpaca", "plain", "chat"] = "alpaca"
+    template_options: dict[str, Any] = {}
+    loss_on: Literal["all", "last"] = "all"
+    rewritten_turns: Literal["refuse", "separate"] = "refuse"
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    labels: Literal["response", "sequence"] = "response"
+    append_eos: bool = True
+    limit: PositiveInt | None = None
+    shuffle: bool = False
+    hold_out: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    num_proc: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_mixing(self):
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(w or s.rows is not None for w, s in zip(weighted, self.sources, strict=True)):
+            raise ValueError("one source has a weight, so every source needs a weight or rows")
+        return self
