@@ -123,6 +123,15 @@ def test_a_missing_column_says_what_the_rows_look_like(tmp_path, row, expected):
     assert expected in str(error.value)
 
 
+def test_columns_that_are_not_read_are_told(tmp_path):
+    row = {"instruction": "a", "response": "b", "history": [["c", "d"]], "system": "e"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    report = prepare_dataset(DataConfig.model_validate({"sources": [{"path": str(path)}]}), tiny_tokenizer()).report
+    first, second = str(report).splitlines()[:2]
+    assert first == f"{path}: 1 rows, instruction (instruction, response; not read: history, system)"
+    assert second.startswith("template: alpaca (data.template); loss on ")
+
+
 def test_columns_belong_to_a_kind():
     with pytest.raises(ValueError, match="are not read by kind auto; name the kind"):
         SourceConfig(path="x.jsonl", kind="auto", columns={"messages": "m"})

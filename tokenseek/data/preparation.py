@@ -22,9 +22,9 @@ from tokenseek.data.encoding import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from tokenseek.data.formats import recognise_rows
+from tokenseek.data.formats import Format, recognise_rows
 from tokenseek.data.reading import parse_row
-from tokenseek.data.rows import RowRenderer, settled_template
+from tokenseek.data.rows import RowRenderer, read_columns, settled_template
 from tokenseek.data.sources import LoadedSource, draw_rows, load_source
 from tokenseek.data.templates import Ends
 from tokenseek.errors import UserError
@@ -89,7 +89,8 @@ class DataReport:
             f"{unread}. {self.unsupervised_examples:,} examples have no token with a loss: they are scored and add "
             "nothing to the training loss."
         )
-        return "\n".join([report, *self.notes])
+        loss = f"template: {self.template}; loss on {self.supervised_share:.0%} of the tokens"
+        return "\n".join([*self.sources, loss, report, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,19 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
         UserError: names the source, the file and the row at fault.
     """
     require_usable(tokenizer, data.append_eos)
-    loaded = [load_source(source, f"{section}.sources.{number}") for number, source in enumerate(data.sources)]
-    sources, described = _settled_sources(data.sources, loaded, section)
+    keys = [f"{section}.sources.{number}" for number in range(len(data.sources))]
+    loaded = [load_source(source, key) for source, key in zip(data.sources, keys, strict=True)]
+    formats = [_format(source, part, key) for source, part, key in zip(data.sources, loaded, keys, strict=True)]
+    sources = [
+        f.of(source) if source.kind == "auto" else source for f, source in zip(formats, data.sources, strict=True)
+    ]
     template = settled_template(data, tokenizer)
     by_chat_template = _rendered_by_chat_template(sources, loaded, template)
-    if by_chat_template and not tokenizer.chat_template:
-        number = by_chat_template[0]
+    if any(by_chat_template) and not tokenizer.chat_template:
+        number = by_chat_template.index(True)
         raise UserError(
-            f"{section}.sources.{number}: rows of kind {sources[number].kind} need a tokenizer with a chat template "
-            "here; use the one of an instruction-tuned model"
+            f"{keys[number]}: rows of kind {sources[number].kind} need a tokenizer with a chat template here; use that of "
+            "an instruction-tuned model"
             + (f", or {section}.template=alpaca" if sources[number].kind == "instruction" else "")
         )
     tokenizer_digest = tokenizer_fingerprint(tokenizer)
@@ -133,26 +138,24 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
         template,
         data.append_eos,
         (source.kind for source in sources),
-        json.dumps(tokenizer.chat_template) if by_chat_template else "",
+        json.dumps(tokenizer.chat_template) if any(by_chat_template) else "",
         _chat_settings(data),
     )
 
-    drawn = draw_rows(sources, [len(source.rows) for source in loaded], f"{section}.sources")
+    drawn = draw_rows(sources, [len(part.rows) for part in loaded], f"{section}.sources")
     ends = Ends.of(tokenizer, data.append_eos)
     chat = ChatRenderer(tokenizer, data.loss_on, data.rewritten_turns, data.template_options, section)
-    rendered = []
-    for number, (source, part, chosen) in enumerate(zip(sources, loaded, drawn, strict=True)):
-        key = f"{section}.sources.{number}"
-        rendered.append(
-            _map(
-                part.rows.select(chosen),
-                RowRenderer(source, part, template, ends, chat, key),
-                [source.model_dump_json(), template, tokenizer_digest, template_digest],
-                features=_RENDERED,
-                desc=f"render {key}",
-                num_proc=data.num_proc,
-            )
+    rendered = [
+        _map(
+            part.rows.select(chosen),
+            RowRenderer(source, part, template, ends, chat, key),
+            [source.model_dump_json(), template, tokenizer_digest, template_digest],
+            features=_RENDERED,
+            desc=f"render {key}",
+            num_proc=data.num_proc,
         )
+        for source, part, chosen, key in zip(sources, loaded, drawn, keys, strict=True)
+    ]
     rows = concatenate_datasets(rendered)
     if data.shuffle:
         rows = rows.shuffle(seed=data.seed)
@@ -175,13 +178,11 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
         "max_length": data.max_length,
         "labels": data.labels,
     }
-    by = [
-        ("the tokenizer's chat template", bool(by_chat_template)),
-        (f"{template} (data.template)", template != "chat" and any(s.kind == "instruction" for s in sources)),
-        ("none (text as it is)", len(by_chat_template) < sum(s.kind != "instruction" for s in sources)),
-    ]
-    used = " and ".join(name for name, is_used in by if is_used)
-    report = _report(examples, rows, loaded, described, used)
+    described = tuple(
+        f"{source.path or source.name}: {len(part.rows):,} rows, {recognised}"
+        for source, part, recognised in zip(sources, loaded, formats, strict=True)
+    )
+    report = _report(examples, rows, loaded, described, _templates_used(sources, by_chat_template, template))
     return PreparedData(examples.remove_columns(["num_cut", "num_unread"]), fingerprints, report)
 
 
@@ -225,34 +226,36 @@ def require_supervised(dataset: Dataset, section: str) -> None:
     )
 
 
-def _settled_sources(
-    sources: Sequence[SourceConfig], loaded: Sequence[LoadedSource], section: str
-) -> tuple[list[SourceConfig], tuple[str, ...]]:
-    """The sources with their kinds, where `auto` is what the rows are; and a line about each."""
-    settled, described = [], []
-    for number, (source, part) in enumerate(zip(sources, loaded, strict=True)):
-        name = source.path or source.name
-        if source.kind == "auto":
-            recognised = recognise_rows(part, f"{section}.sources.{number}")
-            source = recognised.of(source)
-            described.append(f"{name}: {len(part.rows):,} rows, {recognised}")
-        else:
-            described.append(f"{name}: {len(part.rows):,} rows of kind {source.kind}")
-        settled.append(source)
-    return settled, tuple(described)
+def _format(source: SourceConfig, loaded: LoadedSource, key: str) -> Format:
+    """What the rows of a source are: as the configuration says, or recognised where it says `auto`."""
+    if source.kind == "auto":
+        return recognise_rows(loaded, key)
+    columns = read_columns(source, loaded, key)
+    unread = tuple(column for column in loaded.columns if column not in columns.values())
+    return Format(source.kind, source.kind, columns, unread)
 
 
 def _rendered_by_chat_template(
     sources: Sequence[SourceConfig], loaded: Sequence[LoadedSource], template: str
-) -> list[int]:
-    """Numbers of the sources whose rows the tokenizer's chat template renders."""
+) -> list[bool]:
+    """Of each source, whether the tokenizer's chat template renders its rows."""
 
     def is_rendered(source: SourceConfig, part: LoadedSource) -> bool:
         if source.kind == "completion":
             return isinstance(parse_row(part.rows[0]["row"]).get(source.columns.prompt), list)
         return source.kind == "chat" or (source.kind == "instruction" and template == "chat")
 
-    return [n for n, (source, part) in enumerate(zip(sources, loaded, strict=True)) if is_rendered(source, part)]
+    return [is_rendered(source, part) for source, part in zip(sources, loaded, strict=True)]
+
+
+def _templates_used(sources: Sequence[SourceConfig], by_chat_template: Sequence[bool], template: str) -> str:
+    def name(source: SourceConfig, is_chat: bool) -> str:
+        if is_chat:
+            return "the tokenizer's chat template"
+        return f"{template} (data.template)" if source.kind == "instruction" else "none (text as it is)"
+
+    used = (name(source, is_chat) for source, is_chat in zip(sources, by_chat_template, strict=True))
+    return " and ".join(dict.fromkeys(used))
 
 
 def _chat_settings(data: DataConfig) -> dict[str, Any]:

@@ -39,21 +39,7 @@ class RowRenderer:
         self, source: SourceConfig, loaded: LoadedSource, template: str, ends: Ends, chat: ChatRenderer, key: str
     ):
         self.kind, self.template, self.ends, self.chat, self.key = source.kind, template, ends, chat, key
-        self.columns: dict[str, str] = {}
-        for name in _NEEDED[source.kind]:
-            column = getattr(source.columns, name)
-            try:
-                require_column(loaded.columns, column, f"{key}.columns.{name}")
-            except UserError as error:
-                raise UserError(f"{error}{hint(loaded, key)}") from error
-            self.columns[name] = column
-        for name in _OPTIONAL[source.kind]:
-            column = getattr(source.columns, name)
-            if column:
-                require_column(loaded.columns, column, f"{key}.columns.{name}")
-                self.columns[name] = column
-            elif column is None and name in loaded.columns and name not in self.columns.values():
-                self.columns[name] = name
+        self.columns = read_columns(source, loaded, key)
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         done = [self._render(row, place) for row, place in zip(batch["row"], batch["place"], strict=True)]
@@ -130,6 +116,30 @@ class RowRenderer:
 
     def _advice(self, column: str) -> str:
         return f" (drop rows without a value with {self.key}.drop: {{{column}: [null]}})"
+
+
+def read_columns(source: SourceConfig, loaded: LoadedSource, key: str) -> dict[str, str]:
+    """The data's names of the columns that the kind of a source reads, by their names in `columns`.
+
+    Raises:
+        UserError: one is missing; says what the rows look like.
+    """
+    columns: dict[str, str] = {}
+    for name in _NEEDED[source.kind]:
+        column = getattr(source.columns, name)
+        try:
+            require_column(loaded.columns, column, f"{key}.columns.{name}")
+        except UserError as error:
+            raise UserError(f"{error}{hint(loaded, key)}") from error
+        columns[name] = column
+    for name in _OPTIONAL[source.kind]:
+        column = getattr(source.columns, name)
+        if column:
+            require_column(loaded.columns, column, f"{key}.columns.{name}")
+            columns[name] = column
+        elif column is None and name in loaded.columns and name not in columns.values():
+            columns[name] = name
+    return columns
 
 
 def settled_template(data: DataConfig, tokenizer: Any) -> str:

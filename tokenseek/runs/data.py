@@ -44,15 +44,12 @@ def _learned(labels: Sequence[int]) -> int:
 
 
 def describe_data(prepared: PreparedData, data: DataConfig) -> list[str]:
-    """Lines about prepared data: `123 rows, chat messages; chat template of the tokenizer; loss on 41 % of ...`."""
-    report, dataset = prepared.report, prepared.dataset
+    """Lines about prepared data: its report, and how long and how many its examples are."""
+    dataset = prepared.dataset
     lengths = sorted(len(ids) for ids in dataset["input_ids"])
     middle, longest = lengths[len(lengths) // 2], lengths[-1]
     return [
-        *report.sources,
-        f"template: {report.template}; loss on {report.supervised_share:.0%} of the tokens "
-        f"({report.supervised_tokens:,} of {report.tokens:,})",
+        str(prepared.report),
         f"examples: {len(dataset):,}, of {middle:,} tokens in the middle and {longest:,} at most "
         f"(max_length {data.max_length:,}); packed, {PackedDataset(dataset, data.max_length)}",
-        str(report),
     ]
