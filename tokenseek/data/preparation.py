@@ -129,8 +129,8 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
     if any(by_chat_template) and not tokenizer.chat_template:
         number = by_chat_template.index(True)
         raise UserError(
-            f"{keys[number]}: rows of kind {sources[number].kind} need a tokenizer with a chat template here; use that of "
-            "an instruction-tuned model"
+            f"{keys[number]}: rows of kind {sources[number].kind} need a tokenizer with a chat template here; use that "
+            "of an instruction-tuned model"
             + (f", or {section}.template=alpaca" if sources[number].kind == "instruction" else "")
         )
     tokenizer_digest = tokenizer_fingerprint(tokenizer)
