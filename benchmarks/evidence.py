@@ -1,79 +1,137 @@
-"""What each selection rule teaches a real model: held-out loss after equal steps, over rules, ratios and seeds.
+"""What TokenSeek teaches a real model, beside ordinary training, each method at its own best learning rate.
 
-    python -m benchmarks.evidence run --model FOLDER --data FOLDER --output FOLDER
-    python -m benchmarks.evidence table FOLDER/rows.jsonl ... [--into docs/evidence.md]
+    python -m benchmarks.evidence run --model FOLDER --data FOLDER --output FOLDER --regime short-4 --stage scan
+    python -m benchmarks.evidence run --model FOLDER --data FOLDER --output FOLDER --regime short-4 --stage confirm
+    python -m benchmarks.evidence seconds --model FOLDER --data FOLDER --output FOLDER --regime short-4   (idle machine)
+    python -m benchmarks.evidence table FOLDER/*/rows.jsonl [--into docs/evidence.md]
 
 `run` may be started any number of times at once, killed, and started again: every finished run is one line of
-``rows.jsonl``. A seed decides the order of the data, the initial adapter and the random selections.
+``rows.jsonl``. `scan` runs every method at every learning rate with the first seed; `confirm` runs every method that
+has been scanned with the other seeds, at the rate of its least loss. A seed decides the order of the data, the initial
+adapter, dropout and the random selections. Losses do not depend on the machine's load; seconds do, and are therefore
+measured by `seconds` alone, method by method in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+import random
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tokenseek.config import RunConfig, load_config
 from tokenseek.sweeps.sweep import Row, Sweep, Trial, read_rows
-from tokenseek.sweeps.tables import grouped, markdown
+from tokenseek.sweeps.tables import Group, grouped, markdown
 
-# Rule -> (how it is called, its settings but the ratio).
-RULES = {
-    "full": ("all tokens, no ditching", {"training.ditching": False}),
-    "random": ("random", {"selection.rule": "random"}),
-    "random-response": ("random among response tokens", {"selection.rule": "random", "selection.scope": "supervised"}),
-    "context": ("context (1, 0)", {"selection.alpha": 1, "selection.beta": 0}),
-    "gradient": ("gradient (0, 1)", {"selection.alpha": 0, "selection.beta": 1}),
-    "mixed": ("mixed (5, 5)", {"selection.alpha": 5, "selection.beta": 5}),
-    "sampled": (
-        "drawn by gradient among response tokens, weighted",
-        {
-            "selection.rule": "sampled",
-            "selection.alpha": 0,
-            "selection.beta": 1,
-            "selection.explore": 0.5,
-            "selection.scope": "supervised",
-        },
-    ),
-    "mixed-response": ("mixed among response tokens", {"selection.scope": "supervised"}),
-    "explore": ("mixed, 30 % of the budget at random", {"selection.rule": "top_random", "selection.explore": 0.3}),
-    "bands": ("mixed, half from the top and half from rank 40 % on", {"selection.rule": "bands"}),
+
+@dataclass(frozen=True)
+class Regime:
+    """What is trained on.
+
+    Attributes:
+        examples: in an optimizer step.
+        steps: of a run that sees every training example once.
+        solved: problems with their answers in front of each question.
+    """
+
+    title: str
+    examples: int
+    steps: int
+    micro_batch: int
+    solved: int = 0
+    max_length: int = 512
+
+
+REGIMES = {
+    "short-4": Regime("short prompts, steps of 4 examples", 4, 20, 4),
+    "short-32": Regime("short prompts, steps of 32 examples", 32, 20, 8),
+    "long-4": Regime("five solved problems before each question, steps of 4", 4, 20, 4, solved=5, max_length=1024),
 }
-OPTIONS = ("mixed-response", "explore", "bands")  # at the first ratio alone
+
+_SUPERVISED = {"selection.scope": "supervised"}
+_DRAWN = {
+    **_SUPERVISED,
+    "selection.rule": "sampled",
+    "selection.explore": 0.3,
+    "selection.alpha": 0,
+    "selection.beta": 1,
+}
+_ONLINE = {**_DRAWN, "scoring.mode": "online"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: its title in the table, its settings, and whether a ratio is among them."""
+
+    title: str
+    settings: dict[str, Any]
+    takes_ratio: bool = True
+
+
+METHODS = {
+    "ordinary": Method("ordinary training", {"training.ditching": False}, takes_ratio=False),
+    "response": Method(
+        "all response tokens, prompts ditched", {"selection.rule": "all", **_SUPERVISED}, takes_ratio=False
+    ),
+    "random": Method("random tokens", {"selection.rule": "random"}),
+    "paper": Method("the paper's rule: top, alpha = beta = 5, index", {"selection.rule": "top"}),
+    "index": Method("drawn by gradient, index", _DRAWN),
+    "online": Method("drawn by gradient, online", _ONLINE),
+    "online-error": Method("drawn by error, online", {**_ONLINE, "scoring.reduction": "error"}),
+    "exact-1": Method("drawn by gradient, online, 1 exact layer", {**_ONLINE, "selection.exact_layers": 1}),
+    "exact-4": Method("drawn by gradient, online, 4 exact layers", {**_ONLINE, "selection.exact_layers": 4}),
+    "exact-8": Method("drawn by gradient, online, 8 exact layers", {**_ONLINE, "selection.exact_layers": 8}),
+}
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 MAX_CHARACTERS = 250  # of question and answer
+HELD_OUT = 24
 
 
-def trials(ratios: list[float], seeds: list[int], rules: Iterable[str] = tuple(RULES)) -> list[Trial]:
-    """In an order that makes a table early: all rules at the first ratio, seed by seed, then the other ratios."""
-    found = []
-    for ratio in ratios:
-        for seed in seeds:
-            for rule in rules:
-                if ratio != ratios[0] and rule in ("full", *OPTIONS):
-                    continue
-                settings = {**RULES[rule][1], "seed": seed, "selection.seed": seed}
-                labels = {"rule": rule, "seed": seed}
-                if rule == "full":
-                    found.append(Trial(f"full-seed-{seed}", settings, {**labels, "ratio": 1.0}))
-                    continue
-                settings["selection.ratio"] = ratio
-                if rule == "bands":
-                    settings["selection.bands"] = [[0, ratio / 2], [0.4, round(0.4 + ratio / 2, 6)]]
-                found.append(Trial(f"{rule}-{ratio:g}-seed-{seed}", settings, {**labels, "ratio": ratio}))
-    return found
+def trial(regime: str, method: str, ratio: float | None, rate: float, seed: int, steps: int | None = None) -> Trial:
+    """One run; `ratio` is None for a method without one, `steps` None for one pass over the regime's data."""
+    labels = {"regime": regime, "method": method, "ratio": ratio, "rate": rate, "seed": seed}
+    settings = {**METHODS[method].settings, "seed": seed, "training.learning_rate": rate}
+    if settings.get("training.ditching", True):
+        settings["selection.seed"] = seed
+    if ratio is not None:
+        settings["selection.ratio"] = ratio
+    if steps is not None:
+        settings["training.max_steps"] = steps
+    parts = [method, *([f"r{ratio:g}"] if ratio else []), f"{rate:g}", *([f"{steps}-steps"] if steps else [])]
+    return Trial("-".join([*parts, f"seed-{seed}"]), settings, labels)
+
+
+def _with_ratios(methods: Iterable[str], ratios: Sequence[float]) -> Iterator[tuple[str, float | None]]:
+    for method in methods:
+        yield from ((method, ratio) for ratio in (ratios if METHODS[method].takes_ratio else [None]))
+
+
+def best_rate(rows: Iterable[Row], regime: str, method: str, ratio: float | None) -> float | None:
+    """The learning rate of the least held-out loss with the first seed; None where nothing was scanned."""
+    own = [row for row in rows if (row["regime"], row["method"], row["ratio"]) == (regime, method, ratio)]
+    first = [row for row in own if row["seed"] == min(r["seed"] for r in own)]
+    return min(first, key=lambda row: row["loss_after"])["rate"] if first else None
 
 
 def base_config(args: argparse.Namespace) -> RunConfig:
+    """The configuration that all runs of a regime share; writes its data, the first problems that are short enough."""
+    regime = REGIMES[args.regime]
     args.output.mkdir(parents=True, exist_ok=True)
+    train, test = (_short_problems(args.data / f"gsm8k_{split}.jsonl") for split in ("train", "test"))
+    count = regime.examples * regime.steps
+    solved, rng = train[-200:], random.Random(0)  # the last ones are in front of questions only
     files = {}
-    for split, count in (("train", args.train), ("test", args.test)):
-        lines = (args.data / f"gsm8k_{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        problems = [line for line in lines if sum(map(len, json.loads(line).values())) <= MAX_CHARACTERS]
+    for split, problems in (("train", train[:count]), ("test", test[:HELD_OUT])):
+        if regime.solved:
+            problems = [_with_solved(problem, rng.sample(solved, regime.solved)) for problem in problems]
         files[split] = args.output / f"{split}.jsonl"
-        text = "\n".join(problems[:count]) + "\n"
+        text = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
         if not files[split].exists() or files[split].read_text(encoding="utf-8") != text:  # others may be reading it
             files[split].write_text(text, encoding="utf-8")
     columns = "columns={instruction: question, response: answer}"
@@ -83,15 +141,15 @@ def base_config(args: argparse.Namespace) -> RunConfig:
             f"model.name_or_path={args.model}",
             f"data.sources.0.path={files['train']}",
             "data.template=plain",
+            f"data.max_length={regime.max_length}",
             f"eval_data.sources.0.path={files['test']}",
             f"eval_data.sources.0.{columns}",
             "eval_data.template=plain",
-            "eval_data.max_length=512",
-            f"training.max_steps={args.steps}",
-            "training.per_device_train_batch_size=4",
+            f"eval_data.max_length={regime.max_length}",
+            f"training.max_steps={regime.steps}",
+            f"training.per_device_train_batch_size={regime.micro_batch}",
             "training.per_device_eval_batch_size=8",
-            "training.gradient_accumulation_steps=1",
-            f"training.learning_rate={args.learning_rate}",
+            f"training.gradient_accumulation_steps={regime.examples // regime.micro_batch}",
             "training.warmup_steps=2",
             "training.save_strategy=no",
             "training.report_to=[]",
@@ -102,22 +160,82 @@ def base_config(args: argparse.Namespace) -> RunConfig:
     )
 
 
+def _short_problems(path: Path) -> list[dict[str, str]]:
+    problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [problem for problem in problems if sum(map(len, problem.values())) <= MAX_CHARACTERS]
+
+
+def _with_solved(problem: dict[str, str], solved: list[dict[str, str]]) -> dict[str, str]:
+    shots = "".join(f"{shot['question']}\n{shot['answer']}\n\n" for shot in solved)
+    return {**problem, "question": shots + problem["question"]}
+
+
+def planned(args: argparse.Namespace, rows: list[Row]) -> list[Trial]:
+    """The runs of a stage."""
+    found = []
+    for method, ratio in _with_ratios(args.methods, args.ratios):
+        if args.stage == "scan":
+            found += [trial(args.regime, method, ratio, rate, args.seeds[0]) for rate in args.rates]
+        elif (rate := best_rate(rows, args.regime, method, ratio)) is not None:
+            found += [trial(args.regime, method, ratio, rate, seed) for seed in args.seeds]
+    return found
+
+
+def measure_seconds(args: argparse.Namespace) -> list[Row]:
+    """Seconds of `args.steps` steps of every method, in turns, `args.repeats` times, and of scoring an index."""
+    base, found = base_config(args), []
+    for repeat in range(args.repeats):
+        for method, ratio in _with_ratios(args.methods, args.ratios):
+            folder = args.output / "seconds" / f"{repeat}"
+            one = trial(args.regime, method, ratio, 1e-3, 0, args.steps)
+            (row,) = Sweep(folder, base, [one]).run(lambda line: None)
+            found.append({**row, "repeat": repeat})
+            print(f"{one.name}: {row['seconds'] / args.steps:.2f} s a step", flush=True)
+    return found
+
+
 def table(rows: list[Row]) -> str:
-    """Mean, and least to greatest, over the seeds, beside the share of the gap to full tuning that a rule closes."""
-    groups = grouped(rows, "ratio", "rule", "steps")
-    order = {rule: number for number, rule in enumerate(RULES)}
-    groups.sort(key=lambda g: (g.values[1] != "full", g.values[0], order[g.values[1]], g.values[2]))
-    full = next((group.mean("loss_after") for group in groups if group.values[1] == "full"), None)
-    lines = []
-    for group in groups:
-        (ratio, rule, steps), loss, before = group.values, group.mean("loss_after"), group.mean("loss_before")
-        gap = "" if full is None else f"{(before - loss) / (before - full):.0%}"
-        carrying = f"{group.mean('supervised_share'):.0%}"
-        found = [carrying, group.spread("loss_after"), gap, str(len(group.rows))]
-        lines.append([RULES[rule][0], f"{ratio:.0%}", str(steps), *found])
-    before = f"Held-out loss before training: {rows[0]['loss_before']:.4f} nats per supervised token.\n\n"
-    titles = ["rule (alpha, beta)", "r", "steps", "selected with a loss", "held-out loss"]
-    return before + markdown([*titles, "of full tuning's gain", "runs"], lines)
+    """A table for each regime: every method at its best rate, beside the rates that were tried."""
+    parts = []
+    for regime in [name for name in REGIMES if any(row["regime"] == name for row in rows)]:
+        own = [row for row in rows if row["regime"] == regime]
+        before = own[0]["loss_before"]
+        ordinary = _at_best(own, regime, "ordinary", None)
+        lines = []
+        for method, ratio in _with_ratios(METHODS, sorted({row["ratio"] for row in own} - {None})):
+            group = _at_best(own, regime, method, ratio)
+            if group is None:
+                continue
+            gain = "" if ordinary is None else _share(before, group, ordinary)
+            scanned = sorted({(r["rate"], r["loss_after"]) for r in own if _is(r, method, ratio) and r["seed"] == 0})
+            tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in scanned)
+            share = "" if ratio is None else f"{ratio:g}"
+            rate = f"{group.rows[0]['rate']:g}"
+            lines.append([METHODS[method].title, share, rate, group.spread("loss_after", 3), gain, tried])
+        titles = ["method", "r", "best rate", "held-out loss", "of ordinary training's gain", "rates tried, first seed"]
+        head = f"**{REGIMES[regime].title}** ({own[0]['steps']} steps, from {before:.3f} nats per supervised token)"
+        parts.append(f"{head}\n\n{markdown(titles, lines)}")
+    return "\n\n".join(parts)
+
+
+def _is(row: Row, method: str, ratio: float | None) -> bool:
+    return (row["method"], row["ratio"]) == (method, ratio)
+
+
+def _at_best(rows: list[Row], regime: str, method: str, ratio: float | None) -> Group | None:
+    rate = best_rate(rows, regime, method, ratio)
+    own = [row for row in rows if _is(row, method, ratio) and row["rate"] == rate]
+    return grouped(own, "method")[0] if own else None
+
+
+def _share(before: float, group: Group, ordinary: Group) -> str:
+    """Of ordinary training's gain, over the seeds that both have."""
+    losses, reference = ({row["seed"]: row["loss_after"] for row in g.rows} for g in (group, ordinary))
+    seeds = losses.keys() & reference.keys()
+    if not seeds:
+        return ""
+    mean, full = (statistics.mean(of[seed] for seed in seeds) for of in (losses, reference))
+    return f"{(before - mean) / (before - full):.1%} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
 
 
 def write_into(page: Path, text: str) -> None:
@@ -132,18 +250,21 @@ def write_into(page: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--model", type=Path, required=True, help="folder of SmolLM2-135M-Instruct")
-    run.add_argument("--data", type=Path, required=True, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl")
-    run.add_argument("--output", type=Path, required=True)
-    run.add_argument("--rules", choices=RULES, nargs="+", default=list(RULES))
-    run.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3, 0.5])
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--model", type=Path, required=True, help="folder of SmolLM2-135M-Instruct")
+    shared.add_argument("--data", type=Path, required=True, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl")
+    shared.add_argument("--output", type=Path, required=True, help="folder of this regime's runs")
+    shared.add_argument("--regime", choices=REGIMES, default="short-4")
+    shared.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
+    shared.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3])
+    shared.add_argument("--threads", type=int, default=1)
+    run = commands.add_parser("run", parents=[shared])
+    run.add_argument("--stage", choices=("scan", "confirm"), required=True)
+    run.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    run.add_argument("--train", type=int, default=80, metavar="N", help="training examples")
-    run.add_argument("--test", type=int, default=24, metavar="N", help="held-out examples")
-    run.add_argument("--steps", type=int, default=20, help="optimizer steps of 4 examples")
-    run.add_argument("--learning-rate", type=float, default=1e-3)
-    run.add_argument("--threads", type=int, default=1)
+    seconds = commands.add_parser("seconds", parents=[shared])
+    seconds.add_argument("--steps", type=int, default=4)
+    seconds.add_argument("--repeats", type=int, default=3)
     show = commands.add_parser("table")
     show.add_argument("rows", type=Path, nargs="+")
     show.add_argument("--into", type=Path, metavar="PAGE", help="write it into a page, between its marks")
@@ -155,8 +276,12 @@ def main() -> None:
             write_into(args.into, text)
         return
     torch.set_num_threads(args.threads)
-    sweep = Sweep(args.output, base_config(args), trials(args.ratios, args.seeds, args.rules))
-    print(table(sweep.run(lambda line: print(line, flush=True))))
+    if args.command == "seconds":
+        measure_seconds(args)
+        return
+    base = base_config(args)
+    trials = planned(args, read_rows(args.output / "rows.jsonl"))
+    Sweep(args.output, base, trials).run(lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

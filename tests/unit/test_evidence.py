@@ -1,44 +1,80 @@
-"""The grid of the evidence and its table; the page shows the committed rows."""
+"""The runs of the evidence and its tables; the page shows the committed rows."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from tiny_preset import tiny_preset
 
-from benchmarks.evidence import OPTIONS, RULES, table, trials, write_into
-from tokenseek.sweeps.sweep import read_rows
+from benchmarks.evidence import METHODS, RATES, REGIMES, base_config, best_rate, planned, table, trial, write_into
+from tokenseek.sweeps.sweep import Sweep, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "evidence.md"
 
 
-def test_all_rules_come_first_seed_by_seed():
-    grid = trials([0.1, 0.5], [0, 1])
-    assert len({trial.name for trial in grid}) == len(grid)
-    first = [trial.labels for trial in grid[: 2 * len(RULES)]]
-    assert [labels["rule"] for labels in first] == [*RULES, *RULES]
-    assert [labels["seed"] for labels in first] == [0] * len(RULES) + [1] * len(RULES)
-    rest = grid[2 * len(RULES) :]
-    assert len(rest) == 2 * (len(RULES) - 1 - len(OPTIONS)) and {trial.labels["ratio"] for trial in rest} == {0.5}
-    for trial in grid:
-        assert trial.settings["seed"] == trial.settings["selection.seed"] == trial.labels["seed"]
-    bands = next(trial for trial in grid if trial.labels["rule"] == "bands")
-    assert bands.settings["selection.bands"] == [[0, 0.05], [0.4, 0.45]]
+def row(method, ratio, rate, seed, loss, regime="short-4"):
+    labels = {"regime": regime, "method": method, "ratio": ratio, "rate": rate, "seed": seed}
+    return {**labels, "loss_before": 2.0, "loss_after": loss, "steps": 20}
+
+
+ROWS = [
+    row("ordinary", None, 4e-3, 0, 1.0),
+    row("ordinary", None, 8e-3, 0, 1.2),
+    row("ordinary", None, 4e-3, 1, 1.2),
+    row("online", 0.1, 2e-3, 0, 1.3),
+    row("online", 0.1, 4e-3, 0, 1.25),
+    row("online", 0.1, 4e-3, 1, 1.25),
+    row("ordinary", None, 4e-3, 0, 0.5, "long-4"),
+]
+
+
+def test_scan_runs_every_rate_and_confirm_the_best_one_with_all_seeds():
+    args = Namespace(regime="short-4", methods=["ordinary", "online"], ratios=[0.1, 0.3], rates=RATES, seeds=[0, 1, 2])
+    args.stage = "scan"
+    scanned = planned(args, [])
+    assert len(scanned) == len({t.name for t in scanned}) == 3 * len(RATES)
+    assert {t.labels["seed"] for t in scanned} == {0}
+    args.stage = "confirm"
+    confirmed = planned(args, ROWS)
+    assert [(t.labels["method"], t.labels["rate"], t.labels["seed"]) for t in confirmed] == [
+        *(("ordinary", 4e-3, seed) for seed in (0, 1, 2)),
+        *(("online", 4e-3, seed) for seed in (0, 1, 2)),
+    ]  # nothing was scanned at 0.3
+    assert best_rate(ROWS, "short-4", "online", 0.3) is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_run(tmp_path, method):
+    one = trial("short-4", method, 0.1 if METHODS[method].takes_ratio else None, 1e-3, 5)
+    config = Sweep(tmp_path, tiny_preset(tmp_path), [one]).config(one)
+    assert config.seed == 5 and config.training.learning_rate == 1e-3
+    assert config.training.ditching == (method != "ordinary")
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_data_of_a_regime(tmp_path, name):
+    problem = '{"question": "How many?", "answer": "3"}\n'
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text(problem * 1000)
+    args = Namespace(regime=name, output=tmp_path / "out", data=tmp_path, model="model")
+    config, regime = base_config(args), REGIMES[name]
+    rows = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    assert len(rows) == regime.examples * regime.steps
+    assert rows[0].count("How many?") == 1 + regime.solved
+    batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+    assert batch == regime.examples and config.training.max_steps == regime.steps
 
 
 def test_table(tmp_path):
-    def row(rule, ratio, loss, steps=20):
-        losses = {"loss_before": 2.0, "loss_after": loss}
-        return {"rule": rule, "ratio": ratio, "steps": steps, "supervised_share": 0.5, **losses}
-
-    rows = [row("random", 0.1, 1.5), row("full", 1.0, 1.0), row("random", 0.1, 1.7), row("random", 0.1, 1.2, 40)]
-    text = table(rows)
-    assert "before training: 2.0000" in text
-    assert text.splitlines()[-3:] == [
-        "| all tokens, no ditching | 100% | 20 | 50% | 1.0000 | 100% | 1 |",
-        "| random | 10% | 20 | 50% | 1.6000 (1.5000 to 1.7000) | 40% | 2 |",
-        "| random | 10% | 40 | 50% | 1.2000 | 80% | 1 |",
+    text = table(ROWS)
+    assert [line for line in text.splitlines() if line.startswith("| drawn")] == [
+        "| drawn by gradient, online | 0.1 | 0.004 | 1.250 (1.250 to 1.250) | 83.3% (2 seeds) | 0.002: 1.300, "
+        "0.004: 1.250 |"
     ]
+    assert "| ordinary training |  | 0.004 | 1.100 (1.000 to 1.200) | 100.0% (2 seeds) |" in text
+    assert "**five solved problems before each question" in text
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- table -->\nold\n<!-- end of table -->\nb\n")
     write_into(page, text)
@@ -49,5 +85,5 @@ def test_table(tmp_path):
 
 
 def test_the_page_shows_the_committed_rows():
-    rows = [row for name in ("evidence-gsm8k", "evidence-gsm8k-longer") for row in read_rows(RESULTS / f"{name}.jsonl")]
+    rows = [row for path in sorted(RESULTS.glob("evidence-*.jsonl")) for row in read_rows(path)]
     assert f"<!-- table -->\n{table(rows)}\n<!-- end of table -->" in PAGE.read_text(encoding="utf-8")
