@@ -132,6 +132,8 @@ class DitchingSettings(Section):
     - `ditching`: false is ordinary fine-tuning on all tokens.
     - `recompute`: the selected pass once more in the backward pass.
     - `kv_storage`: where keys and values wait for it: on the `device`, on the `host`, or in 8 bits (`int8`, not exact).
+    - `compile`: norms and feed-forward blocks compiled by torch, for fewer and larger kernels on a GPU.
+    - `liger`: Liger's kernels for norms, rotary embeddings and gated feed-forward blocks, on a GPU.
     - `on_nan`: whether a loss or gradient that is not finite ends the run (`stop`) or not (`continue`).
     - `packing`: `true` lays the examples of a micro batch in one row instead of padding them; losses and gradients are
       the same. `bins` packs the whole data set into rows of `data.max_length` tokens first, by first-fit decreasing: a
@@ -151,6 +153,8 @@ class DitchingSettings(Section):
     sequence_layout: Literal["balanced", "contiguous", "regroup"] = "balanced"
     memory_budget: str | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    liger: bool = False
     on_nan: Literal["stop", "continue"] = "stop"
     resume: str = "auto"
     extra: dict[str, Any] = {}

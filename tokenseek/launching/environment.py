@@ -88,6 +88,15 @@ def _deepspeed_settings() -> Mapping[str, str]:
     return {"deepspeed_config_file": settings["config_file"]} if "config_file" in settings else settings
 
 
+def let_memory_segments_grow() -> None:
+    """Have CUDA's allocator grow its segments, unless the environment says otherwise. Call it before a GPU is touched.
+
+    Numbers of selected and unselected rows are new in every step; segments of fixed sizes would fill up with gaps.
+    """
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def leave_processes() -> int:
     """Forget the launch, on a device of this process's own; returns the number that the process had in it."""
     if world_size() == 1:

@@ -33,6 +33,7 @@ def join_processes(patience: timedelta | None = None) -> PartialState:
     Args:
         patience: how long processes wait for each other in a collective; torch's own default if None.
     """
+    environment.let_memory_segments_grow()
     # Told nothing, PartialState finds no GPU and makes each of several CPU processes believe that it is alone.
     cpu = environment.uses_cpu() or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, **({"timeout": patience} if patience else {}))

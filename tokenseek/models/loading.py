@@ -23,11 +23,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
 from tokenseek.ditching.packing import require_packable
 from tokenseek.errors import UserError
+from tokenseek.launching import environment
 from tokenseek.launching.processes import whole_models
 from tokenseek.ulysses.heads import require_shareable
 
@@ -171,11 +173,16 @@ def load_tokenizer(model: ModelConfig, *, weights: bool = True) -> PreTrainedTok
 
 
 def load_model(model: ModelConfig) -> PreTrainedModel:
-    """The causal LM in the configured dtype, on this process's accelerator when it is quantised, else on the CPU."""
+    """The causal LM in the configured dtype, on this process's accelerator, unless an engine deals its weights out."""
     options = {}
     if model.quantization:
-        device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
-        options = dict(quantization_config=_quantization(model), device_map={"": device})
+        options["quantization_config"] = _quantization(model)
+    if torch.accelerator.is_available():
+        # ZeRO-3 and FSDP fill in each process's share of the weights themselves.
+        if model.quantization or not (is_deepspeed_zero3_enabled() or environment.uses_fsdp()):
+            options["device_map"] = {"": torch.accelerator.current_device_index()}
+    elif model.quantization:
+        options["device_map"] = {"": "cpu"}
     loaded = AutoModelForCausalLM.from_pretrained(
         model_folder(model),
         dtype=getattr(torch, model.dtype),

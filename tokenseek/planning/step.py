@@ -340,7 +340,9 @@ def _optimizer(config: RunConfig, engine: Engine) -> Callable[[list[nn.Parameter
             f"training.optim: {config.training.optim} cannot be planned, since its kernels need their device; plan "
             "with adamw_torch, whose states take 8 bytes per trained weight, and correct for yours."
         )
-    if not engine.on_cpu and not options.get("fused") and "foreach" in kind.__init__.__code__.co_varnames:
+    # Fused on a GPU, as `training_arguments` has it there.
+    is_fused = options.get("fused") or config.training.optim == "adamw_torch"
+    if not engine.on_cpu and not is_fused and "foreach" in kind.__init__.__code__.co_varnames:
         options["foreach"] = True  # what torch chooses on a GPU; it needs the memory of the gradients once more
     return lambda parameters: kind(parameters, **options)
 

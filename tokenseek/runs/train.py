@@ -19,12 +19,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, set_s
 from tokenseek.config import RunConfig, save_resolved
 from tokenseek.data import hold_out, prepare_dataset, require_supervised
 from tokenseek.data.packing import PackedDataset
+from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.online import Seeking
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.launching.memory import peak_memory_bytes
 from tokenseek.launching.processes import first_on_main, join_processes, require_engine
+from tokenseek.models.kernels import apply_liger, compile_regions, require_kernels
 from tokenseek.models.loading import add_adapter, load_model
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.exact import settle_exact_layers
@@ -86,6 +88,7 @@ def prepare(config: RunConfig) -> Run:
     config.require_trainable()
     state = join_processes()
     require_engine(state, config.model.quantization)
+    require_kernels(config)
     config = settle_exact_layers(config, state)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -205,6 +208,10 @@ def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedMode
     model = load_model(config.model)
     if config.peft:
         model = add_adapter(model, config.peft)
+    if config.training.liger:
+        apply_liger(find_decoder(model).causal_lm)
+    if config.training.compile:
+        compile_regions(model)
     if config.training.ditching:
         scoring, training = config.scoring, config.training
         seeking = Seeking(scoring.reduction, scoring.gradient_layer, config.selection.exact_layers)
