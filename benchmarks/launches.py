@@ -96,7 +96,7 @@ def _batch(ditching: bool) -> dict[str, torch.Tensor]:
         batch["attention_mask"] = torch.ones_like(ids)
         batch["selected_positions"] = torch.linspace(3, TOKENS - 1, SELECTED).long()[None]
         batch["shift_labels"] = next_token_labels(ids).gather(1, batch["selected_positions"])
-        batch["selected_positions"] = PlannedRows.of(batch, attention_is_ours=True)
+        batch["planned_rows"] = PlannedRows.of(batch, attention_is_ours=True)
     return batch
 
 

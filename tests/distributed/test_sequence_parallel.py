@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tokenseek
 from tokenseek.decoder.find import find_decoder
+from tokenseek.ditching import ditching_of
 from tokenseek.errors import UserError
 from tokenseek.parallel import disable_sequence_parallelism, enable_sequence_parallelism, measured
 
@@ -175,7 +176,7 @@ def evaluate(rank: int) -> list[float]:
     assert logits.shape[:2] == inputs["input_ids"].shape
     assert not model(**inputs, selected_positions=torch.empty(2, 0, dtype=torch.long)).loss.item()
     disable_sequence_parallelism(model)
-    assert find_decoder(model).causal_lm._token_ditching.sequence is None
+    assert ditching_of(model).sequence is None
     return losses
 
 
@@ -277,6 +278,6 @@ def test_models_with_attention_code_of_their_own_are_refused():
 def test_a_copy_shares_the_group():
     model = enable_sequence_parallelism(tiny_model("llama"), group_of(2), layout="regroup")
     other = copy.deepcopy(model)
-    assert find_decoder(other).causal_lm._token_ditching.sequence.layout == "regroup"
+    assert ditching_of(other).sequence.layout == "regroup"
     again = tokenseek.enable_token_ditching(model, recompute=True)
-    assert find_decoder(again).causal_lm._token_ditching.sequence.layout == "regroup"
+    assert ditching_of(again).sequence.layout == "regroup"

@@ -18,6 +18,7 @@ import tokenseek
 from benchmarks.memory import LiveStorages
 from tokenseek.decoder.find import find_decoder
 from tokenseek.decoder.names import checkpoints, disable_checkpointing, enable_checkpointing
+from tokenseek.ditching import ditching_of
 from tokenseek.errors import UserError
 
 SELECTED = torch.tensor([[1, 4, 5, 11], [0, 7, -1, -1]])
@@ -50,7 +51,7 @@ def copied(gradients):
 def assert_same(model, batch, selected, computed_in=None, **loss_kwargs):
     """Loss and all gradients of the patched model equal the dense reference's; returns the reference gradients."""
     reference = copy.deepcopy(model)
-    if hasattr(find_decoder(reference).causal_lm, "_token_ditching"):
+    if ditching_of(reference) is not None:
         tokenseek.disable_token_ditching(reference)
     disable_checkpointing(reference)  # it would take the reference's cache away
     expected_loss = dense_loss(reference, **batch, selected_positions=selected, **loss_kwargs)
@@ -90,7 +91,7 @@ def test_attention_that_is_not_looked_up_although_it_seems_so(monkeypatch):
     values = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     config = AutoConfig.for_model("falcon", vocab_size=VOCAB, **values)
     model = AutoModelForCausalLM.from_config(config)
-    monkeypatch.setattr("tokenseek.ditching.patch.has_attention_interface", lambda decoder: True)
+    monkeypatch.setattr("tokenseek.ditching.state.has_attention_interface", lambda decoder: True)
     with pytest.raises(UserError, match="attn_implementation='eager'"):
         tokenseek.enable_token_ditching(model)(**make_batch((13,)), selected_positions=torch.tensor([[3, 7]]))
 

@@ -88,9 +88,9 @@ class TestPlannedRows:
         batch = self.batch(packing)
         planned = pickle.loads(pickle.dumps(PlannedRows.of(batch, attention_is_ours=True)))  # as a worker sends it
         results = []
-        for positions in (batch["selected_positions"], planned):
+        for more in ({}, {"planned_rows": planned}):
             model.zero_grad()
-            loss = model(**batch | {"selected_positions": positions}).loss
+            loss = model(**batch, **more).loss
             loss.backward()
             results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
         for given, made in zip(*results, strict=True):
@@ -100,7 +100,7 @@ class TestPlannedRows:
         model = tokenseek.enable_token_ditching(tiny_model("llama"))
         batch = self.batch(False)
         batch["shift_labels"].fill_(IGNORED)
-        loss = model(**batch | {"selected_positions": PlannedRows.of(batch, True)}).loss
+        loss = model(**batch, planned_rows=PlannedRows.of(batch, True)).loss
         loss.backward()
         assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
@@ -108,10 +108,10 @@ class TestPlannedRows:
         planned = PlannedRows.of(self.batch(True), True)
         moved = planned.to("meta", non_blocking=True)
         with Launches() as launches:
-            rows = [moved.partition.selected, *(own[0] for own in moved.partition.examples)]
+            rows = [moved.reach.parts.selected, *(own[0] for own in moved.reach.parts.examples)]
             assert {row.index_BR.device.type for row in rows} == {moved.targets_R.device.type} == {"meta"}
-            assert [row.on_host for row in rows][0] == planned.partition.selected.on_host
-            assert rows[0].spans == planned.partition.selected.spans
+            assert [row.on_host for row in rows][0] == planned.reach.parts.selected.on_host
+            assert rows[0].spans == planned.reach.parts.selected.spans
             assert rows[0]._slots.device.type == "meta"
         assert launches.count == 0
 

@@ -9,6 +9,7 @@ from tiny_models import tiny_model
 from tiny_run import tiny_arguments, tiny_dataset
 
 from tokenseek import enable_token_ditching
+from tokenseek.ditching import ditching_of
 from tokenseek.errors import UserError
 from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
 from tokenseek.parallel import sequence_group, shared_by
@@ -93,7 +94,7 @@ def test_ranks_of_a_trainers_group_are_neighbours(ranks, tmp_path, monkeypatch):
     enable_token_ditching(model)
     assert shared_by(model) is None
     group = SimpleNamespace(size=lambda: 2)
-    model._token_ditching.sequence = SimpleNamespace(group=group)
+    ditching_of(model).sequence = SimpleNamespace(group=group)
     assert shared_by(model) is group
     monkeypatch.setattr("tokenseek.training.groups.dist.get_process_group_ranks", lambda group: ranks)
     with pytest.raises(UserError, match="needs neighbours, such as .0, 1."):

@@ -10,6 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import tokenseek
 from tokenseek import PaddingCollator, TokenSeekCollator, TokenSeekTrainer, UserError
+from tokenseek.ditching import ditching_of
 
 EPOCHS, BATCHES = 3, 4
 
@@ -134,4 +135,4 @@ def test_other_losses_are_refused(where, path, dataset, tmp_path):
 def test_ditching_that_is_enabled_already_is_kept(path, dataset, tmp_path):
     model = tokenseek.enable_token_ditching(tiny_model("llama"), recompute=True)
     TokenSeekTrainer(model, tiny_arguments(tmp_path), data_collator=TokenSeekCollator(path), train_dataset=dataset)
-    assert model._token_ditching.recompute
+    assert ditching_of(model).recompute

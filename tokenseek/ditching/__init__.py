@@ -2,5 +2,6 @@
 
 from tokenseek.ditching.online import Seeking
 from tokenseek.ditching.patch import disable_token_ditching, enable_token_ditching
+from tokenseek.ditching.state import ditching_of
 
-__all__ = ["Seeking", "disable_token_ditching", "enable_token_ditching"]
+__all__ = ["Seeking", "disable_token_ditching", "ditching_of", "enable_token_ditching"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from transformers import Cache
 
-from tokenseek.ditching.rows import Partition
+from tokenseek.ditching.reach import Reach
 from tokenseek.errors import UserError
 
 
@@ -28,7 +28,9 @@ class _OnceCache(Cache):
 
     def _record(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> None:
         if self.keys is not None:
-            raise UserError(f"layer {layer_idx} updates its key/value cache more than once; this model is not served.")
+            raise UserError(
+                f"layer {layer_idx} updates its key/value cache more than once; this model is not supported."
+            )
         self.keys, self.values = keys, values
 
     def get_seq_length(self, *args, **kwargs) -> int:
@@ -42,16 +44,14 @@ class SelectedCache(_OnceCache):
         unselected_keys, unselected_values: [B, N, U, H]; None where every token is selected.
     """
 
-    def __init__(
-        self, partition: Partition, unselected_keys: torch.Tensor | None, unselected_values: torch.Tensor | None
-    ):
+    def __init__(self, reach: Reach, unselected_keys: torch.Tensor | None, unselected_values: torch.Tensor | None):
         super().__init__()
-        self.partition = partition
+        self.reach = reach
         self.unselected_keys, self.unselected_values = unselected_keys, unselected_values
 
     def update(self, keys_BNSH, values_BNSH, layer_idx, *args, **kwargs):
-        keys_BNSH, values_BNSH = self.partition.exchange(keys_BNSH, values_BNSH)
-        whole = self.partition.whole
+        keys_BNSH, values_BNSH = self.reach.exchange(keys_BNSH, values_BNSH)
+        whole = self.reach.whole
         self._record(
             whole.assemble(self.unselected_keys, keys_BNSH),
             whole.assemble(self.unselected_values, values_BNSH),

@@ -23,18 +23,19 @@ from tokenseek.decoder.attention import attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import begins_anew, whole_masks
 from tokenseek.decoder.names import MASK_ARGUMENTS
+from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.rows import Partition, Rows, partition
 from tokenseek.errors import UserError
 
 
-def partition_by_example(
+def reach_by_example(
     decoder: Decoder,
     selected_positions: torch.Tensor,
     position_ids: torch.Tensor,
     attention_is_ours: bool,
     recorded: bool = False,
-) -> Partition:
-    """The partition of a batch without padding, in whose rows `position_ids` [B | 1, T] may tell examples apart.
+) -> PlainReach:
+    """The reach of a batch without padding, in whose rows `position_ids` [B | 1, T] may tell examples apart.
 
     Args:
         attention_is_ours: whether each example can attend alone, by an attention function in the place of sdpa's;
@@ -49,30 +50,28 @@ def partition_by_example(
     # One transfer; what follows is decided on the host.
     joined = torch.cat([selected_positions.flatten(), position_ids.flatten()]).cpu()
     positions_BS = joined[: selected_positions.numel()].view(selected_positions.shape)
-    parts = partition_on_host(
-        positions_BS, joined[selected_positions.numel() :].view(-1, tokens), attention_is_ours, recorded
-    )
-    if parts is None or isinstance(parts, PackedPartition):
+    position_ids_BT = joined[selected_positions.numel() :].view(-1, tokens)
+    if begins_anew(position_ids_BT).any():
         _require_position_ids(decoder)
-    if parts is None:
-        parts = partition(positions_BS, None, tokens, recorded)
-        parts = MaskedPartition(parts.selected, parts.unselected, tokens, parts.padded, True, position_ids)
-    return parts.to(device, non_blocking=True)
+    reach = reach_on_host(positions_BS, position_ids_BT, attention_is_ours, recorded)
+    if reach is None:
+        reach = MaskedReach(partition(positions_BS, None, tokens, recorded), position_ids)
+    return reach.to(device, non_blocking=True)
 
 
-def partition_on_host(
+def reach_on_host(
     positions_BS: torch.Tensor, position_ids_BT: torch.Tensor, attention_is_ours: bool, recorded: bool = False
-) -> Partition | None:
-    """As :func:`partition_by_example` of tensors on the host; None where a mask has to tell examples apart."""
+) -> PlainReach | None:
+    """As :func:`reach_by_example` of tensors on the host; None where a mask has to tell examples apart."""
     tokens = position_ids_BT.shape[-1]
     parts = partition(positions_BS, None, tokens, recorded)  # and its checks
     is_first_BT = begins_anew(position_ids_BT)
     if not is_first_BT.any():
-        return parts
+        return PlainReach(parts)
     if not attention_is_ours or len(positions_BS) > 1 or not parts.selected.valid_BR.any():
         return None
     borders = [0, *is_first_BT[0].nonzero().squeeze(1).tolist(), tokens]
-    return _partition_row(positions_BS[0], borders, recorded)
+    return PackedReach(_partition_row(positions_BS[0], borders, recorded))
 
 
 def _partition_row(positions_S: torch.Tensor, borders: list[int], recorded: bool) -> PackedPartition:
@@ -119,16 +118,6 @@ class PackedRows(Rows):
 
 
 @dataclass(frozen=True)
-class MaskedPartition(Partition):
-    """Of rows whose examples a mask of the whole row tells apart: where attention is not sdpa's, or B > 1."""
-
-    position_ids_BT: torch.Tensor
-
-    def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
-        return whole_masks(decoder, self.tokens, None, self.position_ids_BT)
-
-
-@dataclass(frozen=True)
 class PackedPartition(Partition):
     """Of one row of several examples.
 
@@ -144,14 +133,34 @@ class PackedPartition(Partition):
         examples = tuple(own and (move(own[0]), own[1] and move(own[1])) for own in self.examples)
         return replace(super()._moved(move), examples=examples)
 
-    def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
-        """[.., M, M], or None where causality, which the kernels know, is all that they would say."""
-        return whole_masks(decoder, max(self.lengths), None, None)
+
+class MaskedReach(PlainReach):
+    """Of rows whose examples a mask of the whole row tells apart: where attention is not sdpa's, or B > 1."""
+
+    def __init__(self, parts: Partition, position_ids_BT: torch.Tensor):
+        super().__init__(parts)
+        self.position_ids_BT = position_ids_BT
+
+    def body_call(self, decoder: Decoder, arguments: dict) -> tuple[dict, AbstractContextManager[None]]:
+        # With a mask of its own the model does not tell examples apart once more.
+        masks = whole_masks(decoder, self.parts.tokens, None, self.position_ids_BT)
+        return arguments | {"attention_mask": self.parts.ones_BT}, masks
+
+
+class PackedReach(PlainReach):
+    """Of one row of several examples, each of which attends alone."""
+
+    parts: PackedPartition
+
+    def body_call(self, decoder: Decoder, arguments: dict) -> tuple[dict, AbstractContextManager[None]]:
+        # Masks are [.., M, M], or None where causality, which the kernels know, is all that they would say.
+        masks = whole_masks(decoder, max(self.parts.lengths), None, None)
+        return arguments | {"attention_mask": self.parts.ones_BT}, masks
 
     def replacement(self, rows: Rows, make: Callable[[Rows], Callable]) -> Callable[[Callable], Callable]:
-        is_selected = rows is self.selected
-        own = [None if example is None else example[0 if is_selected else 1] for example in self.examples]
-        counts = [0 if rows is None else rows.index_BR.shape[1] for rows in own]
+        is_selected = rows is self.parts.selected
+        own = [None if example is None else example[0 if is_selected else 1] for example in self.parts.examples]
+        counts, lengths = [0 if rows is None else rows.index_BR.shape[1] for rows in own], self.parts.lengths
 
         def replace(original):
             attend = [rows and make(rows)(original) for rows in own]
@@ -161,7 +170,7 @@ class PackedPartition(Partition):
                     raise UserError("attention with a position_bias cannot be kept inside packed examples; pad them.")
                 queries, keys, values = (
                     x.split(sizes, dim=2)
-                    for x, sizes in ((query_1NRH, counts), (key_1KTH, self.lengths), (value_1KTH, self.lengths))
+                    for x, sizes in ((query_1NRH, counts), (key_1KTH, lengths), (value_1KTH, lengths))
                 )
                 outputs = []
                 for rows, attend_one, *qkv in zip(own, attend, queries, keys, values, strict=True):

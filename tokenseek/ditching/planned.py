@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
-from tokenseek.ditching.packing import partition_on_host
-from tokenseek.ditching.rows import Partition, partition
+from tokenseek.ditching.packing import reach_on_host
+from tokenseek.ditching.reach import PlainReach
+from tokenseek.ditching.rows import partition
 from tokenseek.labels import IGNORED
 
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """Stands in the place of ``selected_positions``; travels with its batch, as a tensor would.
+    """What ``selected_positions`` and labels come to; travels with its batch, as a tensor would.
 
     Attributes:
-        partition: of the batch.
+        reach: of the batch's rows.
         supervised_R: which of the B x S selected rows carry a loss; the first, if none does.
         targets_R: the tokens that these have to predict.
     """
 
-    partition: Partition
+    reach: PlainReach
     supervised_R: torch.Tensor
     targets_R: torch.Tensor
 
@@ -37,25 +38,25 @@ class PlannedRows:
         """Of a collator's batch, with ``shift_labels`` [B, S]; None where the model has to see it first.
 
         Args:
-            attention_is_ours: see :func:`tokenseek.ditching.packing.partition_by_example`.
+            attention_is_ours: see :func:`tokenseek.ditching.packing.reach_by_example`.
         """
         positions_BS, mask_BT = batch["selected_positions"], batch.get("attention_mask")
         if mask_BT is None and batch.get("position_ids") is not None:
-            parts = partition_on_host(positions_BS, batch["position_ids"], attention_is_ours)
+            reach = reach_on_host(positions_BS, batch["position_ids"], attention_is_ours)
         else:
-            parts = partition(positions_BS, mask_BT, batch["input_ids"].shape[1])
-        if parts is None or parts.selected.index_BR.shape != batch["shift_labels"].shape:
+            reach = PlainReach(partition(positions_BS, mask_BT, batch["input_ids"].shape[1]))
+        if reach is None or reach.parts.selected.index_BR.shape != batch["shift_labels"].shape:
             return None
-        targets = batch["shift_labels"].masked_fill(~parts.selected.valid_BR, IGNORED).flatten()
+        targets = batch["shift_labels"].masked_fill(~reach.parts.selected.valid_BR, IGNORED).flatten()
         supervised = supervised_rows(targets)
-        return cls(parts, supervised, targets[supervised])
+        return cls(reach, supervised, targets[supervised])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         rows = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.supervised_R, self.targets_R))
-        return PlannedRows(self.partition.to(device, non_blocking), *rows)
+        return PlannedRows(self.reach.to(device, non_blocking), *rows)
 
     def pin_memory(self) -> Self:
-        return PlannedRows(self.partition.pin_memory(), self.supervised_R.pin_memory(), self.targets_R.pin_memory())
+        return PlannedRows(self.reach.pin_memory(), self.supervised_R.pin_memory(), self.targets_R.pin_memory())
 
 
 def supervised_rows(targets: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.ditching.cache import _OnceCache
-from tokenseek.ditching.rows import Partition, Rows
+from tokenseek.ditching.reach import Reach
+from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.storage import Kept
 from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.errors import UserError
@@ -129,13 +130,13 @@ class RecordingCache(_OnceCache):
 class RecordedCache(_OnceCache):
     """Returns the recorded keys and values, with those of the selected rows, which carry gradient, in their places."""
 
-    def __init__(self, partition: Partition, keys: torch.Tensor, values: torch.Tensor):
+    def __init__(self, reach: Reach, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
-        self.partition, self.recorded = partition, (keys, values)
+        self.reach, self.recorded = reach, (keys, values)
 
     def update(self, keys_BNSH, values_BNSH, layer_idx, *args, **kwargs):
-        rows = self.partition.whole.selected
-        own = self.partition.exchange(keys_BNSH, values_BNSH)
+        rows = self.reach.whole.selected
+        own = self.reach.exchange(keys_BNSH, values_BNSH)
         written = [_Written.apply(whole, mine, rows) for whole, mine in zip(self.recorded, own, strict=True)]
         self._record(*written, layer_idx)
         return self.keys, self.values

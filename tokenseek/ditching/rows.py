@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, R rows of one pass (S selected or U unselected), N he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,8 +16,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self
 
-from tokenseek.decoder.attention import attention_replaced, without_cudnn
-from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import aligned_mask
 from tokenseek.decoder.names import CACHE_PLACES, KEY_ARGUMENTS, MASK_ARGUMENTS
 from tokenseek.errors import UserError
@@ -315,44 +312,15 @@ class Partition:
         return replace(self, selected=move(self.selected), unselected=self.unselected and move(self.unselected))
 
     @property
+    def ones_BT(self) -> torch.Tensor:
+        """int64 [B, T]: a mask of all tokens, padding included."""
+        return self.selected.index_BR.new_ones(len(self.selected.index_BR), self.tokens)
+
+    @property
     def is_complete(self) -> bool:
         """Whether every token is in one of the groups."""
         rows = [rows.index_BR.shape[1] for rows in (self.selected, self.unselected) if rows is not None]
         return not self.padded and sum(rows) == self.tokens
-
-    # What follows is trivial here, and not where ranks share a text (`tokenseek.parallel.sharding`) or a row holds
-    # several (`tokenseek.ditching.packing`).
-
-    @property
-    def whole(self) -> Partition:
-        """The partition that attention sees."""
-        return self
-
-    def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keys and values of one pass, [B, N, R, H], as attention sees them."""
-        return rows_BNRH
-
-    def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
-        """What the decoder's body, which makes the masks, runs in."""
-        return nullcontext()
-
-    def replacement(self, rows: Rows, make: Callable[[Rows], Callable]) -> Callable[[Callable], Callable]:
-        """What attention is replaced with in the pass of `rows`, made by `make` of rows of one text."""
-        return make(rows)
-
-    def attention(
-        self, decoder: Decoder, replace: Callable[[Callable], Callable] | None
-    ) -> AbstractContextManager[None]:
-        """What one pass of one layer runs in, with attention replaced unless `replace` is None."""
-        return without_cudnn() if replace is None else attention_replaced(decoder.causal_lm, replace)
-
-    def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
-        """`rows` on their way into a layer, but the first."""
-        return hidden_BRD
-
-    def leave_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
-        """`rows` on their way out of a layer, but the last."""
-        return hidden_BRD
 
 
 def partition(

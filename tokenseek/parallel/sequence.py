@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import nn
 
 from tokenseek.decoder.find import Decoder, find_decoder
-from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching import ditching_of, enable_token_ditching
 from tokenseek.ditching.rows import Partition
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
-from tokenseek.parallel.sharding import LocalPartition, local_arguments, shard
+from tokenseek.parallel.sharding import LocalPartition, SharedReach, local_arguments, shard
 from tokenseek.ulysses.agreement import require_same
 from tokenseek.ulysses.heads import query_heads, require_shareable
 from tokenseek.ulysses.layout import LAYOUTS
@@ -49,7 +49,7 @@ def enable_sequence_parallelism(
         engine: "averages" or "sums".
 
     Raises:
-        UserError: for models and group sizes that cannot be served, saying why. In a forward pass, on all ranks of a
+        UserError: for models and group sizes that are not supported, saying why. In a forward pass, on all ranks of a
             group, if they were given different batches.
 
     Example:
@@ -63,9 +63,9 @@ def enable_sequence_parallelism(
             raise UserError(f"{name} is {value!r}; it must be one of {', '.join(accepted)}.")
     decoder = find_decoder(model)
     require_shareable(decoder, group)
-    if not hasattr(decoder.causal_lm, "_token_ditching"):
+    if ditching_of(model) is None:
         enable_token_ditching(model)
-    decoder.causal_lm._token_ditching.sequence = SequenceParallelism(group, layout, engine)
+    ditching_of(model).sequence = SequenceParallelism(group, layout, engine)
     return model
 
 
@@ -74,14 +74,14 @@ def disable_sequence_parallelism(model: nn.Module) -> nn.Module:
     decoder = find_decoder(model)
     if shared_by(model) is None:
         raise UserError(f"sequence parallelism is not enabled on this {decoder.name}.")
-    decoder.causal_lm._token_ditching.sequence = None
+    ditching_of(model).sequence = None
     return model
 
 
 def shared_by(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks that share the model's texts, by :func:`enable_sequence_parallelism`; None if it is not enabled."""
-    sequence = getattr(getattr(find_decoder(model).causal_lm, "_token_ditching", None), "sequence", None)
-    return sequence and sequence.group
+    ditching = ditching_of(model)
+    return ditching.sequence.group if ditching and ditching.sequence else None
 
 
 class SequenceParallelism:
@@ -134,7 +134,7 @@ class SequenceParallelism:
         parts: Partition,
         labels_BS: torch.Tensor,
         weights_BS: torch.Tensor | None,
-    ) -> tuple[dict, LocalPartition, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[dict, SharedReach, torch.Tensor, torch.Tensor | None]:
         """The body's arguments, the partition and the selected rows' labels and weights, cut down to this rank."""
         local = self.shard(decoder, arguments, parts)
         places_BS = torch.where(parts.selected.valid_BR, parts.selected.index_BR, parts.tokens)
@@ -148,7 +148,7 @@ class SequenceParallelism:
 
         labels_BR = of_mine(labels_BS, IGNORED)
         weights_BR = None if weights_BS is None else of_mine(weights_BS, 0)
-        return local_arguments(arguments, local), local, labels_BR, weights_BR
+        return local_arguments(arguments, local), SharedReach(local), labels_BR, weights_BR
 
     def shard(self, decoder: Decoder, arguments: dict, parts: Partition) -> LocalPartition:
         """This rank's share of the rows of `parts`."""

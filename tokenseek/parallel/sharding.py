@@ -49,7 +49,7 @@ class LocalRows(Rows):
 
 @dataclass(frozen=True)
 class LocalPartition(Partition):
-    """What :class:`Partition` is on one process, on one of several that share the text.
+    """The rows of one of several ranks that share the text.
 
     Attributes:
         of_all_ranks: the rows of all ranks, with positions in the text.
@@ -69,26 +69,41 @@ class LocalPartition(Partition):
     into_layer: dict[Rows, Move] | None = None
     out_of_layer: dict[Rows, Move] | None = None
 
+
+class SharedReach:
+    """Of rows on one of several ranks: all ranks' rows meet in attention, where each rank has some of the heads."""
+
+    def __init__(self, parts: LocalPartition):
+        self.parts = parts
+
     @property
     def whole(self) -> Partition:
-        return self.of_all_ranks
+        return self.parts.of_all_ranks
+
+    def body_call(self, decoder: Decoder, arguments: dict) -> tuple[dict, AbstractContextManager[None]]:
+        # The arguments are cut to local slots already, see `local_arguments`.
+        parts = self.parts
+        return arguments, whole_masks(decoder, self.whole.tokens, parts.attention_mask_BT, parts.position_ids_BT)
 
     def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return key_heads_exchanged(self.query_heads, self.group, self.selected_shards.interleaved, *rows_BNRH)
+        parts = self.parts
+        return key_heads_exchanged(parts.query_heads, parts.group, parts.selected_shards.interleaved, *rows_BNRH)
 
-    def masks(self, decoder: Decoder) -> AbstractContextManager[None]:
-        return whole_masks(decoder, self.whole.tokens, self.attention_mask_BT, self.position_ids_BT)
+    def replacement(self, rows: Rows, make: Callable[[Rows], Callable]) -> Callable[[Callable], Callable]:
+        return make(rows)
 
     def attention(
         self, decoder: Decoder, replace: Callable[[Callable], Callable] | None
     ) -> AbstractContextManager[None]:
-        return heads_exchanged(decoder, self.group, self.selected_shards.interleaved, replace)
+        return heads_exchanged(decoder, self.parts.group, self.parts.selected_shards.interleaved, replace)
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
-        return self.into_layer[rows](self.group, hidden_BRD) if self.into_layer else hidden_BRD
+        parts = self.parts
+        return parts.into_layer[rows](parts.group, hidden_BRD) if parts.into_layer else hidden_BRD
 
     def leave_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
-        return self.out_of_layer[rows](self.group, hidden_BRD) if self.out_of_layer else hidden_BRD
+        parts = self.parts
+        return parts.out_of_layer[rows](parts.group, hidden_BRD) if parts.out_of_layer else hidden_BRD
 
 
 def shard(parts: Partition, group: dist.ProcessGroup, query_heads: int, layout: str, arguments: dict) -> LocalPartition:
@@ -179,7 +194,8 @@ def local_positions(parts: LocalPartition) -> torch.Tensor:
     NTK) take the largest position for it, and must come to the same on all ranks and on one process.
     """
     rank = parts.group.rank()
-    passes = [(parts.selected_shards, parts.whole.selected), (parts.unselected_shards, parts.whole.unselected)]
+    whole = parts.of_all_ranks
+    passes = [(parts.selected_shards, whole.selected), (parts.unselected_shards, whole.unselected)]
     positions = []
     for shards, rows in passes:
         if shards is not None:
@@ -187,7 +203,7 @@ def local_positions(parts: LocalPartition) -> torch.Tensor:
             # An example without any row of this pass on any rank falls back on the first token.
             positions.append(torch.where(mine_BR >= 0, mine_BR, rows.index_BR[:, :1]))
     batch = len(positions[0])
-    positions.append(positions[0].new_full((batch, 1), parts.whole.tokens - 1))
+    positions.append(positions[0].new_full((batch, 1), parts.of_all_ranks.tokens - 1))
     return torch.cat(positions, dim=1)
 
 
@@ -197,7 +213,7 @@ def local_arguments(arguments: dict, parts: LocalPartition) -> dict:
     Raises:
         UserError: padding that is not on the right without `position_ids`, since models differ in how they count then.
     """
-    tokens, positions_BL = parts.whole.tokens, local_positions(parts)
+    tokens, positions_BL = parts.of_all_ranks.tokens, local_positions(parts)
     position_ids_BT = arguments.get("position_ids")
     if position_ids_BT is None:
         if not parts.right_padded:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tokenseek.decoder.find import find_decoder
+from tokenseek.ditching import ditching_of
 from tokenseek.ditching.rows import Partition
 from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.parallel.sequence import SequenceParallelism
@@ -19,18 +20,16 @@ def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, text: Partitio
 
     Args:
         layout: as for :func:`tokenseek.parallel.enable_sequence_parallelism`.
-        text: the partition that it will be called with, once, as ``selected_positions``. Who holds which rows is
-            settled here, on real positions, since sizes depend on it.
+        text: the partition of the text that it will be called with, once. Who holds which rows is settled here, on
+            real positions, since sizes depend on it.
 
     Raises:
         UserError: the ranks cannot share this model's attention.
     """
     group = _group_without_others(ranks)
     enable_sequence_parallelism(model, group, layout=layout)
-    decoder = find_decoder(model)
-    heads = query_heads(decoder)
-    dealt = shard(text, group, heads, layout, {})
-    decoder.causal_lm._token_ditching.sequence = _FirstRank(group, layout, dealt)
+    dealt = shard(text, group, query_heads(find_decoder(model)), layout, {})
+    ditching_of(model).sequence = _FirstRank(group, layout, dealt)
 
 
 class _FirstRank(SequenceParallelism):

@@ -25,7 +25,8 @@ from tokenseek.config import RunConfig
 from tokenseek.decoder import head
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.names import asks_for_checkpointing, enable_checkpointing
-from tokenseek.ditching import enable_token_ditching, staircase, storage
+from tokenseek.ditching import ditching_of, enable_token_ditching, staircase, storage
+from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.rows import partition
 from tokenseek.errors import UserError
 from tokenseek.launching.engine import Engine
@@ -130,11 +131,12 @@ def plan_memory(
     model_config = model_config or load_model_config(config)
     make_optimizer = _optimizer(config, engine)
     # Which rows are selected is decided on real positions: the sizes of what follows depend on them.
-    parts = None
+    positions_BS = None
     if method.ratio is not None:
-        parts = partition(_spread_positions(method.ratio, *shape), None, shape[1])
+        positions_BS = _spread_positions(method.ratio, *shape)
     elif engine.sp_size > 1:  # ranks that share a text select all of it
-        parts = partition(_spread_positions(1.0, *shape), None, shape[1])
+        positions_BS = _spread_positions(1.0, *shape)
+    parts = None if positions_BS is None else partition(positions_BS, None, shape[1])
     model = _build(config, model_config, method, engine)
     if engine.sp_size > 1:
         plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts)
@@ -145,11 +147,12 @@ def plan_memory(
         with (
             _replaced(staircase, LIMITS={**staircase.LIMITS, **limits}),
             _replaced(head, CHUNK_BYTES=head.CHUNK_BYTES if engine.on_cpu else head.MOST_CHUNK_BYTES),
+            nullcontext() if parts is None else ditching_of(model).handing(PlainReach(parts)),
             fake,
             Ledger() as ledger,
             Work() as work,
             _LargestBatch(ledger),
-            _put_away(ledger),
+            _track_stored_kv(ledger),
         ):
             _materialise(model)
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
@@ -158,7 +161,7 @@ def plan_memory(
             ledger.reset_peak()
             work.reset()
             with measured() as traffic:
-                _train_pass(model, decoder, state, ledger, config, engine, shape, parts)
+                _train_pass(model, decoder, state, ledger, config, engine, shape, positions_BS)
             passes = StepWork(work.flops, 0, work.operations)
             work.reset()
             ledger.region = "workspace"
@@ -262,10 +265,10 @@ def _materialise(model: nn.Module) -> None:
 
 
 def _train_pass(
-    model, decoder: Decoder, state: ShardedState, ledger: Ledger, config, engine: Engine, shape, parts
+    model, decoder: Decoder, state: ShardedState, ledger: Ledger, config, engine: Engine, shape, positions_BS
 ) -> None:
     """Forward and backward of one micro batch, as Transformers' Trainer takes them."""
-    extra = {} if parts is None else {"selected_positions": parts}
+    extra = {} if positions_BS is None else {"selected_positions": positions_BS}
     ids = torch.zeros(shape, dtype=torch.int64)
     decoder.body.register_forward_hook(lambda module, args, output: _enter_head(ledger, output))
     precision = _PRECISIONS.get(config.training.mixed_precision)
@@ -282,7 +285,7 @@ def _train_pass(
 
 
 @contextmanager
-def _put_away(ledger: Ledger) -> Iterator[None]:
+def _track_stored_kv(ledger: Ledger) -> Iterator[None]:
     """Copies of keys and values for the backward pass are counted as such, and on the host not at all."""
 
     def tracked(make, category):

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from tokenseek.data.packing import unpacked
-from tokenseek.decoder.find import find_decoder
+from tokenseek.ditching import ditching_of
 from tokenseek.errors import UserError
 from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
 from tokenseek.parallel import shared_by
@@ -48,11 +48,9 @@ class GroupTrainer(Trainer):
         if on_nan not in ("stop", "continue"):
             raise UserError(f"on_nan is {on_nan!r}; it must be 'stop' or 'continue'.")
         args.logging_nan_inf_filter = False  # would log such a loss as the mean of those before
-        if hasattr(find_decoder(model).causal_lm, "_token_ditching") and (
-            args.label_smoothing_factor or kwargs.get("compute_loss_func")
-        ):
+        if ditching_of(model) is not None and (args.label_smoothing_factor or kwargs.get("compute_loss_func")):
             raise UserError(
-                "label_smoothing_factor and compute_loss_func cannot be had with token ditching or sequence "
+                "label_smoothing_factor and compute_loss_func are incompatible with token ditching and sequence "
                 "parallelism: the model computes the loss itself, over the tokens that it trains on. Leave them out."
             )
         group = shared_by(model)

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
 from tokenseek.decoder.find import find_decoder
-from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching import ditching_of, enable_token_ditching
 from tokenseek.ditching.planned import PlannedRows
 from tokenseek.ditching.zero3 import gather_layers_once
 from tokenseek.errors import UserError
@@ -51,7 +51,7 @@ class TokenSeekTrainer(GroupTrainer):
                 f"TokenSeekTrainer needs a TokenSeekCollator as data_collator, got {type(data_collator).__name__}; to "
                 "train on all tokens use transformers.Trainer or tokenseek.training.GroupTrainer."
             )
-        if not hasattr(find_decoder(model).causal_lm, "_token_ditching"):
+        if ditching_of(model) is None:
             enable_token_ditching(model)
         gather_layers_once(find_decoder(model))  # `args` may have brought ZeRO-3 only now
         args.remove_unused_columns = False  # example_id is for the collator
@@ -60,15 +60,10 @@ class TokenSeekTrainer(GroupTrainer):
         self.online = OnlineTotals()
 
     def _collator_of_training(self) -> Callable[[list], dict]:
-        collator, ditching = super()._collator_of_training(), find_decoder(self.model).causal_lm._token_ditching
+        collator, ditching = super()._collator_of_training(), ditching_of(self.model)
         if not has_length(self.train_dataset) or ditching.sequence or self.args.n_gpu > 1:
             return collator
         return PlanningCollator(collator, ditching.attention_is_ours)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
-        if planned := inputs.pop("planned_rows", None):
-            inputs = inputs | {"selected_positions": planned}
-        return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self,

@@ -1,0 +1,162 @@
+"""What token ditching leaves on a model, and the one way to it.
+
+Shapes: B batch, T tokens, S selected, U unselected, D hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import MethodType
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tokenseek.decoder.attention import has_attention_interface
+from tokenseek.decoder.find import Decoder, find_decoder
+from tokenseek.decoder.names import checkpoints, without_checkpointing
+from tokenseek.ditching.autocast import autocast_cache
+from tokenseek.ditching.loss import most_chunks
+from tokenseek.ditching.online import Seeking
+from tokenseek.ditching.reach import Reach
+from tokenseek.ditching.recorded import Recording
+from tokenseek.ditching.rows import Partition
+
+
+class Sharing(Protocol):
+    """What token ditching asks where several processes share each text (:mod:`tokenseek.parallel`)."""
+
+    group: dist.ProcessGroup
+
+    def agreed_positions(
+        self,
+        arguments: dict,
+        selected_positions: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Positions [B, S], all tokens where None, after making sure that all processes were given the same."""
+
+    def share(
+        self,
+        decoder: Decoder,
+        arguments: dict,
+        parts: Partition,
+        labels_BS: torch.Tensor,
+        weights_BS: torch.Tensor | None,
+    ) -> tuple[dict, Reach, torch.Tensor, torch.Tensor | None]:
+        """The body's arguments, the reach, labels and weights of this process's share of the rows of `parts`."""
+
+    def total(self, loss: torch.Tensor) -> torch.Tensor:
+        """The sum of every process's part of the loss."""
+
+
+class Ditching:
+    """What the patched modules of one model share; `step` is set while a forward pass with selected tokens runs."""
+
+    def __init__(self, decoder: Decoder, recompute: bool, kv_storage: str, seeking: Seeking):
+        self.decoder = decoder
+        self.recompute = recompute
+        self.kv_storage = kv_storage
+        self.seeking = seeking
+        self.step: Step | None = None
+        # Keys and values of all tokens: set while they are recorded, and while the selected rows attend to them.
+        self.recorder: Recording | None = None
+        self.recorded: Recording | None = None
+        # Set where ranks share a text (`tokenseek.parallel`).
+        self.sequence: Sharing | None = None
+        # Made before the modules that use it are called, see `handing`.
+        self.handed: Reach | None = None
+        self.returns_all_rows = _returns_all_rows(decoder.body)
+        self.has_interface = has_attention_interface(decoder)
+
+    def recomputes(self, layer: nn.Module) -> bool:
+        return self.recompute or checkpoints(layer)
+
+    @contextmanager
+    def recording(self, recording: Recording) -> Iterator[None]:
+        """In the block, layers run over all tokens and leave their keys and values in `recording`."""
+        self.recorder = recording
+        try:
+            with autocast_cache(False), without_checkpointing(self.decoder.body, *self.decoder.layers):
+                yield
+        finally:
+            self.recorder = None
+
+    @contextmanager
+    def replaying(self, recording: Recording) -> Iterator[None]:
+        """In the block, selected rows attend to the keys and values of `recording`."""
+        self.recorded = recording
+        try:
+            yield
+        finally:
+            self.recorded = None
+
+    @contextmanager
+    def handing(self, reach: Reach) -> Iterator[None]:
+        """In the block, a call makes no partition of its positions but takes that of `reach`.
+
+        The model hands it to its body so. A caller does where positions cannot be read (fake tensors).
+        """
+        before, self.handed = self.handed, reach
+        try:
+            yield
+        finally:
+            self.handed = before
+
+    def even_chunks(self, own: int) -> int:
+        """How many chunks of the head all processes run, where each has to gather its weights with the others."""
+        head = self.decoder.causal_lm.get_output_embeddings()
+        return most_chunks(head, own)
+
+    @property
+    def attention_is_ours(self) -> bool:
+        """Whether the model looks its attention function up, and finds one of ours: its backend is sdpa."""
+        return self.has_interface and self.decoder.causal_lm.config.get_text_config()._attn_implementation == "sdpa"
+
+
+class Step:
+    """One forward pass: how its rows reach attention and, between layers, the unselected rows.
+
+    Where these have run before, their keys and values are in `recording`.
+    """
+
+    def __init__(self, reach: Reach, recomputed: set[nn.Module], recording: Recording | None):
+        self.reach = reach
+        # Layers whose selected rows run once more in the backward pass.
+        self.recomputed = recomputed
+        self.recording = recording
+        self.unselected_BUD: torch.Tensor | None = None
+        self.started = False
+
+
+def ditching_of(model: nn.Module) -> Ditching | None:
+    """What :func:`tokenseek.enable_token_ditching` left on a model, wrapped or not; None where it is not enabled."""
+    return getattr(find_decoder(model).causal_lm, "_token_ditching", None)
+
+
+def original_forward(module: nn.Module):
+    """The forward that a patched module had before."""
+    return module._forward_before_ditching or MethodType(type(module).forward, module)
+
+
+@cache
+def argument_names(module_class: type) -> list[str]:
+    """Names of the arguments of a forward, without `self`."""
+    return list(inspect.signature(module_class.forward).parameters)[1:]
+
+
+def _returns_all_rows(body: nn.Module) -> bool:
+    """Whether the body has to be handed all T rows after its last layer, to give the selected ones back.
+
+    Old decoders give their output the shape of their input ids by a view, which only all rows fit. Where there is no
+    source to see that in, all rows are right for every decoder, if not the cheapest for most.
+    """
+    try:
+        return "view(output_shape)" in inspect.getsource(inspect.unwrap(type(body).forward))
+    except (OSError, TypeError):
+        return True
