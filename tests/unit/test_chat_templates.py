@@ -411,3 +411,15 @@ def test_a_template_that_rewrites_the_question_is_refused():
     template = "{% for m in messages %}{{ messages | length }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="renders the messages before message 1 differently once it follows"):
         ChatRenderer(tiny_tokenizer(chat_template=template)).render(ONE)
+
+
+def test_a_loss_on_every_token_needs_no_turns(tmp_path):
+    [example] = examples_of(tmp_path, "qwen 3", TWO, labels="sequence")
+    assert example == f"⟦{HI}Yo<|im_end|>\n{AND}<think>\n\n</think>\n\nGo<|im_end|>\n⟧"
+    [example] = examples_of(tmp_path, "qwen 2.5", ONE[:1], labels="sequence")
+    assert example == f"⟦{QWEN_25}<|im_start|>user\nHi<|im_end|>\n⟧"
+    assert examples_of(tmp_path, "qwen 2.5", ONE) == [PLAIN["qwen 2.5"][0]]  # not the other's cache
+    with pytest.raises(
+        ValueError, match="labels: sequence puts the loss on every token, and loss_on: last on one turn"
+    ):
+        examples_of(tmp_path, "qwen 3", TWO, labels="sequence", loss_on="last")

@@ -420,6 +420,20 @@ def test_the_cache_knows_the_content_and_not_the_time(tmp_path):
     assert answers(path) == ["two</s>"]
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "response": "one"}])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
+    message = refusal(path)
+    assert f"prepared data cannot be kept in {tmp_path / 'file'}" in message and "HF_DATASETS_CACHE" in message
+
+
+def test_errors_of_worker_processes_name_the_row(tmp_path):
+    rows = [{"instruction": "a", "response": "one"}] * 5 + [{"instruction": "a", "response": [1]}]
+    message = refusal(write_jsonl(tmp_path / "rows.jsonl", rows), num_proc=2)
+    assert "data.sources.0: rows.jsonl, line 6: column 'response' holds [1], a list" in message
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -112,4 +112,8 @@ class DataConfig(Section):
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(w or s.rows is not None for w, s in zip(weighted, self.sources, strict=True)):
             raise ValueError("one source has a weight, so every source needs a weight or rows")
+        if self.labels == "sequence" and self.loss_on == "last":
+            raise ValueError(
+                "labels: sequence puts the loss on every token, and loss_on: last on one turn; leave one out"
+            )
         return self

@@ -187,6 +187,8 @@ class ChatRenderer:
         rewritten_turns: what becomes of turns that the template renders differently once others follow: `refuse` the
             conversation, or train each in a `separate` example that ends with it.
         options: further variables of the template (`enable_thinking`).
+        key: the section of the configuration that has these settings, for errors.
+        every_token: the loss is on every token, so that no turn has to be found.
     """
 
     tokenizer: Any
@@ -194,6 +196,7 @@ class ChatRenderer:
     rewritten_turns: str = "refuse"
     options: Mapping[str, Any] | None = None
     key: str = "data"
+    every_token: bool = False
 
     @cached_property
     def markers(self) -> re.Pattern:
@@ -218,8 +221,11 @@ class ChatRenderer:
             UserError: no turn of the assistant, a template that refuses the conversation, or one that renders turns
                 differently once others follow.
         """
-        turns = self._trained_turns(messages, first_turn)
+        turns = [] if self.every_token else self._trained_turns(messages, first_turn)
         messages, whole = _without_own_ends(self, *_taken(self, messages, tools), tools)
+        if self.every_token:
+            left_out = _left_out(messages, dict.fromkeys(range(len(messages)), whole))
+            return [Rendered(whole, ((0, len(whole)),), add_special_tokens=False, left_out=left_out)]
         conversation = _Conversation(self, messages, tools, whole)
         shown = {turn: whole for turn, message in enumerate(messages) if message["role"] != "assistant"}
         if conversation.has_markers and len(turns) == len(_assistant_turns(messages)):

@@ -25,7 +25,7 @@ from tokenseek.data.encoding import (
 from tokenseek.data.formats import Format, recognise_rows
 from tokenseek.data.reading import parse_row
 from tokenseek.data.rows import RowRenderer, read_columns, settled_template
-from tokenseek.data.sources import LoadedSource, draw_rows, load_source
+from tokenseek.data.sources import LoadedSource, cache_error, draw_rows, load_source
 from tokenseek.data.templates import Ends
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
@@ -144,12 +144,14 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
 
     drawn = draw_rows(sources, [len(part.rows) for part in loaded], f"{section}.sources")
     ends = Ends.of(tokenizer, data.append_eos)
-    chat = ChatRenderer(tokenizer, data.loss_on, data.rewritten_turns, data.template_options, section)
+    chat = ChatRenderer(
+        tokenizer, data.loss_on, data.rewritten_turns, data.template_options, section, data.labels == "sequence"
+    )
     rendered = [
         _map(
             part.rows.select(chosen),
             RowRenderer(source, part, template, ends, chat, key),
-            [source.model_dump_json(), template, tokenizer_digest, template_digest],
+            [source.model_dump_json(), template, tokenizer_digest, template_digest, data.labels],
             features=_RENDERED,
             desc=f"render {key}",
             num_proc=data.num_proc,
@@ -271,13 +273,16 @@ def _map(rows: Dataset, function: Callable, inputs: list[str], **options) -> Dat
     pickle changes as it is used.
     """
     code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return rows.map(
-        function,
-        batched=True,
-        remove_columns=rows.column_names,
-        new_fingerprint=digest(rows._fingerprint, json.dumps(inputs), *code),
-        **options,
-    )
+    try:
+        return rows.map(
+            function,
+            batched=True,
+            remove_columns=rows.column_names,
+            new_fingerprint=digest(rows._fingerprint, json.dumps(inputs), *code),
+            **options,
+        )
+    except OSError as error:
+        raise cache_error(error) from error
 
 
 def _report(

@@ -219,18 +219,26 @@ def _cached(read: Callable[[], Iterable[RawRow]], identity: list[str]) -> tuple[
     key = hashlib.blake2b(json.dumps([identity, code]).encode(), digest_size=16).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "tokenseek" / key
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
         try:
-            _write_rows(read(), new)
-            os.replace(new, folder)
-        except OSError:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            new = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+            try:
+                _write_rows(read(), new)
+                os.replace(new, folder)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+        except OSError as error:
             if not folder.exists():  # else another process has finished it
-                raise
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+                raise cache_error(error) from error
     rows = Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=key)
     return rows, tuple(json.loads((folder / "columns.json").read_text(encoding="utf-8")))
+
+
+def cache_error(error: OSError) -> UserError:
+    return UserError(
+        f"prepared data cannot be kept in {datasets.config.HF_DATASETS_CACHE}: {error.strerror or error}; make "
+        "room there, or name another folder in the environment variable HF_DATASETS_CACHE"
+    )
 
 
 def _write_rows(rows: Iterable[RawRow], folder: Path) -> None:
