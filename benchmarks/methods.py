@@ -17,21 +17,23 @@ from benchmarks.shapes import make_model
 from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
 from tokenseek.decoder.head import next_token_labels
 from tokenseek.decoder.names import enable_checkpointing
-from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.ditching.loss import selected_loss
+from tokenseek.selection import SelectionRule
 from tokenseek.training import PaddingCollator, TokenSeekCollator
 
 _OPTIONS = {
     "full": {"checkpoint", "chunked-ce", "lora", "qlora"},
     "algorithm1": {"lora", "qlora"},
     "tokenseek": {"recompute", "kv-host", "kv-int8", "lora", "qlora", "packed"},
+    "online": {"error", "exact", "recompute", "kv-host", "lora", "qlora"},
 }
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]  # where the paper puts its adapters (section S1.7)
 
 DEFAULT_METHODS = (
     "full,full+checkpoint,full+checkpoint+chunked-ce,algorithm1@0.1,"
     + ",".join(f"tokenseek@{r}{option}" for r in ("0.05", "0.1", "0.2", "0.5", "1.0") for option in ("", "+recompute"))
-    + ",full+lora,full+lora+checkpoint,tokenseek@0.1+lora"
+    + ",online@0.1,online@0.1+error,online@0.1+exact,full+lora,full+lora+checkpoint,tokenseek@0.1+lora"
     + ",full+qlora,full+qlora+checkpoint,tokenseek@0.1+qlora,tokenseek@0.1+qlora+recompute"
 )
 
@@ -73,6 +75,17 @@ def build(name: str, shape: str, dtype: torch.dtype, device: str) -> tuple[nn.Mo
         kv_storage = next((s for s in ("host", "int8") if f"kv-{s}" in method.options), "device")
         enable_token_ditching(model, recompute="recompute" in method.options, kv_storage=kv_storage)
         return model, lambda **batch: model(**batch).loss
+    if method.base == "online":
+        reduction, exact_layers = "error" if "error" in method.options else "l2", int("exact" in method.options)
+        seeking = Seeking(reduction, exact_layers=exact_layers)
+        kv_storage = "host" if "kv-host" in method.options else "device"
+        enable_token_ditching(model, recompute="recompute" in method.options, kv_storage=kv_storage, seeking=seeking)
+        rule = SelectionRule("sampled", method.ratio, alpha=0, beta=1, explore=0.3, scope="supervised")
+
+        def loss_online(selected_positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+            return model(**batch, selection=rule, selection_keys=torch.arange(len(selected_positions))).loss
+
+        return model, loss_online
     if method.base == "algorithm1":
         return model, lambda **batch: algorithm1_loss(model, **batch)
     if "chunked-ce" in method.options:
@@ -81,14 +94,20 @@ def build(name: str, shape: str, dtype: torch.dtype, device: str) -> tuple[nn.Mo
 
 
 def make_batch(
-    ratio: float, batch: int, tokens: int, vocab: int, device: str, seed: int = 0
+    ratio: float, batch: int, tokens: int, vocab: int, device: str, seed: int = 0, supervised: float = 1.0
 ) -> dict[str, torch.Tensor]:
-    """Random input_ids, the same as labels [B, T], and random selected_positions, ascending [B, S]."""
+    """Random input_ids, the same as labels [B, T], and random selected_positions, ascending [B, S].
+
+    Args:
+        supervised: share of the tokens, at the end, that carry a loss.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab, (batch, tokens), generator=generator)
     count = max(1, int(ratio * tokens + 0.5))
     selected = torch.rand(batch, tokens, generator=generator).argsort(1)[:, :count].sort(1).values
-    return {name: x.to(device) for name, x in dict(input_ids=ids, labels=ids, selected_positions=selected).items()}
+    labels = ids.clone()
+    labels[:, : tokens - round(supervised * tokens)] = -100
+    return {name: x.to(device) for name, x in dict(input_ids=ids, labels=labels, selected_positions=selected).items()}
 
 
 def make_ragged_batch(

@@ -42,6 +42,7 @@ def measure(
     steps: int,
     threads: int = 0,
     memory: bool = True,
+    supervised: float = 1.0,
 ) -> dict:
     """Seconds of each step and, with `memory`, bytes: saved, stored, peak, states. A process should measure once.
 
@@ -55,7 +56,8 @@ def measure(
     if isinstance(tokens, str):
         inputs = make_ragged_batch(Method.parse(method), [int(n) for n in tokens.split("+")], vocab, device)
     else:
-        inputs = make_batch(Method.parse(method).ratio, batch, tokens, vocab, device)
+        ratio = Method.parse(method).ratio
+        inputs = make_batch(ratio, batch, tokens, vocab, device, supervised=supervised)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
 
@@ -189,6 +191,7 @@ def main() -> None:
         help="tokens per example, with commas between; 256+512 is a batch of two unequal examples",
     )
     parser.add_argument("--batch", type=int, default=1, help="examples of a batch, where all are of one length")
+    parser.add_argument("--supervised", type=float, default=1.0, help="share of the tokens that carry a loss")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", choices=WARM_UP_STEPS, default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="processes per method and length")
@@ -204,9 +207,8 @@ def main() -> None:
     lengths = [n if "+" in n else int(n) for n in args.lengths.split(",")]
     for method in methods:
         Method.parse(method)
-    options = dict(
-        shape=args.shape, batch=args.batch, dtype=args.dtype, device=args.device, steps=args.steps, threads=args.threads
-    )
+    names = ("shape", "batch", "dtype", "device", "steps", "threads", "supervised")
+    options = {name: getattr(args, name) for name in names}
     report = dict(command=shlex.join(sys.argv), machine=machine(args.device, args.threads))
     report["rows"] = run_all(methods, lengths, args.repeats, **options)
     if args.json:
