@@ -134,6 +134,8 @@ class DitchingSettings(Section):
     - `kv_storage`: where keys and values wait for it: on the `device`, on the `host`, or in 8 bits (`int8`, not exact).
     - `compile`: norms and feed-forward blocks compiled by torch, for fewer and larger kernels on a GPU.
     - `liger`: Liger's kernels for norms, rotary embeddings and gated feed-forward blocks, on a GPU.
+    - `tile_rows`: how many unselected tokens go through a layer at once: a number, or `auto`, 2048 where there are 4096
+      or more. Losses and gradients are the same.
     - `on_nan`: whether a loss or gradient that is not finite ends the run (`stop`) or not (`continue`).
     - `packing`: `true` lays the examples of a micro batch in one row instead of padding them; losses and gradients are
       the same. `bins` packs the whole data set into rows of `data.max_length` tokens first, by first-fit decreasing: a
@@ -149,6 +151,7 @@ class DitchingSettings(Section):
     ditching: bool = True
     recompute: bool = False
     kv_storage: Literal["device", "host", "int8"] = "device"
+    tile_rows: Literal["auto"] | PositiveInt = "auto"
     packing: bool | Literal["bins"] = False
     sequence_layout: Literal["balanced", "contiguous", "regroup"] = "balanced"
     memory_budget: str | None = None

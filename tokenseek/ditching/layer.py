@@ -20,6 +20,7 @@ from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, Unselecte
 from tokenseek.ditching.recorded import RecordedCache, RecordingCache
 from tokenseek.ditching.state import Ditching, argument_names, original_forward
 from tokenseek.ditching.storage import TakenOnce, saved_as_kept
+from tokenseek.ditching.tiles import TiledLayer, tiles_of
 from tokenseek.errors import UserError
 from tokenseek.versions import what_to_install
 
@@ -121,9 +122,17 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
         return selected_pass(*step.recording.take(layer))[0]
     if parts.unselected is None:
         return selected_pass()[0]
-    seam = UnselectedCache(lambda *rows: selected_pass(*reach.exchange(*rows)), stop=is_last)
     # An engine that casts what enters a layer does not see the rows that wait aside.
     unselected_BUD = step.unselected_BUD.to(selected_BSD)
+    if tiles := tiles_of(reach, ditching.tile_rows):
+        with torch.no_grad(), autocast_cache(False):
+            tiled = TiledLayer(layer, tiles, unselected_BUD, lambda *given: _hidden_states(run(*given)))
+            output, *keys_and_values = selected_pass(*tiled.keys_and_values())
+            step.unselected_BUD = None if is_last else tiled.finish(*keys_and_values)
+            if attention_is_ours and not (is_last or tiled.attended):
+                raise _attends_otherwise(layer, ditching)
+        return output
+    seam = UnselectedCache(lambda *rows: selected_pass(*reach.exchange(*rows)), stop=is_last)
     with torch.no_grad(), autocast_cache(False):
         try:
             calls: list[nn.Module] = []
@@ -132,11 +141,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
             step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, seam, replace))
             _require_updated(seam, layer, ditching)
             if attention_is_ours and not calls:
-                raise UserError(
-                    f"{type(layer).__name__} in {ditching.decoder.name} does not attend by Transformers' "
-                    "AttentionInterface, although its module suggests it does: load the model with "
-                    "attn_implementation='eager'."
-                )
+                raise _attends_otherwise(layer, ditching)
         except KeysAndValuesSeen:
             step.unselected_BUD = None
         except (RuntimeError, AttributeError, LookupError, TypeError):
@@ -154,6 +159,13 @@ def _require_updated(
             f"{type(layer).__name__} in {ditching.decoder.name} does not pass its keys and values through its cache; "
             f"this model is not supported. {what_to_install('transformers')}"
         )
+
+
+def _attends_otherwise(layer: nn.Module, ditching: Ditching) -> UserError:
+    return UserError(
+        f"{type(layer).__name__} in {ditching.decoder.name} does not attend by Transformers' AttentionInterface, "
+        "although its module suggests it does: load the model with attn_implementation='eager'."
+    )
 
 
 def _hidden_states(layer_output) -> torch.Tensor:

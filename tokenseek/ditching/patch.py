@@ -25,13 +25,19 @@ from tokenseek.ditching.model import make_causal_lm_forward
 from tokenseek.ditching.online import Seeking
 from tokenseek.ditching.state import Ditching, ditching_of
 from tokenseek.ditching.storage import STORAGES
+from tokenseek.ditching.tiles import require_tile_rows
 from tokenseek.ditching.zero3 import gather_layers_once, ungather_layers
 from tokenseek.errors import UserError
 from tokenseek.versions import tell_of_untested
 
 
 def enable_token_ditching(
-    model: nn.Module, *, recompute: bool = False, kv_storage: str = "device", seeking: Seeking | None = None
+    model: nn.Module,
+    *,
+    recompute: bool = False,
+    kv_storage: str = "device",
+    tile_rows: int | str = "auto",
+    seeking: Seeking | None = None,
 ) -> nn.Module:
     """Let `model` train on selected tokens only; patches it in place and returns it.
 
@@ -56,6 +62,8 @@ def enable_token_ditching(
         kv_storage: where the keys and values of all tokens wait for the backward pass: "device"; "host", copied to and
             from pinned memory; or "int8", 8 bits a number and a scale for each token and head, with which gradients are
             no longer exact (docs/performance.md says by how much).
+        tile_rows: how many unselected rows run at once. Nothing of them is kept, so a layer need not hold them all;
+            queries, keys and values are then projected twice. "auto" takes 2048 where there are at least 4096.
         seeking: how tokens are scored with ``selection``; by the gradient at the last layer's input by default.
 
     Raises:
@@ -67,6 +75,7 @@ def enable_token_ditching(
     """
     if kv_storage not in STORAGES:
         raise UserError(f"kv_storage is {kv_storage!r}; it must be one of {', '.join(STORAGES)}.")
+    require_tile_rows(tile_rows)
     tell_of_untested(partial(warnings.warn, stacklevel=3))
     decoder = find_decoder(model)
     require_masked_backend(decoder.causal_lm)
@@ -74,7 +83,7 @@ def enable_token_ditching(
     if before is not None:
         disable_token_ditching(model)
     keep_4bit_differentiable(model)  # an evaluation before or during training would repack them
-    ditching = Ditching(decoder, recompute, kv_storage, seeking or Seeking())
+    ditching = Ditching(decoder, recompute, kv_storage, tile_rows, seeking or Seeking())
     ditching.sequence = before and before.sequence
     _replace_forward(decoder.causal_lm, ditching, make_causal_lm_forward(decoder.causal_lm))
     _replace_forward(decoder.body, ditching, body_forward)

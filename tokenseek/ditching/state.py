@@ -58,10 +58,11 @@ class Sharing(Protocol):
 class Ditching:
     """What the patched modules of one model share; `step` is set while a forward pass with selected tokens runs."""
 
-    def __init__(self, decoder: Decoder, recompute: bool, kv_storage: str, seeking: Seeking):
+    def __init__(self, decoder: Decoder, recompute: bool, kv_storage: str, tile_rows: int | str, seeking: Seeking):
         self.decoder = decoder
         self.recompute = recompute
         self.kv_storage = kv_storage
+        self.tile_rows = tile_rows
         self.seeking = seeking
         self.step: Step | None = None
         # Keys and values of all tokens: set while they are recorded, and while the selected rows attend to them.

@@ -25,7 +25,7 @@ from tokenseek.config import RunConfig
 from tokenseek.decoder import head
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.names import asks_for_checkpointing, enable_checkpointing
-from tokenseek.ditching import ditching_of, enable_token_ditching, staircase, storage
+from tokenseek.ditching import ditching_of, enable_token_ditching, staircase, storage, tiles
 from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.rows import partition
 from tokenseek.errors import UserError
@@ -41,6 +41,7 @@ from tokenseek.planning.work import Gpu, StepWork, Work, sent_bytes
 from tokenseek.training.arguments import training_arguments
 
 _CPU = torch.device("cpu")
+_ROWS_OF_A_GPU = 2**31
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -136,7 +137,10 @@ def plan_memory(
         positions_BS = _spread_positions(method.ratio, *shape)
     elif engine.sp_size > 1:  # ranks that share a text select all of it
         positions_BS = _spread_positions(1.0, *shape)
-    parts = None if positions_BS is None else partition(positions_BS, None, shape[1])
+    reach = None if positions_BS is None else PlainReach(partition(positions_BS, None, shape[1]))
+    parts = reach and reach.parts
+    if reach:
+        tiles.tiles_of(reach, config.training.tile_rows)
     model = _build(config, model_config, method, engine)
     if engine.sp_size > 1:
         plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts)
@@ -146,13 +150,16 @@ def plan_memory(
         limits = {} if engine.on_cpu else {"cpu": staircase.LIMITS["cuda"]}  # the fake tensors say that they are on one
         with (
             _replaced(staircase, LIMITS={**staircase.LIMITS, **limits}),
+            # GPUs' kernels take all rows at once; in the blocks of a CPU, long texts take minutes to plan.
+            _replaced(staircase._CpuFlash, ROWS=staircase._CpuFlash.ROWS if engine.on_cpu else _ROWS_OF_A_GPU),
             _replaced(head, CHUNK_BYTES=head.CHUNK_BYTES if engine.on_cpu else head.MOST_CHUNK_BYTES),
-            nullcontext() if parts is None else ditching_of(model).handing(PlainReach(parts)),
+            ditching_of(model).handing(reach) if reach else nullcontext(),
             fake,
             Ledger() as ledger,
             Work() as work,
             _LargestBatch(ledger),
             _track_stored_kv(ledger),
+            _few_tiles(work),
         ):
             _materialise(model)
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
@@ -244,7 +251,8 @@ def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, en
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(precision)
     if method.ratio is not None:
-        enable_token_ditching(model, recompute=method.recompute, kv_storage=config.training.kv_storage)
+        options = dict(kv_storage=config.training.kv_storage, tile_rows=config.training.tile_rows)
+        enable_token_ditching(model, recompute=method.recompute, **options)
     elif method.recompute:
         enable_checkpointing(model)
     return model.train()
@@ -302,8 +310,8 @@ def _track_stored_kv(ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
-    """Attributes of a module have other values inside."""
+def _replaced(module: ModuleType | type, **attributes: Any) -> Iterator[None]:
+    """Attributes of a module or class have other values inside."""
     before = {name: getattr(module, name) for name in attributes}
     try:
         for name, value in attributes.items():
@@ -312,6 +320,24 @@ def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+
+
+@contextmanager
+def _few_tiles(work: Work) -> Iterator[None]:
+    """Of a layer's tiles the first, one in the middle, which stands for all but two, and the last.
+
+    Arithmetic grows evenly from tile to tile, so that the sum is that of all; and the last holds the most.
+    """
+
+    def each_tile(self: tiles.TiledLayer) -> Iterator[tiles.Tile]:
+        between = len(self.tiles) - 2
+        for tile in self.tiles if between < 2 else (self.tiles[0], self.tiles[len(self.tiles) // 2], self.tiles[-1]):
+            work.times = between if between >= 2 and tile not in (self.tiles[0], self.tiles[-1]) else 1
+            yield tile
+        work.times = 1
+
+    with _replaced(tiles.TiledLayer, each_tile=each_tile):
+        yield
 
 
 def _enter_head(ledger: Ledger, body_output) -> None:

@@ -128,6 +128,7 @@ class Work(TorchDispatchMode):
         self.reset()
 
     def reset(self) -> None:
+        self.times = 1  # what an operation stands for
         self.flops = 0
         self.operations: Counter[tuple[float, int, bool]] = Counter()
 
@@ -150,8 +151,8 @@ class Work(TorchDispatchMode):
             nbytes = 2 * sum(map(_nbytes, rows))
         else:
             nbytes = sum(map(_nbytes, given)) + sum(map(_nbytes, returned))
-        self.flops += flops
-        self.operations[work, nbytes, returned[0].dtype == torch.float32] += 1
+        self.flops += self.times * flops
+        self.operations[work, nbytes, returned[0].dtype == torch.float32] += self.times
         return result
 
 

@@ -215,7 +215,13 @@ def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedMode
     if config.training.ditching:
         scoring, training = config.scoring, config.training
         seeking = Seeking(scoring.reduction, scoring.gradient_layer, config.selection.exact_layers)
-        enable_token_ditching(model, recompute=training.recompute, kv_storage=training.kv_storage, seeking=seeking)
+        enable_token_ditching(
+            model,
+            recompute=training.recompute,
+            kv_storage=training.kv_storage,
+            tile_rows=training.tile_rows,
+            seeking=seeking,
+        )
     if group is not None:
         enable_sequence_parallelism(model, group, layout=config.training.sequence_layout)
     return model

@@ -1,0 +1,197 @@
+"""The unselected rows of a layer in tiles, where they are many: nothing of them is kept, so nothing need be held whole.
+
+Two sweeps run the layer's own code. The first leaves each tile at its keys and values, which are written into buffers;
+then the selected rows run; the second sweep takes each tile through attention to all keys, the output projection and
+the feed-forward layers, and writes its hidden states over those that it came with. What a layer holds besides hidden
+states, keys and values is that of one tile, experts included. Queries, keys and values are projected in both sweeps.
+
+Shapes: B batch, T tokens, U unselected, R rows of a tile, D hidden, N query heads, K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from tokenseek.decoder.masks import aligned_mask
+from tokenseek.ditching.cache import KeysAndValuesSeen, _OnceCache
+from tokenseek.ditching.reach import PlainReach, Reach
+from tokenseek.ditching.rows import Rows
+from tokenseek.ditching.staircase import Span, is_served, staircase_attention
+from tokenseek.errors import UserError
+
+# With "auto", tiles have so many rows, and there are none where fewer than twice as many rows run: a second projection
+# is then not worth what it saves.
+AUTO_ROWS = 2048
+
+
+def require_tile_rows(tile_rows: int | str) -> None:
+    """Raise UserError unless it is "auto" or a number of rows."""
+    if tile_rows != "auto" and (isinstance(tile_rows, bool) or not isinstance(tile_rows, int) or tile_rows < 1):
+        raise UserError(f"tile_rows is {tile_rows!r}; it must be 'auto' or a number of rows, at least 1.")
+
+
+class Tile:
+    """Consecutive unselected rows [first, last) of every example.
+
+    Args:
+        extents: of each example, how many rows it has here, and the positions of the first and the last of them.
+    """
+
+    def __init__(self, rows: Rows, first: int, last: int, extents: list[list[int]]):
+        self.first, self.last, self.extents = first, last, extents
+        positions_BR = torch.where(rows.valid_BR, rows.index_BR, -1)[:, first:last]
+        fallback_B1 = rows.index_BR[:, :1]  # some row of the example
+        self.rows = Rows(positions_BR, fallback_B1, rows.tokens, rows.padded)
+
+    def take(self, hidden_BUD: torch.Tensor) -> torch.Tensor:
+        return hidden_BUD[:, self.first : self.last]
+
+    def spans(self, query: torch.Tensor) -> list[list[Span]]:
+        """Of each example one, whose mask is of the keys between its rows."""
+        return self.rows._once(f"tile.{query.dtype}", self.rows.index_BR, lambda: self._make_spans(query))
+
+    def _make_spans(self, query: torch.Tensor) -> list[list[Span]]:
+        spans = []
+        for (count, before, last), index_R in zip(self.extents, self.rows.index_BR, strict=True):
+            keys_R = torch.arange(before, last + 1, device=query.device)
+            mask_RR = aligned_mask(keys_R <= index_R[:count, None].to(query.device), query.dtype)
+            spans.append([Span(0, count, before, last + 1, mask_RR)] if count else [])
+        return spans
+
+
+def tiles_of(reach: Reach, tile_rows: int | str) -> list[Tile] | None:
+    """The tiles of the unselected rows, made once a step; None where they run at once.
+
+    Where ranks share a text, or a row holds several examples, attention knows rows in another order.
+    """
+    parts = reach.parts
+    if type(reach) is not PlainReach or parts.unselected is None:
+        return None
+    batch, count = parts.unselected.index_BR.shape
+    size = max(1, (AUTO_ROWS if tile_rows == "auto" else tile_rows) // batch)
+    if count <= size or (tile_rows == "auto" and count < 2 * size):
+        return None
+    rows = parts.unselected
+    return rows._once(f"tiles.{size}", rows.index_BR, lambda: _make_tiles(rows, size))
+
+
+def _make_tiles(rows: Rows, size: int) -> list[Tile]:
+    count = rows.index_BR.shape[1]
+    number = -(-count // size)
+    borders = [count * i // number for i in range(number + 1)]
+    # Valid rows come first: the last one of a tile is that before its first repeated one.
+    valid_B = rows.valid_BR.sum(1)
+    extents = []
+    for first, last in pairwise(borders):
+        here_B = (valid_B - first).clamp(0, last - first)
+        end_B1 = (first + here_B - 1).clamp(min=first)[:, None]
+        ends = rows.index_BR[:, first], rows.index_BR.gather(1, end_B1)[:, 0]
+        extents.append(torch.stack([here_B, *ends], dim=1))
+    extents = torch.stack(extents).tolist()  # one transfer to the host
+    return [Tile(rows, *border, extent) for border, extent in zip(pairwise(borders), extents, strict=True)]
+
+
+class ProjectedCache(_OnceCache):
+    """Ends a tile's first sweep at its keys and values [B, K, R, H]."""
+
+    def update(self, keys_BKRH, values_BKRH, layer_idx, *args, **kwargs):
+        self._record(keys_BKRH, values_BKRH, layer_idx)
+        raise KeysAndValuesSeen
+
+
+class WholeCache(_OnceCache):
+    """Returns keys and values of all tokens, [B, K, T, H], for a tile's second sweep."""
+
+    def __init__(self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor):
+        super().__init__()
+        self._whole = keys_BKTH, values_BKTH
+
+    def update(self, keys_BKRH, values_BKRH, layer_idx, *args, **kwargs):
+        self._record(*self._whole, layer_idx)
+        return self._whole
+
+
+class TiledLayer:
+    """One layer's pass over the unselected rows, in tiles.
+
+    Attributes:
+        attended: whether the layer looked its attention function up and found ours.
+
+    Args:
+        run: takes hidden states [B, R, D], :class:`Rows`, a cache and a replacement for attention; returns the output
+            [B, R, D] of the layer.
+        hidden_BUD: of all unselected rows; written over by :meth:`finish`.
+    """
+
+    def __init__(self, layer: nn.Module, tiles: list[Tile], hidden_BUD: torch.Tensor, run: Callable):
+        self.layer, self.tiles, self.hidden_BUD, self.run = layer, tiles, hidden_BUD, run
+        self.attended = False
+
+    def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, K, U, H], by the first sweep."""
+        buffers: list[torch.Tensor] = []
+        for tile in self.each_tile():
+            cache = ProjectedCache()
+            try:
+                self.run(tile.take(self.hidden_BUD), tile.rows, cache, lambda original: original)
+            except KeysAndValuesSeen:
+                pass
+            if cache.keys is None:
+                raise UserError(
+                    f"{type(self.layer).__name__} does not pass its keys and values through its cache; this model is "
+                    "not served."
+                )
+            for i, rows in enumerate((cache.keys, cache.values)):
+                if len(buffers) <= i:
+                    count = self.hidden_BUD.shape[1]
+                    # Token-major, as a projection leaves them.
+                    buffers.append(rows.new_empty(len(rows), count, rows.shape[1], rows.shape[3]).transpose(1, 2))
+                buffers[i][:, :, tile.first : tile.last] = rows
+        return buffers[0], buffers[1]
+
+    def finish(self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor) -> torch.Tensor:
+        """The layer's output for all unselected rows, [B, U, D], by the second sweep."""
+        output_BUD = self.hidden_BUD
+        for tile in self.each_tile():
+            cache = WholeCache(keys_BKTH.detach(), values_BKTH.detach())
+            replace = tile_attention(tile, self._note_attention)
+            output_BRD = self.run(tile.take(self.hidden_BUD), tile.rows, cache, replace)
+            if output_BRD.dtype != output_BUD.dtype:
+                output_BUD = torch.empty_like(self.hidden_BUD, dtype=output_BRD.dtype)
+            output_BUD[:, tile.first : tile.last] = output_BRD
+        return output_BUD
+
+    def each_tile(self) -> Iterator[Tile]:
+        """The tiles, one after the other. A plan takes some for all."""
+        yield from self.tiles
+
+    def _note_attention(self) -> None:
+        self.attended = True
+
+
+def tile_attention(tile: Tile, on_call: Callable[[], None]) -> Callable[[Callable], Callable]:
+    """A replacement (see :func:`tokenseek.decoder.attention.attention_replaced`) for attention of a tile's rows.
+
+    Where the mask is plain causality (None), all keys before the tile's first row are attended to without a mask, and a
+    mask is made of the keys between its rows alone.
+    """
+
+    def replace(original):
+        def attention(module: nn.Module, query_BNRH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs):
+            on_call()
+            if attention_mask is None:
+                plain = not args and not kwargs.get("dropout") and kwargs.get("position_bias") is None
+                if plain and is_served(query_BNRH, key_BKTH, value_BKTH):
+                    spans = tile.spans(query_BNRH)
+                    return staircase_attention(query_BNRH, key_BKTH, value_BKTH, spans, kwargs.get("scaling")), None
+                keys_T = torch.arange(tile.rows.tokens, device=query_BNRH.device)
+                attention_mask = (keys_T <= tile.rows.index_BR[:, :, None])[:, None]  # of one tile, and not kept
+            return original(module, query_BNRH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs)
+
+        return attention
+
+    return replace
