@@ -36,18 +36,26 @@ CASES = {
     "LoRA": (Case(lora=True), DRAWN, "l2"),
     "recompute": (Case(recompute=True), DRAWN, "l2"),
     "number of items": (Case(num_items=17), DRAWN, "l2"),
+    "exact layer": (Case(), DRAWN, "l2", 1),
+    "exact layers: contiguous": (Case(layout="contiguous"), DRAWN, "l2", 2),
+    "exact layers: regroup": (Case(layout="regroup"), DRAWN, "l2", 2),
+    "exact layers: mistral, window": (Case("mistral"), DRAWN, "l2", 2),
+    "exact layers: gpt2": (Case("gpt2"), DRAWN, "l2", 1),
+    "exact layers: all": (Case(lengths=(5, 13, 2)), DRAWN, "l2", 4),
+    "exact layers: LoRA, recompute": (Case(lora=True, recompute=True, num_items=17), DRAWN, "l2", 1),
 }
 
 
-def compare(case: Case, rule: SelectionRule, reduction: str) -> str | None:
+def compare(case: Case, rule: SelectionRule, reduction: str, exact_layers: int = 0) -> str | None:
+    seeking = Seeking(reduction, exact_layers=exact_layers)
     group = dist.group.WORLD
     inputs = make_inputs(case)
     inputs |= {"selection": rule, "selection_keys": torch.tensor([draw_key(n, 2) for n in range(len(case.lengths))])}
     model = build(case)
-    alone = tokenseek.enable_token_ditching(copy.deepcopy(model), seeking=Seeking(reduction))
+    alone = tokenseek.enable_token_ditching(copy.deepcopy(model), seeking=seeking)
     expected = alone(**inputs)
     expected_gradients = gradients(alone, expected.loss)
-    tokenseek.enable_token_ditching(model, recompute=case.recompute, seeking=Seeking(reduction))
+    tokenseek.enable_token_ditching(model, recompute=case.recompute, seeking=seeking)
     enable_sequence_parallelism(model, group, layout=case.layout)
     output = model(**inputs)
     actual = gradients(model, output.loss)
@@ -113,9 +121,6 @@ def refused(rank: int) -> None:
         model(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
     with pytest.raises(UserError, match="selection_keys of rank.* differ"):
         model(**inputs | {"selection_keys": torch.tensor([1, 2 + rank])})
-    tokenseek.enable_token_ditching(model, seeking=Seeking("l2", exact_layers=1))
-    with pytest.raises(UserError, match="exact_layers is incompatible with sequence parallelism"):
-        model(**inputs)
 
 
 def test_what_cannot_be_shared_is_refused_on_all_ranks():

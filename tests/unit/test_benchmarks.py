@@ -117,6 +117,12 @@ def test_selecting_stores_less():
     assert saved["tokenseek@0.1+recompute"] < saved["tokenseek@0.1"]
 
 
+def test_selecting_in_the_step_stores_what_selecting_before_does():
+    options = OPTIONS | dict(shape="tiny:num_hidden_layers=8")
+    stored = {m: measure(m, 256, **options)["stored"] for m in ("tokenseek@0.1", "online@0.1+error")}
+    assert 0.9 * stored["tokenseek@0.1"] < stored["online@0.1+error"] < 1.05 * stored["tokenseek@0.1"]
+
+
 @pytest.mark.parametrize("name", ["tokenseek", "full@0.1", "full+recompute", "half", "tokenseek@0.1+checkpoint"])
 def test_unknown_methods_are_named(name):
     with pytest.raises(SystemExit, match="is not one of"):

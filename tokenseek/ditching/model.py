@@ -128,30 +128,30 @@ def _online_forward(
 
     seen = see_all_tokens(ditching, arguments, labels, rule, selection_keys, all_tokens_loss)
     reach = reach_of(ditching, arguments, seen.selection.positions, recorded=True)
-    labels_BS, weights_BS = _labels_of(reach.parts.selected, labels, None), seen.selection.weights
+    rows, weights_BS = reach.parts.selected, seen.selection.weights
+    # What the loss asks of a selected row: its target or, at the border of exact layers, its position.
+    asked_BS = rows.index_BR.masked_fill(~rows.valid_BR, IGNORED) if seen.exact else _labels_of(rows, labels, None)
     if sequence:
-        arguments, reach, labels_BS, weights_BS = sequence.share(decoder, arguments, reach.parts, labels_BS, weights_BS)
+        arguments, reach, asked_BS, weights_BS = sequence.share(decoder, arguments, reach.parts, asked_BS, weights_BS)
     with one_gradient_of_tied_weights(decoder), ditching.replaying(seen.recording), ditching.handing(reach):
         body_output = decoder.body(**arguments)
     if num_items_in_batch is None:
         num_items_in_batch = max(1, seen.supervised)
-    if seen.border is None:
+    if seen.exact:
+        loss = seen.exact.loss(seen.recording.border, asked_BS, weights_BS) / num_items_in_batch
+    else:
         loss = selected_loss(
             decoder,
             body_output,
             body_output.last_hidden_state,
-            labels_BS,
+            asked_BS,
             num_items_in_batch,
             recompute,
             weights_BS,
         )
-        loss = sequence.total(loss) if sequence else loss
-    else:
-        surrogate = seen.surrogate(seen.recording.border, reach.parts.selected)
-        loss = (seen.loss_sum + (surrogate - surrogate.detach())) / num_items_in_batch
     return OnlineOutput(
-        loss=loss,
-        loss_all=seen.loss_sum.detach() / max(1, seen.supervised),
+        loss=sequence.total(loss) if sequence else loss,
+        loss_all=seen.loss_sum / max(1, seen.supervised),
         selected_positions=seen.selection.positions,
         selected_weights=seen.selection.weights,
     )

@@ -98,32 +98,48 @@ class OnlineOutput(CausalLMOutputWithPast):
 
 
 @dataclass
+class ExactTop:
+    """Head and top layers that have run over all tokens with gradient.
+
+    Attributes:
+        loss_sum: of the cross-entropies of all supervised tokens; where ranks share a text, of this rank's. It has a
+            graph down to the border, the input of the lowest exact layer.
+        gradient: [B, T, D] of the sum over all ranks with respect to the border, of all tokens.
+    """
+
+    loss_sum: torch.Tensor
+    gradient: torch.Tensor
+
+    def loss(self, selected_BSD: torch.Tensor, positions_BS: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
+        """`loss_sum`, whose gradient reaches the weights below the border too: there it is the estimate.
+
+        Args:
+            selected_BSD: the selected rows of this process at the border.
+            positions_BS: theirs in the text, negative where a slot is empty.
+            weights_BS: one over the probability of each.
+        """
+        index_BSD = positions_BS.clamp(min=0)[..., None].expand(*positions_BS.shape, self.gradient.shape[-1])
+        weights_BS = weights_BS.masked_fill(positions_BS < 0, 0)
+        seeds_BSD = at_least_float32(self.gradient.gather(1, index_BSD)) * weights_BS[..., None]
+        surrogate = (seeds_BSD * at_least_float32(selected_BSD)).sum()
+        return self.loss_sum + (surrogate - surrogate.detach())
+
+
+@dataclass
 class Seen:
     """What the first pass over all tokens leaves behind.
 
     Attributes:
-        loss_sum: of the cross-entropies of all supervised tokens; with exact layers it has a graph down to `border`.
-        border: with exact layers, the input [B, T, D] of the lowest of them.
-        gradient: of `loss_sum` with respect to `border`.
+        loss_sum: of the cross-entropies of all supervised tokens, without a graph.
+        supervised: the number of these tokens.
+        exact: with exact layers, what they leave.
     """
 
     selection: Selection
     recording: Recording
     loss_sum: torch.Tensor
     supervised: int
-    border: torch.Tensor | None = None
-    gradient: torch.Tensor | None = None
-
-    def surrogate(self, selected_BSD: torch.Tensor, rows) -> torch.Tensor:
-        """A sum whose gradient is the estimate of `loss_sum`'s below the border; its value says nothing.
-
-        Args:
-            selected_BSD: the selected rows at the border.
-            rows: which they are (:class:`tokenseek.ditching.rows.Rows`).
-        """
-        weights_BS = self.selection.weights.masked_fill(~rows.valid_BR, 0)
-        seeds_BSD = at_least_float32(rows.take(self.gradient, 1)) * weights_BS[..., None]
-        return (seeds_BSD * at_least_float32(selected_BSD)).sum()
+    exact: ExactTop | None = None
 
 
 def see_all_tokens(
@@ -141,8 +157,8 @@ def see_all_tokens(
         arguments: of the model's body, for the whole batch.
         labels_BT: not shifted.
         selection_keys: int64 [E], keys of the examples' draws.
-        all_tokens_loss: sum of the losses of all rows, with a graph, for exact layers: of body output, hidden states
-            [B, T, D] and targets [B, T].
+        all_tokens_loss: sum of the losses of all rows of this process, with a graph, for exact layers: of body output,
+            hidden states [B, T, D] and targets [B, T].
     """
     decoder, seeking = ditching.decoder, ditching.seeking
     seeking.require_servable(decoder, rule)
@@ -196,18 +212,18 @@ def see_all_tokens(
         else:
             arguments = text.arguments(arguments["input_ids"])
         output = decoder.body(**arguments, use_cache=False, return_dict=True)
+        own_targets = targets_BT if text is None else text.mine(targets_BT, IGNORED)
+        exact_top = None
         if exact:
             with torch.enable_grad():
-                loss_sum = all_tokens_loss(output, output.last_hidden_state, targets_BT)
-                border = leaves[0]
-                (gradient,) = torch.autograd.grad(loss_sum, border, retain_graph=True)
-            scores_BT = REDUCTIONS[seeking.reduction](gradient)
+                own_sum = all_tokens_loss(output, output.last_hidden_state, own_targets)
+                (gradient_BTD,) = torch.autograd.grad(own_sum, leaves[0], retain_graph=True)
+            loss_sum, scores_BT = own_sum.detach().clone(), REDUCTIONS[seeking.reduction](gradient_BTD)
+            exact_top = ExactTop(own_sum, gradient_BTD if text is None else text.gathered(gradient_BTD))
         else:
-            own_targets = targets_BT if text is None else text.mine(targets_BT, IGNORED)
             asked = dict(errors=by_error, gradient=by_gradient, chunks=ditching.even_chunks)
             head = head_scores(decoder, output, own_targets, **asked)
-            loss_sum, border, gradient = head.losses.sum(), None, None
-            scores_BT = head.errors
+            loss_sum, scores_BT = head.losses.sum(), head.errors
             if by_gradient:
                 gradient_BTD = head.gradient
                 if leaves:  # what comes after the layers has a graph of its own
@@ -219,7 +235,7 @@ def see_all_tokens(
         context_BT = None if context_BT is None else text.averaged(context_BT)
         dist.all_reduce(loss_sum, group=text.group)
     selection = select_batch(rule, examples, selection_keys.tolist(), context_BT, scores_BT, supervised_BT)
-    return Seen(selection, recording, loss_sum, int(supervised_BT.sum()), border, gradient)
+    return Seen(selection, recording, loss_sum, int(supervised_BT.sum()), exact_top)
 
 
 def _attention_of(ditching, examples: list[Example], batch: int, mask):
@@ -256,8 +272,6 @@ def _dealt(ditching, arguments: dict, labels_BT: torch.Tensor, selection_keys: t
         UserError: on all ranks, for what cannot be dealt, or if they were given different batches.
     """
     input_ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if ditching.seeking.exact_layers:
-        raise UserError("exact_layers is incompatible with sequence parallelism; set it to 0.")
     if input_ids is None or arguments.get("position_ids") is not None:
         raise UserError(
             "selection under sequence parallelism needs input_ids and no position_ids: pad the examples "

@@ -7,7 +7,6 @@ from accelerate import PartialState
 from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
 from tokenseek.launching.engine import launched_engine
-from tokenseek.launching.sequence import launched_sp_size
 
 
 def settle_exact_layers(config: RunConfig, state: PartialState) -> RunConfig:
@@ -23,8 +22,6 @@ def settle_exact_layers(config: RunConfig, state: PartialState) -> RunConfig:
     obstacle = None
     if engine.shards_parameters:
         obstacle = "ZeRO-3 and FSDP let a layer's weights go between its two backward passes"
-    elif launched_sp_size() > 1:
-        obstacle = "ranks that share texts (sp_size) hold parts of every layer's tokens"
     if asked != "auto" and obstacle:
         raise UserError(
             f"selection.exact_layers is {asked}, but {obstacle}. Set it to 0 or auto, or launch with ddp.yaml or "

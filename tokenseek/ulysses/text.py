@@ -56,11 +56,11 @@ class DealtText:
         return values_BT[:, self._mine_R].where(self._is_token_R, fill)
 
     def gathered(self, values_BR: torch.Tensor) -> torch.Tensor:
-        """[B, T] of all tokens, on every rank, from everybody's own."""
+        """[B, T, ...] of all tokens, on every rank, from everybody's own [B, R, ...]."""
         everyone = [torch.empty_like(values_BR) for _ in range(self.group.size())]
         dist.all_gather(everyone, values_BR.contiguous(), group=self.group)
         # (P, B, R) -> (B, R, P) -> (B, R x P): dealt in turn, so this is the order of the text
-        return torch.stack(everyone, dim=-1).flatten(1)[:, : self.tokens]
+        return torch.stack(everyone, dim=2).flatten(1, 2)[:, : self.tokens]
 
     def averaged(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over the ranks."""
