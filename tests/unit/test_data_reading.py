@@ -86,6 +86,12 @@ def test_a_blank_csv_answer_is_a_missing_value(tmp_path):
     assert answers(tmp_path / "rows.csv", source={"drop": {"response": [None]}}) == ["1</s>"]
 
 
+def test_a_csv_with_the_index_of_a_table(tmp_path):
+    """pandas writes it without a name."""
+    path = write(tmp_path / "rows.csv", ",instruction,response\n0,a,b\n1,c,d\n")
+    assert texts(path) == ["a\n\nb</s>", "c\n\nd</s>"]
+
+
 def test_csv_quotes_lines_and_tabs(tmp_path):
     path = write(tmp_path / "rows.csv", '\ufeffinstruction,response\r\n"a, ""b""","two\nlines"\r\n')
     assert texts(path) == ['a, "b"\n\ntwo\nlines</s>']

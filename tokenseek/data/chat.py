@@ -364,14 +364,14 @@ def _rendered(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    variables: dict[str, Any] = {**renderer.tokenizer.special_tokens_map, **(renderer.options or {}), **options}
+    template = _FIXED_DATE + renderer.tokenizer.get_chat_template(tools=tools)
+    rendered: Any = None
     with _errors_named(messages):
-        texts, generated = render_jinja_template(
-            [messages],
-            tools=tools,
-            chat_template=_FIXED_DATE + renderer.tokenizer.get_chat_template(tools=tools),
-            **options,
-            **{**renderer.tokenizer.special_tokens_map, **(renderer.options or {})},
+        rendered = render_jinja_template(
+            [messages], tools=list(tools) if tools else None, chat_template=template, **variables
         )
+    texts, generated = rendered
     return texts[0], [tuple(span) for span in generated[0]] if generated else []
 
 
@@ -391,8 +391,10 @@ class _errors_named:
             raise UserError(f"the chat template refuses the roles {self.roles}: {error}") from error
 
 
-def _taken(renderer: ChatRenderer, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[Message]:
-    """The messages in the first spelling that the template renders, calls and tools included.
+def _taken(
+    renderer: ChatRenderer, messages: Sequence[Message], tools: list[dict[str, Any]] | None
+) -> tuple[list[Message], str]:
+    """The messages in the first spelling that the template renders, calls and tools included, and their text.
 
     Templates differ in how they want a message that has tool calls and no content (null, no field, empty text), and
     the arguments of a call (an object, or its JSON text). All mean the same.

@@ -97,7 +97,7 @@ def encode_batch(rows: dict[str, list[Any]], positions: list[int], *, encoder: E
         )
         for number, example in enumerate(zip(texts, spans, adds, strict=True))
     ]
-    encoded: list[Encoded | None] = [None] * len(examples)
+    encoded: dict[int, Encoded] = {}
     for flag in (True, False):
         chosen = [number for number, example in enumerate(examples) if example[-1] is flag]
         if chosen:
@@ -105,8 +105,9 @@ def encode_batch(rows: dict[str, list[Any]], positions: list[int], *, encoder: E
             for example, tokens in zip(chosen, encoder.encode(texts, spans, flag), strict=True):
                 encoded[example] = tokens
 
-    out = {"example_id": [], "input_ids": [], "labels": [], "num_cut": [], "num_unread": []}
-    for (position, number, place, text, spans, _), tokens in zip(examples, encoded, strict=True):
+    out: dict[str, list[Any]] = {"example_id": [], "input_ids": [], "labels": [], "num_cut": [], "num_unread": []}
+    for example, (position, number, place, text, spans, _) in enumerate(examples):
+        tokens = encoded[example]
         if not len(tokens.input_ids):
             raise UserError(f"{place}: the example has no tokens: its text is {text!r}; drop such rows from the data")
         part = f".{number}" if number else ""  # of a row that became several examples

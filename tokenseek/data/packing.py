@@ -6,7 +6,7 @@ step of training costs about the same. The rows follow from the lengths alone, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class PackedDataset(Dataset):
         return f"{len(self.lengths):,} examples in {rows}, {self.filled:.1%} full"
 
 
-def unpacked(features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def unpacked(features: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The examples of a batch, whose items are examples or rows of a :class:`PackedDataset`."""
     return [example for feature in features for example in feature.get("examples", (feature,))]
 

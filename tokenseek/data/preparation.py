@@ -173,7 +173,7 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
         with_indices=True,
         fn_kwargs={"encoder": Encoder(tokenizer, data.max_length, data.labels)},
     )
-    fingerprints = {
+    fingerprints: dict[str, str | int] = {
         "tokenizer": tokenizer_digest,
         "template": template_digest,
         "data": digest(*examples["example_id"]),

@@ -35,6 +35,8 @@ class RawRow(NamedTuple):
 class WrittenFloat(float):
     """A float whose `str` is what the file has (`3.10`, `1e5`)."""
 
+    written: str
+
     def __new__(cls, written: str) -> WrittenFloat:
         number = super().__new__(cls, written)
         number.written = written

@@ -74,7 +74,7 @@ class RowRenderer:
 
     def _instruction(self, row: dict[str, Any]) -> list[Rendered]:
         # An empty or missing input is Alpaca's way to say that there is none.
-        given = "" if row.get(self.columns.get("input")) is None else self._text(row, "input")
+        given = "" if self._optional(row, "input") is None else self._text(row, "input")
         instruction, response = self._text(row, "instruction"), self._text(row, "response")
         if self.template == "chat":
             task = f"{instruction}\n\n{given}" if given else instruction
@@ -93,7 +93,7 @@ class RowRenderer:
         if row.get(column) is None:
             raise UserError(f"column {column!r} holds no list of messages{self._advice(column)}")
         try:
-            messages = read_messages(row[column], row.get(self.columns.get("system")))
+            messages = read_messages(row[column], self._optional(row, "system"))
         except UserError as error:
             raise UserError(f"column {column!r}: {error}") from error
         return self.chat.render(messages, self._tools(row))
@@ -102,7 +102,11 @@ class RowRenderer:
         return [render_text(self._text(row, "text"), self.ends)]
 
     def _tools(self, row: dict[str, Any]) -> list[dict[str, Any]] | None:
-        return read_tools(row.get(self.columns.get("tools")))
+        return read_tools(self._optional(row, "tools"))
+
+    def _optional(self, row: dict[str, Any], name: str) -> Any:
+        """The cell of a column that the data may lack."""
+        return row.get(self.columns[name]) if name in self.columns else None
 
     def _text(self, row: dict[str, Any], name: str) -> str:
         column = self.columns[name]

@@ -58,7 +58,7 @@ def load_source(source: SourceConfig, key: str) -> LoadedSource:
     Raises:
         UserError: missing or unreadable data, a missing column (lists the columns there are), or no row left.
     """
-    loaded = _load_local(source, key) if source.path is not None else _load_hub(source, key)
+    loaded = _load_local(source, source.path, key) if source.path is not None else _load_hub(source, key)
     rows = loaded.rows
     for filter_key, filters, wanted in (("drop", source.drop, False), ("keep", source.keep, True)):
         for column, values in filters.items():
@@ -144,11 +144,11 @@ def _is_meant(cell: Any, value: Any) -> bool:
     return cell == value
 
 
-def _load_local(source: SourceConfig, key: str) -> LoadedSource:
-    path = Path(source.path).expanduser()
+def _load_local(source: SourceConfig, given: str, key: str) -> LoadedSource:
+    path = Path(given).expanduser()
     files, hidden = local_files(path, key)
     if not any(file.stat().st_size for file in files):
-        raise UserError(f"{key}.path: {source.path!r} is empty; give data with at least one row")
+        raise UserError(f"{key}.path: {given!r} is empty; give data with at least one row")
     names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
 
     def read() -> Iterable[RawRow]:
@@ -158,15 +158,15 @@ def _load_local(source: SourceConfig, key: str) -> LoadedSource:
 
     try:
         content = [_content_digest(file) for file in files]
-        rows, columns = _cached(read, [source.path, *names, *content])
+        rows, columns = _cached(read, [given, *names, *content])
     except UserError as error:
         raise UserError(f"{key}.path: {error}") from error
     except OSError as error:
-        raise UserError(f"{key}.path: cannot read {source.path!r}: {error}") from error
+        raise UserError(f"{key}.path: cannot read {given!r}: {error}") from error
     notes = []
     if hidden:
         some = ", ".join(str(file.relative_to(path)) for file in hidden[:3]) + (", ..." if len(hidden) > 3 else "")
-        notes.append(f"{key}.path: {len(hidden)} hidden file(s) of {source.path!r} are left out: {some}")
+        notes.append(f"{key}.path: {len(hidden)} hidden file(s) of {given!r} are left out: {some}")
     rows = _sliced(rows, source.split, f"{key}.split")
     return LoadedSource(rows, columns, len(rows), tuple(notes))
 
@@ -187,7 +187,7 @@ def _load_hub(source: SourceConfig, key: str) -> LoadedSource:
                 number += 1
                 yield RawRow(text, f"{source.name}, row {number}", table.column_names)
 
-    rows, columns = _cached(read, ["hub", source.name, table._fingerprint])
+    rows, columns = _cached(read, ["hub", str(source.name), table._fingerprint])
     return LoadedSource(rows, columns or tuple(table.column_names), len(rows))
 
 
