@@ -26,7 +26,7 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Callable[[C
     """A replacement (see :func:`tokenseek.decoder.attention.attention_replaced`) for the unselected pass.
 
     Where the mask is plain causality (None), the queries are put back to their places among T, so that the causal
-    flash kernels serve: half the work of a masked kernel, and no [U, T] mask.
+    flash kernels can be used: half the work of a masked kernel, and no [U, T] mask.
     """
 
     def replace(original):
@@ -88,7 +88,7 @@ def selected_attention(rows: Rows) -> Callable[[Callable], Callable]:
 
 
 def _staircase(rows: Rows, query_BNSH, key_BKTH, value_BKTH, *args, dropout: float = 0.0, **kwargs):
-    """The spans that serve these rows without a mask; None where one masked call serves better, or alone."""
+    """The spans of these rows that need no mask; None where one masked call is faster, or the only way."""
     is_plain = not args and not dropout and kwargs.get("position_bias") is None
     if not is_plain or not is_served(query_BNSH, key_BKTH, value_BKTH):
         return None

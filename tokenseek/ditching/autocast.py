@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def autocast_cache(enabled: bool) -> Iterator[None]:
-    """Autocast keeps the low-precision copy of a weight; one made without gradient must not serve the other pass."""
+    """Autocast keeps the low-precision copy of a weight; one made without gradient is wrong in the other pass."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(enabled)
     try:

@@ -159,7 +159,7 @@ class _Written(torch.autograd.Function):
 
 @contextmanager
 def gathered(layer: nn.Module) -> Iterator[None]:
-    """In the block, the layer's weights are whole on this process, which FSDP2 and ZeRO-3 let go after its forward."""
+    """In the block, the layer's weights are whole on this process, which FSDP2 and ZeRO-3 free after its forward."""
     units = [module for module in layer.modules() if isinstance(module, FSDPModule)]
     with ExitStack() as stack:
         if is_partitioned(layer):

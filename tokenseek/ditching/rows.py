@@ -223,7 +223,7 @@ class Rows:
             if x.dim() == 4 and x.shape[2] == tokens:  # [B | 1, N | 1, T, T]: queries are rows, keys stay
                 return self.take(x.transpose(0, 1), 2).transpose(0, 1)
             raise UserError(
-                f"{name} of shape {tuple(x.shape)} has no axis of {tokens} queries; this model is not served."
+                f"{name} of shape {tuple(x.shape)} has no axis of {tokens} queries; this model is not supported."
             )
         if x.dim() == 1 and x.shape[0] == tokens and batch == 1:
             return x.index_select(0, self.index_BR[0].to(x.device))
@@ -233,7 +233,7 @@ class Rows:
         if tokens in x.shape:
             raise UserError(
                 f"decoder layer argument {name!r} of shape {tuple(x.shape)}: no telling which axis holds the {tokens} "
-                "tokens; this model is not served."
+                "tokens; this model is not supported."
             )
         return x
 

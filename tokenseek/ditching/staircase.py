@@ -1,7 +1,7 @@
 """Causal attention from some rows to all keys, exact, in memory linear in T: no mask of rows times keys.
 
 Rows ascend, so that they climb a staircase: all rows of a span look at every key before the span's first position.
-There the kernels without a mask serve, and a mask is left for the few keys between a span's first position and the next
+There the kernels without a mask apply, and a mask is left for the few keys between a span's first position and the next
 span's. The two parts of a row's softmax are merged by their log-sum-exps; the backward kernels, which compute
 probabilities anew from the log-sum-exp that they are given, are given that of the whole.
 
@@ -32,7 +32,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Limits:
-    """How a device likes its spans. Where there would be fewer than `fewest` spans, one masked call serves better.
+    """How a device likes its spans. Where there would be fewer than `fewest` spans, one masked call is faster.
 
     Attributes:
         rows: that a span has at least.

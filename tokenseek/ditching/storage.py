@@ -17,7 +17,7 @@ STORAGES = ("device", "host", "int8")
 
 
 class Kept:
-    """A tensor [B, N, T, H] put away: itself ("device"), a copy on the host, or 8 bits for each of its numbers.
+    """A tensor [B, N, T, H] in storage: itself ("device"), a copy on the host, or 8 bits for each of its numbers.
 
     In 8 bits, every row of H numbers has a scale of its own, after the mean over the tokens is taken off.
     """
@@ -72,7 +72,8 @@ class TakenOnce:
 
 
 class saved_as_kept(saved_tensors_hooks):
-    """What autograd saves inside the block of the tensors that `watched` returns, views included, is put away."""
+    """What autograd saves inside the block of the tensors that `watched` returns, views included, is
+    stored as :class:`Kept`."""
 
     def __init__(self, watched: Callable[[], tuple[torch.Tensor | None, ...]], storage: str):
         self._watched, self._storage = watched, storage
@@ -93,7 +94,7 @@ class saved_as_kept(saved_tensors_hooks):
 
 
 class _Shared:
-    """A tensor of which several operations saved a part. Restored once, it is let go when the last has been served."""
+    """A tensor of which several operations saved a part. Restored once, it is freed when the last has its part."""
 
     def __init__(self, tensor: torch.Tensor, storage: str):
         self._kept = Kept(tensor, storage)

@@ -108,7 +108,7 @@ class TokenScorer:
         targets = next_token_labels(labels)
         supervised = targets.ne(IGNORED).sum(1)
         text, replaced = None, None
-        # Causal attention never looks at padding on the right: without a mask, kernels for plain causality serve.
+        # Causal attention never looks at padding on the right: without a mask, kernels for plain causality apply.
         arguments = dict(input_ids=input_ids)
         if self.group is not None:
             text = DealtText(

@@ -81,7 +81,7 @@ class SharedAttention:
         if query_BNRH.shape[1] != heads:
             raise UserError(
                 f"{self.name} has a layer of {query_BNRH.shape[1]} query heads where its config says {heads}; "
-                "sequence parallelism does not serve this model."
+                "sequence parallelism does not support this model."
             )
         share = heads, ranks, rank
         some_heads = _OfSomeHeads(module, heads // ranks // key_BkTH.shape[1], share)
