@@ -97,6 +97,12 @@ def _require_causal_lm(model: PreTrainedModel) -> None:
             f"{name} has layers without a key/value cache (state-space, recurrent or linear attention), through which "
             f"gradients cannot be cut token by token. {accepted}"
         )
+    if sharing := [module for module in model.modules() if getattr(module, "is_kv_shared_layer", False)]:
+        raise UserError(
+            f"{name} has {len(sharing)} layers that share the keys and values of layers below (Gemma 3n and 4); these "
+            "do not pass through the cache, where gradients are cut. Token scoring and ditching do not support them. "
+            f"{accepted}"
+        )
 
 
 def _find_layers(body: nn.Module, count: int) -> nn.ModuleList | None:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
@@ -85,19 +86,41 @@ def fingerprint_model(folder: Path) -> str:
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             tensors.update(_sample_tensors(path))
         except (struct.error, ValueError, KeyError, EOFError) as error:
             raise UserError(f"{path} is truncated or no safetensors file ({error}); fetch the model again.") from error
-    if not tensors:
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    content = json.dumps([kept, tensors], sort_keys=True).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder, all of those that its index names.
+
+    Raises:
+        UserError: there are none, or some are missing.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is not an index of weights ({error!r}); fetch the model again.") from error
+        if missing := sorted(named - {path.name for path in found}):
+            some = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise UserError(
+                f"model.name_or_path: {folder} lacks {len(missing)} of the {len(named)} files of weights that "
+                f"{index.name} names: {some}. Fetch the model again."
+            )
+    if not found:
         raise UserError(
             f"{folder} holds no *.safetensors weights. Convert them once: "
             f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)."
         )
-    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
-    content = json.dumps([kept, tensors], sort_keys=True).encode()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return found
 
 
 def _sample_tensors(path: Path) -> dict[str, list]:
@@ -120,18 +143,24 @@ def _sample_tensors(path: Path) -> dict[str, list]:
     return tensors
 
 
-def require_decoder(model: ModelConfig, *, packing: bool = False, group: dist.ProcessGroup | None = None) -> None:
+def require_decoder(
+    model: ModelConfig, *, packing: bool = False, group: dist.ProcessGroup | None = None
+) -> PreTrainedModel:
     """Refuse a model that cannot be scored or trained, by its configuration: no weight is read.
 
     Args:
         group: the sequence-parallel ranks that are to share its texts, if any.
 
+    Returns:
+        The model on the meta device, for further checks.
+
     Raises:
         UserError: it is not a causal decoder whose every layer keeps keys and values, or lacks the attention asked for,
             or with `packing` cannot keep attention inside each of several examples in a row, or the ranks of `group`
-            cannot share its attention.
+            cannot share its attention; or files of its weights are missing.
     """
     folder, trust = model_folder(model), {"trust_remote_code": model.trust_remote_code}
+    weight_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder, **trust)
         with whole_models(), torch.device("meta"):
@@ -151,6 +180,7 @@ def require_decoder(model: ModelConfig, *, packing: bool = False, group: dist.Pr
             require_shareable(decoder, group)
     except UserError as error:
         raise UserError(f"model.name_or_path: {folder}: {error}") from error
+    return skeleton
 
 
 def load_tokenizer(model: ModelConfig, *, weights: bool = True) -> PreTrainedTokenizerBase:
@@ -173,7 +203,11 @@ def load_tokenizer(model: ModelConfig, *, weights: bool = True) -> PreTrainedTok
 
 
 def load_model(model: ModelConfig) -> PreTrainedModel:
-    """The causal LM in the configured dtype, on this process's accelerator, unless an engine deals its weights out."""
+    """The causal LM in the configured dtype, on this process's accelerator, unless an engine deals its weights out.
+
+    Raises:
+        UserError: the folder has no weights for some of its parameters.
+    """
     options = {}
     if model.quantization:
         options["quantization_config"] = _quantization(model)
@@ -183,13 +217,21 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
             options["device_map"] = {"": torch.accelerator.current_device_index()}
     elif model.quantization:
         options["device_map"] = {"": "cpu"}
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model_folder(model),
+    folder = model_folder(model)
+    loaded, loading = AutoModelForCausalLM.from_pretrained(
+        folder,
         dtype=getattr(torch, model.dtype),
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
+        output_loading_info=True,
         **options,
     )
+    # Transformers fills them in at random, with a warning.
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"model.name_or_path: {folder} has no weights for {len(missing)} parameters of {type(loaded).__name__}: "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Fetch the model again."
+        )
     keep_4bit_differentiable(loaded)
     return loaded
 
@@ -205,8 +247,11 @@ def _quantization(model: ModelConfig) -> BitsAndBytesConfig:
     )
 
 
-def add_adapter(model: PreTrainedModel, settings: PeftSettings) -> PeftModel:
+def add_adapter(model: PreTrainedModel, settings: PeftSettings, *, without_weights: bool = False) -> PeftModel:
     """Wrap the model in a new adapter; its base weights are frozen.
+
+    Args:
+        without_weights: make the adapter on the meta device, to see whether it fits.
 
     Raises:
         UserError: a method or setting that PEFT does not have, or that does not fit the modules of this model.
@@ -237,8 +282,8 @@ def add_adapter(model: PreTrainedModel, settings: PeftSettings) -> PeftModel:
     if settings.method == "ia3" and "feedforward_modules" not in options:
         options["feedforward_modules"] = _feed_forward_among(model, target_modules)
     try:
-        return get_peft_model(model, config_class(**options))
-    except (TypeError, ValueError, NotImplementedError) as error:
+        return get_peft_model(model, config_class(**options), low_cpu_mem_usage=without_weights)
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise UserError(f"peft: {settings.method} does not fit {type(model).__name__}: {error}") from error
 
 

@@ -7,11 +7,12 @@ from functools import cached_property
 
 import torch.distributed as dist
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenseek.config import ModelConfig, RunConfig
 from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.launching.processes import first_on_main
+from tokenseek.models.checks import require_fitting_data
 from tokenseek.models.loading import fingerprint_model, load_tokenizer, model_folder, require_decoder
 
 
@@ -22,12 +23,14 @@ class RunInputs:
     Attributes:
         state: the processes of the launch.
         group: the sequence-parallel ranks that share texts with this one, if any.
+        skeleton: the model on the meta device, without weights.
         data: the whole data set, before anything is held out; an index has a row for each of its examples.
     """
 
     model: ModelConfig
     state: PartialState
     group: dist.ProcessGroup | None
+    skeleton: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
 
@@ -45,10 +48,11 @@ def read_inputs(
     Raises:
         UserError: for a model, a tokenizer or data that does not fit.
     """
-    require_decoder(config.model, packing=packing, group=group)
+    skeleton = require_decoder(config.model, packing=packing, group=group)
     tokenizer = load_tokenizer(config.model)
     data = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
-    return RunInputs(config.model, state, group, tokenizer, data)
+    require_fitting_data(skeleton, tokenizer, data.dataset)
+    return RunInputs(config.model, state, group, skeleton, tokenizer, data)
 
 
 def run_fingerprints(model: ModelConfig, data: PreparedData) -> dict[str, str | int]:

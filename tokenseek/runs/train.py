@@ -26,6 +26,7 @@ from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.launching.memory import peak_memory_bytes
 from tokenseek.launching.processes import first_on_main, join_processes, require_engine
+from tokenseek.models.checks import require_adapter, require_fitting_data
 from tokenseek.models.kernels import apply_liger, compile_regions, require_kernels
 from tokenseek.models.loading import add_adapter, load_model
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
@@ -38,6 +39,7 @@ from tokenseek.runs.summary import Selected, TrainingSummary, card_rows
 from tokenseek.training import GroupTrainer, PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 from tokenseek.training.arguments import training_arguments
 from tokenseek.training.checkpoints import Resumed, fit_checkpoint
+from tokenseek.training.checks import make_output, require_a_batch, require_arguments
 from tokenseek.training.metrics import MetricsFile, held_out_loss
 
 
@@ -91,7 +93,7 @@ def prepare(config: RunConfig) -> Run:
     require_kernels(config)
     config = settle_exact_layers(config, state)
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    make_output(output)
     checkpoint = _checkpoint(config.training.resume, output)
     group = sequence_group(state.device.type)
     if group is not None and config.scoring.mode == "online" and config.training.packing:
@@ -100,7 +102,11 @@ def prepare(config: RunConfig) -> Run:
             "of them out."
         )
     inputs = read_inputs(config, state, group, packing=bool(config.training.packing))
+    require_arguments(config, inputs.skeleton)
+    if config.peft:
+        require_adapter(inputs.skeleton, config.peft)
     training, held_out = _split(config, inputs)
+    require_a_batch(config.training, len(training), state.num_processes // (group.size() if group else 1))
     state.print(f"Training data: {inputs.data.report}")
     packed, longest = None, max(map(len, inputs.data.dataset["input_ids"]))
     if config.training.packing == "bins":
@@ -200,6 +206,8 @@ def _split(config: RunConfig, inputs: RunInputs) -> tuple[Dataset, Dataset | Non
     require_supervised(training, "data")
     if held_out is not None:
         require_supervised(held_out, section)
+        if section == "eval_data":
+            require_fitting_data(inputs.skeleton, inputs.tokenizer, held_out, section)
     return training, held_out
 
 

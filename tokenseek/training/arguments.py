@@ -17,6 +17,9 @@ def training_arguments(training: TrainingConfig, output: Path, seed: int) -> Tra
     if own["optim"] == "adamw_torch" and torch.cuda.is_available():
         # torch's choice on a GPU allocates the square roots of all second moments at once.
         own["optim"] = "adamw_torch_fused"
+    extra = dict(training.extra)
+    if training.save_strategy == "best":
+        extra.setdefault("metric_for_best_model", "loss")  # the held-out one
     return TrainingArguments(
         output_dir=str(output),
         seed=seed,
@@ -27,5 +30,5 @@ def training_arguments(training: TrainingConfig, output: Path, seed: int) -> Tra
         include_num_input_tokens_seen="all" if training.packing else "non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
         **own,
-        **spelled_for_trainer(training.extra),
+        **spelled_for_trainer(extra),
     )

@@ -1,15 +1,19 @@
-"""Resuming with another number of processes than wrote the checkpoint."""
+"""Writing checkpoints, and resuming with another number of processes than wrote them."""
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -18,6 +22,30 @@ from tokenseek.errors import UserError
 # Of DeepSpeed: the file that names the folder of a converted checkpoint, written last, and the setting to load it.
 _UNIVERSAL = "latest_universal"
 _LOAD_UNIVERSAL = {"checkpoint": {"load_universal": True}}
+# How the two ways of saving say that a file could not be written; neither raises an OSError.
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos ", "file write failed")
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what writes into a run's folder.
+
+    Raises:
+        UserError: the folder cannot be written to, or there is no room.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        is_os = isinstance(error, OSError) and error.errno in _CANNOT_WRITE
+        is_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_CANNOT_WRITE)
+        if not (is_os or is_torch or isinstance(error, SafetensorError)):
+            raise
+        reason = error.strerror if is_os else str(error).strip().split("\n")[0]
+        raise UserError(
+            f"output_dir: {folder} cannot be written: {reason}. Make room (training.save_total_limit=1 keeps one "
+            "checkpoint) or give another output_dir; the same command goes on from the last whole checkpoint."
+        ) from error
 
 
 def fit_checkpoint(checkpoint: Path, arguments: TrainingArguments, state: PartialState) -> None:

@@ -7,6 +7,7 @@ processes only: left alone they would give each rank of a group other examples, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -24,6 +25,7 @@ from tokenseek.ditching import ditching_of
 from tokenseek.errors import UserError
 from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
 from tokenseek.parallel import shared_by
+from tokenseek.training.checkpoints import writing
 from tokenseek.training.finite import NamedExamples, StopAtNan
 from tokenseek.training.sampling import EpochSampler, LengthGroupedSampler, WithBlanks
 
@@ -90,6 +92,14 @@ class GroupTrainer(Trainer):
         if self.stop_at_nan:
             self.stop_at_nan.note(loss, examples)
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with writing(Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial, *args, **kwargs) -> None:
+        with writing(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         plain_collator = self.data_collator

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from tokenseek.labels import IGNORED
 from tokenseek.launching.memory import peak_memory_bytes, reset_peak_memory
 from tokenseek.training import GroupTrainer
+from tokenseek.training.checkpoints import writing
 
 
 class MetricsFile(TrainerCallback):
@@ -37,7 +38,7 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             seconds = round(time.perf_counter() - self.started, 3)
             line = {"step": state.global_step, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **logs}
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path.parent), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _lines_up_to(self, last_step: int) -> Iterator[str]:
