@@ -34,5 +34,7 @@ if [ $# -gt 0 ]; then
 fi
 # Tests that start processes of their own take turns. (Not one run with `--dist loadgroup`, which does this by groups:
 # with pytest 9.2, pytest-xdist 3.8 takes no notice of them.)
-python -m pytest -m "not slow" -n 2 --dist loadfile tests/unit tests/numerics tests/gpu
-exec python -m pytest -m "not slow" tests/distributed tests/launch
+status=0
+python -m pytest -m "not slow" -n 2 --dist loadfile tests/unit tests/numerics tests/gpu || status=1
+python -m pytest -m "not slow" tests/distributed tests/launch || status=1
+exit $status

