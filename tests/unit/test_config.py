@@ -81,7 +81,10 @@ def test_configurations_are_checked_without_heavy_imports():
         ("selection={ratio: auto, rule: all}", ["selection.ratio is auto, but rule 'all' takes no ratio"]),
         ("selection={ratio: auto, explore: 2}", ["selection.explore is 2"]),
         ("training.memory_budget=8GiB", ["training.memory_budget is for selection.ratio: auto"]),
-        ("training.memory_budget=8 elephants", ["training.memory_budget: '8 elephants' is no size; write 8GiB"]),
+        (
+            "training.memory_budget=8 elephants",
+            ["training.memory_budget: '8 elephants' is not a valid size; write 8GiB"],
+        ),
         ("training={packing: true, ditching: false}", ["training: packing: true needs ditching: true"]),
         ("training.eval_strategy=steps", ["training.eval_strategy is steps, but there is no eval_data section"]),
     ],

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from tokenseek.config.section import CellValue, NonNegativeInt, PositiveInt, Section
 
@@ -59,7 +60,7 @@ class SourceConfig(Section):
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> Self:
         if (self.path is None) == (self.name is None):
             raise ValueError(
                 "give either path (a local file or folder) or name (a data set of the hub) and set the other to null, "
@@ -108,7 +109,7 @@ class DataConfig(Section):
     num_proc: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _check_mixing(self):
+    def _check_mixing(self) -> Self:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(w or s.rows is not None for w, s in zip(weighted, self.sources, strict=True)):
             raise ValueError("one source has a weight, so every source needs a weight or rows")

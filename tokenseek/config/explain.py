@@ -2,6 +2,7 @@
 
 import re
 import types
+from collections.abc import Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -13,7 +14,7 @@ def explain(error: ValidationError, values: dict[str, Any], schema: type[BaseMod
     """One line per violation. The members of a union that all refuse one value share a line."""
     problems: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
-        loc = item["loc"]
+        loc: Sequence[int | str] = item["loc"]
         if item["type"] in ("extra_forbidden", "missing"):
             *parents, key = loc
             accepted = sorted(_section_at(parents, schema).model_fields)
@@ -38,18 +39,18 @@ def _with_path(path: str, message: str) -> str:
     return message if not path or message.startswith(f"{path}.") else f"{path}: {message}"
 
 
-def _steps_in(values: Any, loc: tuple[int | str, ...]) -> list[int | str]:
+def _steps_in(values: Any, loc: Sequence[int | str]) -> list[int | str]:
     """The part of a pydantic location that exists in the data: the rest are names of union members."""
     steps: list[int | str] = []
     for step in loc:
         if not (isinstance(values, dict) and step in values or isinstance(values, list) and isinstance(step, int)):
             break
-        values = values[step]
+        values = values[step]  # type: ignore[index]  # a list has numbers, as was checked
         steps.append(step)
     return steps
 
 
-def _section_at(loc: list[int | str], section: type[BaseModel]) -> type[BaseModel]:
+def _section_at(loc: Sequence[int | str], section: type[BaseModel]) -> type[BaseModel]:
     for step in loc:
         if isinstance(step, str):
             section = _section_in(section.model_fields[step].annotation)

@@ -143,14 +143,14 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any, origin: str) -> No
                 raise UserError(
                     f"{origin}: {here} is a list; accepted are the positions 0 to {len(node)}, got {step!r}"
                 )
-            step = int(step)
-            if step == len(node):
+            if int(step) == len(node):
                 node.append(None)
         elif not isinstance(node, dict):
             raise UserError(f"{origin}: {here} is the value {node!r} and has no keys")
+        at: Any = int(step) if isinstance(node, list) else step
         if depth == len(steps) - 1:
-            node[step] = value
+            node[at] = value
             return
-        if (node[step] if isinstance(node, list) else node.get(step)) is None:
-            node[step] = [] if steps[depth + 1].isdigit() else {}
-        node = node[step]
+        if (node[at] if isinstance(node, list) else node.get(at)) is None:
+            node[at] = [] if steps[depth + 1].isdigit() else {}
+        node = node[at]

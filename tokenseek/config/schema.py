@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
+from typing_extensions import Self
 
 from tokenseek.config.data import DataConfig
 from tokenseek.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
@@ -30,7 +31,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
-    def _check_double_quantization(self):
+    def _check_double_quantization(self) -> Self:
         if self.double_quantization and self.quantization not in ("nf4", "fp4"):
             raise ValueError("double_quantization needs quantization: nf4 or fp4")
         return self
@@ -60,7 +61,7 @@ class ScoringConfig(Section):
     cpu_threads: PositiveInt = 1
 
     @model_validator(mode="after")
-    def _check_mode(self):
+    def _check_mode(self) -> Self:
         if self.mode == "online" and self.index is not None:
             raise ValueError("scoring.index is for scoring.mode: index; online, no index is written or read")
         if self.mode == "online" and self.loss_scope == "sequence":
@@ -70,9 +71,8 @@ class ScoringConfig(Section):
         return self
 
 
-_SelectionFields: Any = create_model(
-    "_SelectionFields", __base__=Section, **{f.name: (f.type, f.default) for f in fields(SelectionRule)}
-)
+_fields: dict[str, Any] = {field.name: (field.type, field.default) for field in fields(SelectionRule)}
+_SelectionFields: Any = create_model("_SelectionFields", __base__=Section, **_fields)
 
 
 class SelectionConfig(_SelectionFields):
@@ -91,7 +91,7 @@ class SelectionConfig(_SelectionFields):
     exact_layers: NonNegativeInt | Literal["auto"] = 0
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> Self:
         if self.ratio == "auto" and "ratio" not in rule_named(self.rule).reads:
             raise ValueError(f"selection.ratio is auto, but rule {self.rule!r} takes no ratio; leave one of them out")
         self.model_copy(update={"ratio": SelectionRule.ratio if self.ratio == "auto" else self.ratio}).to_rule()
@@ -199,13 +199,13 @@ class TrainingConfig(DitchingSettings):
 
     @field_validator("memory_budget")
     @classmethod
-    def _check_memory_budget(cls, budget):
+    def _check_memory_budget(cls, budget: Any) -> Any:
         if budget is not None:
             parse_size(budget)
         return budget
 
     @model_validator(mode="after")
-    def _check_packing(self):
+    def _check_packing(self) -> Self:
         if self.packing and not self.ditching:
             raise ValueError(
                 f"packing: {self.packing if self.packing == 'bins' else 'true'} needs ditching: true; ordinary "
@@ -215,7 +215,7 @@ class TrainingConfig(DitchingSettings):
 
     @field_validator("extra")
     @classmethod
-    def _check_extra(cls, extra):
+    def _check_extra(cls, extra: Any) -> Any:
         own = set(cls.model_fields) - {"extra"}
         for name in extra:
             if name in own or name in _OWNED_ELSEWHERE:
@@ -249,7 +249,7 @@ class PeftSettings(Section):
 
     @field_validator("target_modules", mode="before")
     @classmethod
-    def _check_target_modules(cls, target):
+    def _check_target_modules(cls, target: Any) -> Any:
         groups = ["feed_forward", "attention", "all-linear"]
         names = isinstance(target, list) and target and all(isinstance(name, str) for name in target)
         if target not in groups and not names:
@@ -261,7 +261,7 @@ class PeftSettings(Section):
 
     @field_validator("method")
     @classmethod
-    def _check_method(cls, method):
+    def _check_method(cls, method: Any) -> Any:
         if method not in ("lora", "loha", "lokr", "ia3"):  # the common ones need no import
             from peft import PeftType
 
@@ -292,7 +292,7 @@ class RunConfig(Section):
         return Path(self.scoring.index) if self.scoring.index else Path(self.output_dir) / "index.arrow"
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> Self:
         if self.training.eval_strategy != "no" and self.eval_data is None and self.data.hold_out is None:
             raise ValueError(
                 f"training.eval_strategy is {self.training.eval_strategy}, but there is no eval_data section and no "

@@ -10,13 +10,13 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``8GiB``, ``512 MiB``, ``80GB`` (10^9) or a plain number of bytes."""
     found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
-    unit = found and _UNITS.get(found[2].upper())
+    unit = _UNITS.get(found[2].upper()) if found else None
     try:
-        size = int(float(found[1]) * unit) if unit else 0
+        size = int(float(found[1]) * unit) if found and unit else 0
     except ValueError:
         size = 0
     if size <= 0:
-        raise UserError(f"{text!r} is no size; write 8GiB, 512MiB, 80GB or a number of bytes.")
+        raise UserError(f"{text!r} is not a valid size; write 8GiB, 512MiB, 80GB or a number of bytes.")
     return size
 
 

@@ -1,6 +1,7 @@
 """YAML without its traps: a key given twice is an error, `no` and `on` are words, and 4e-4 is a number."""
 
 import re
+from typing import Any
 
 import yaml
 
@@ -27,7 +28,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, origin: str):
+def parse_yaml(text: str, origin: str) -> Any:
     """The value of one YAML document; `origin` (a file, an option) opens the message of every error.
 
     Raises:
@@ -43,7 +44,7 @@ def parse_yaml(text: str, origin: str):
         raise UserError(f"{origin}: not valid YAML: {error}") from error
 
 
-def _without_aliases(value):
+def _without_aliases(value: Any) -> Any:
     """A copy in which what an anchor names is there once for each of its aliases: changing one leaves the others."""
     if isinstance(value, dict):
         return {key: _without_aliases(item) for key, item in value.items()}

@@ -2,11 +2,16 @@
 
 import struct
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from tokenseek.index.schema import ScoredExample
 
 
-def tokens_crc(input_ids) -> int:
+def tokens_crc(input_ids: npt.ArrayLike) -> int:
     """CRC-32 of an example's token ids, read as little-endian int32.
 
     Kept beside the scores so that training can tell that position t still is the token that was scored.
@@ -21,7 +26,7 @@ def tokens_crc(input_ids) -> int:
     return zlib.crc32(np.asarray(input_ids, dtype="<i4").tobytes())
 
 
-def row_crc(example) -> int:
+def row_crc(example: "ScoredExample") -> int:
     """CRC-32 over everything that a row of the index says about a `ScoredExample`, not only its scores.
 
     A flipped bit in an example's id or its token checksum would otherwise go unseen.

@@ -1,6 +1,7 @@
 """Reading a merged index during training."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class TokenIndex:
                 raise UserError(f"{path} has row {file.rows[wrong[0]]} where row {wrong[0]} should be. {_FIX}")
         return cls(file)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return TokenIndex.open, (self.path, False)
 
     def __len__(self) -> int:

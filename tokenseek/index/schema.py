@@ -123,7 +123,7 @@ class ScoredExample:
     context: np.ndarray
     gradient: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("context", "gradient"):
             # Free for a view of a memory-mapped column. A score too large for float32 becomes inf, which `fault` names.
             with np.errstate(over="ignore"):

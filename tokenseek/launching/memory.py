@@ -24,7 +24,10 @@ def peak_memory_bytes() -> int:
     """Bytes allocated on the GPU at the peak since the last reset; resident bytes of the process on a CPU (Linux)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise RuntimeError("/proc/self/status has no VmHWM: peak memory on CPUs is known on Linux only.")
+    return 1024 * int(found[1])
 
 
 def free_memory_bytes(state: PartialState) -> int:

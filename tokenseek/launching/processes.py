@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -114,7 +114,8 @@ def first_on_main(state: PartialState, work: Callable[[], Result]) -> Result:
     call = next(_calls)
     per_node = environment.local_world_size(state.num_processes)
     first = range(0, state.num_processes, per_node)
-    result, met = None, None
+    result: Any = None
+    met: Exception | None = None
     if state.process_index in first:
         try:
             result = work()

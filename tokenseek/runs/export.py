@@ -62,7 +62,7 @@ def merge_adapter(adapter: Path, output: Path, dtype: str | None = None, base: s
         raise UserError(f"{adapter} holds no adapter_config.json; give the folder of an adapter, such as RUN/final.")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; choose another output folder.")
-    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    base = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype) if dtype else "auto")
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     merged.save_pretrained(output)

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -138,6 +138,7 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
         processing_class=tokenizer,
         callbacks=[MetricsFile(run.output / "metrics.jsonl")],
     )
+    selected: Selected | None = None
     if not config.training.ditching:
         selected = Selected.among(TokenSeekCollator(None, rule="all"), run.training)
         return GroupTrainer(model, data_collator=PaddingCollator(tokenizer.pad_token_id), **options), selected
@@ -149,7 +150,6 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
         packing=bool(config.training.packing),
         online=online,
     )
-    selected = None
     if online:
         inputs.state.print(f"Selection in each step, rule {rule.rule}: {rule.ratio:g} of the tokens, no index.")
     else:
@@ -165,8 +165,7 @@ def finish(
     state = run.inputs.state
     peak = int(max_over_processes(trainer, peak_memory_bytes()))
     after = held_out_loss(trainer, run.held_out) if run.held_out else None
-    if selected is None:
-        selected = Selected.by_steps(trainer)
+    selected = selected or Selected.by_steps(cast(TokenSeekTrainer, trainer))
     final = run.output / "final"
     trainer.save_model(str(final))
     if state.is_main_process:
@@ -180,7 +179,7 @@ def finish(
         train_loss=result.training_loss,
         loss_before=timer.loss_before,
         loss_after=after,
-        trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        trainable_parameters=trainer.get_num_trainable_parameters(),
         selected_share=selected.selected / selected.tokens,
         supervised_share=selected.supervised / selected.selected,
         final=str(final),
@@ -199,10 +198,9 @@ def _split(config: RunConfig, inputs: RunInputs) -> tuple[Dataset, Dataset | Non
         training, held_out = hold_out(training, config.data.hold_out, config.data.seed)
         if not config.eval_data:
             section = "data.hold_out"
-    elif config.eval_data:
-        held_out = first_on_main(
-            inputs.state, lambda: prepare_dataset(config.eval_data, inputs.tokenizer, "eval_data")
-        ).dataset
+    elif (evaluated := config.eval_data) is not None:
+        prepared = first_on_main(inputs.state, lambda: prepare_dataset(evaluated, inputs.tokenizer, section))
+        held_out = prepared.dataset
     require_supervised(training, "data")
     if held_out is not None:
         require_supervised(held_out, section)
@@ -213,16 +211,16 @@ def _split(config: RunConfig, inputs: RunInputs) -> tuple[Dataset, Dataset | Non
 
 def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedModel | PeftModel:
     """The model as the run trains it: with its adapter, its ditching and its ranks that share texts."""
-    model = load_model(config.model)
-    if config.peft:
-        model = add_adapter(model, config.peft)
+    base = load_model(config.model)
+    model = add_adapter(base, config.peft) if config.peft else base
     if config.training.liger:
         apply_liger(find_decoder(model).causal_lm)
     if config.training.compile:
         compile_regions(model)
     if config.training.ditching:
         scoring, training = config.scoring, config.training
-        seeking = Seeking(scoring.reduction, scoring.gradient_layer, config.selection.exact_layers)
+        exact_layers = cast(int, config.selection.exact_layers)  # `prepare` has settled `auto`
+        seeking = Seeking(scoring.reduction, scoring.gradient_layer, exact_layers)
         enable_token_ditching(
             model,
             recompute=training.recompute,
