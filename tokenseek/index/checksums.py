@@ -33,4 +33,4 @@ def row_crc(example: "ScoredExample") -> int:
     """
     crc = zlib.crc32(example.example_id.encode())
     crc = zlib.crc32(struct.pack("<qqI", example.row, example.num_tokens, example.tokens_crc), crc)
-    return zlib.crc32(example.gradient, zlib.crc32(example.context, crc))
+    return zlib.crc32(example.gradient.data, zlib.crc32(example.context.data, crc))
