@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from tokenseek.cli import main
+from tokenseek.commands import plan
 from tokenseek.config import load_config
 from tokenseek.config.resources import list_resources
 from tokenseek.errors import UserError
+from tokenseek.planning import describe_length
 from tokenseek.planning.shapes import find_shape, known_shape, known_shapes
 from tokenseek.planning.step import load_model_config
 
@@ -51,3 +56,27 @@ def test_every_shipped_preset_is_planned_without_a_hub(preset):
     config = load_config(preset)
     assert known_shape(config.model.name_or_path), f"{config.model.name_or_path} is not in shapes.yaml"
     assert load_model_config(config).num_hidden_layers
+
+
+def test_the_command_takes_a_shape_with_and_without_a_preset(capsys):
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    alone = plan.check(parser.parse_args(["--shape", "smollm2-135m", "--set", "data.max_length=9000"]))
+    assert (alone.model.name_or_path, alone.data.max_length) == ("HuggingFaceTB/SmolLM2-135M", 9000)
+    changed = plan.check(parser.parse_args(["--preset", "llama-2-7b-qlora", "--shape", "Llama-3.1-8B"]))
+    assert changed.model.name_or_path == "meta-llama/Llama-3.1-8B" and changed.model.quantization == "nf4"
+    assert main(["plan", "--shape", "smollm2-136m"]) == 2
+    assert "--shape smollm2-136m: no such model; nearest are smollm2-" in capsys.readouterr().err
+
+
+def test_lengths_beyond_the_positions_are_told_with_the_scaling_that_would_allow_them():
+    config = find_shape("smollm2-135m").config()
+    assert describe_length(config, 8192) is None
+    assert "9,000 tokens are more than the 8,192 positions" in (told := describe_length(config, 9000))
+    assert '"factor": 2.0' in told
+
+
+def test_learned_positions_cannot_be_extended():
+    with pytest.raises(UserError, match="2,000 tokens: the model has 1,024 positions and learned each"):
+        describe_length(AutoConfig.for_model("gpt2"), 2000)
+    assert describe_length(AutoConfig.for_model("gpt2"), 1024) is None

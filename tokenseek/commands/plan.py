@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from tokenseek.commands.arguments import add_config_arguments, configuration, positive, split_ratios
-from tokenseek.config import RunConfig
+from tokenseek.config import RunConfig, load_config
 from tokenseek.config.resources import list_resources
 from tokenseek.config.sizes import parse_size
 
@@ -20,7 +20,10 @@ LAUNCHED = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
+    configured = add_config_arguments(parser)
+    configured.add_argument(
+        "--shape", metavar="NAME", help="plan this model by its public dimensions, without a hub: llama-3.1-8b, ..."
+    )
     group = parser.add_argument_group("processes")
     group.add_argument(
         "--accelerate-config",
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-processes", type=positive, metavar="N", help="override the configs' number of processes")
     group = parser.add_argument_group("what is planned")
     group.add_argument("--ratios", default="0.1,0.3,0.5", metavar="R,R", help="shares of the tokens to compare")
-    group.add_argument("--tokens", type=int, metavar="T", help="length of an example (default: data.max_length)")
+    group.add_argument("--tokens", type=positive, metavar="T", help="length of an example (default: data.max_length)")
     group.add_argument("--budget", metavar="SIZE", help="find the largest share that fits, in 8GiB for one")
     group.add_argument("--gpu", metavar="NAME", help="estimate seconds on it too: H100, A100-80, L40S, RTX4090, ...")
     group = parser.add_argument_group("output")
@@ -39,11 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> RunConfig:
-    config = configuration(args)
+    config = _shaped(args) if args.shape else configuration(args)
     if args.budget:
         parse_size(args.budget)
     split_ratios(args.ratios)
     return config
+
+
+def _shaped(args: argparse.Namespace) -> RunConfig:
+    """The configuration with the model of `--shape`; without a preset, one of no data."""
+    from tokenseek.planning import find_shape  # late: it imports torch
+
+    nowhere = [] if args.preset else ["data.sources.0.path=none", "output_dir=none"]
+    return load_config(args.preset, [*nowhere, *args.set, f"model.name_or_path={find_shape(args.shape).name}"])
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> int:
@@ -51,8 +62,10 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
     from tokenseek.planning import (  # late: a mistake in the configuration is told before torch is imported
         Method,
         describe_choice,
+        describe_length,
         find_gpu,
         largest_ratio,
+        load_model_config,
         method_of,
         plan_memory,
         plan_table,
@@ -64,6 +77,8 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
     gpu = args.gpu and find_gpu(args.gpu)
     engines = [read_engine(name, args.num_processes) for name in args.accelerate_config or ["single"]]
     ratios = split_ratios(args.ratios)
+    if note := describe_length(load_model_config(config), args.tokens or config.data.max_length):
+        print(note)
     plans, status = [], 0
     for engine in engines:
         print(

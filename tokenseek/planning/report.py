@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedConfig
+
 from tokenseek.config.sizes import format_size
+from tokenseek.errors import UserError
 from tokenseek.planning.budget import Choice
 from tokenseek.planning.ledger import CATEGORIES
 from tokenseek.planning.step import MemoryPlan
@@ -44,6 +47,28 @@ def _aligned(lines: list[list[str]]) -> str:
             [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
         )
         for line in lines
+    )
+
+
+def describe_length(model_config: PreTrainedConfig, tokens: int) -> str | None:
+    """What a length beyond the model's positions needs; None where it has as many.
+
+    Raises:
+        UserError: its positions are learned, and there are no more.
+    """
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or tokens
+    if tokens <= positions:
+        return None
+    if not getattr(text_config, "rope_parameters", None):
+        raise UserError(
+            f"{tokens:,} tokens: the model has {positions:,} positions and learned each of them; give --tokens or "
+            f"data.max_length up to {positions}."
+        )
+    return (
+        f"{tokens:,} tokens are more than the {positions:,} positions that the model was trained for: its config.json "
+        f'would need rotary scaling, such as "rope_type": "yarn" with "factor": {-(-tokens // positions)}.0. Memory is '
+        "the same."
     )
 
 
