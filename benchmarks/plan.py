@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from benchmarks.memory import LiveStorages, storage_bytes
 from tokenseek.config import RunConfig, load_config
 from tokenseek.decoder.names import enable_checkpointing
-from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.models.loading import add_adapter
 from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.planning import Engine, Method, plan_memory
@@ -31,6 +31,8 @@ from tokenseek.planning import Engine, Method, plan_memory
 STEPS_OF_A_GROUP = 3
 LORA = ("peft.method=lora", "peft.r=8")
 ACCUMULATED, BF16 = "training.gradient_accumulation_steps=2", "training.mixed_precision=bf16"
+DRAWN = ("selection.rule=sampled", "selection.alpha=0", "selection.explore=0.3", "selection.ratio=0.2")
+ONLINE = ("scoring.mode=online", *DRAWN)
 # name -> (model_type, method, settings)
 CASES: dict[str, tuple[str, Method, tuple[str, ...]]] = {
     "llama, all tokens": ("llama", Method(), ()),
@@ -45,6 +47,9 @@ CASES: dict[str, tuple[str, Method, tuple[str, ...]]] = {
     "llama, r = 0.2, LoRA, bf16 autocast": ("llama", Method(0.2), (*LORA, BF16)),
     "llama, r = 0.1, LoRA, 8-bit keys and values": ("llama", Method(0.1), (*LORA, "training.kv_storage=int8")),
     "llama, r = 1, LoRA": ("llama", Method(1.0), LORA),
+    "llama, r = 0.2, LoRA, online by error": ("llama", Method(0.2), (*LORA, *ONLINE, "scoring.reduction=error")),
+    "gpt2, r = 0.2, online by gradient": ("gpt2", Method(0.2), ONLINE),
+    "llama, r = 0.2, LoRA, online, 1 exact layer": ("llama", Method(0.2), (*LORA, *ONLINE, "selection.exact_layers=1")),
 }
 
 
@@ -99,6 +104,11 @@ def measured_flops(config: RunConfig, method: Method, shape: PreTrainedConfig) -
     return counter.get_total_flops()
 
 
+def differentiates_inside(config: RunConfig) -> bool:
+    """Whether the forward pass takes a gradient itself, in which torch's counter raises."""
+    return config.scoring.mode == "online" and config.scoring.reduction != "error"
+
+
 def _attention_flops(query, key, *args, **kwargs) -> int:
     """Two products, of all queries with all keys, by all query heads."""
     return 4 * math.prod(query[:-1]) * key[-2] * query[-1]
@@ -119,7 +129,9 @@ def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model
         model = add_adapter(model, config.peft)
     model.train()
     if method.ratio is not None:
-        enable_token_ditching(model, recompute=method.recompute, kv_storage=training.kv_storage)
+        selection, scoring = config.selection, config.scoring
+        seeking = Seeking(scoring.reduction, scoring.gradient_layer, selection.exact_layers)
+        enable_token_ditching(model, recompute=method.recompute, kv_storage=training.kv_storage, seeking=seeking)
     elif method.recompute:
         enable_checkpointing(model)
     if group is not None:
@@ -127,6 +139,10 @@ def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     inputs = _inputs(training.per_device_train_batch_size, config.data.max_length, shape.vocab_size, method.ratio)
+    if method.ratio is not None and config.scoring.mode == "online":
+        del inputs["selected_positions"]
+        keys = torch.arange(training.per_device_train_batch_size)
+        inputs |= {"selection": selection.to_rule(), "selection_keys": keys}
     bf16 = training.mixed_precision == "bf16"
 
     def step():
@@ -170,9 +186,11 @@ def main() -> None:
         plan = plan_memory(config, method, Engine(on_cpu=True), model_config=shape)
         measured = measured_peak(config, method, shape)
         above = (plan.peak - plan.states) / (measured - plan.states)
-        flops = plan.work.flops / measured_flops(config, method, shape)
+        flops = (
+            "" if differentiates_inside(config) else f"{plan.work.flops / measured_flops(config, method, shape):.4f}"
+        )
         sizes_mib = f"{plan.peak / 2**20:.1f} | {measured / 2**20:.1f}"
-        print(f"| {name} | {sizes_mib} | {plan.peak / measured:.4f} | {above:.4f} | {flops:.4f} |", flush=True)
+        print(f"| {name} | {sizes_mib} | {plan.peak / measured:.4f} | {above:.4f} | {flops} |", flush=True)
 
 
 if __name__ == "__main__":

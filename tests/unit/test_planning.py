@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import benchmarks.plan
-from benchmarks.plan import CASES, LORA, measured_flops, measured_peak, model_config
+from benchmarks.plan import CASES, LORA, differentiates_inside, measured_flops, measured_peak, model_config
 from tokenseek.cli import main
 from tokenseek.errors import UserError
 from tokenseek.models.loading import load_model
@@ -51,7 +51,9 @@ def test_plan_agrees_with_a_real_step(case):
     assert sum(planned.parts.values()) == planned.peak
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [c for c, (_, _, set_) in CASES.items() if not differentiates_inside(run_config(*set_))]
+)
 def test_planned_arithmetic_is_that_of_a_real_step(case):
     kind, method, settings = CASES[case]
     config, shape = run_config(*settings), model_config(kind, **SIZES)
@@ -215,6 +217,19 @@ def test_ranks_that_share_texts_need_less_and_compute_their_part():
     assert not torch.distributed.is_initialized()
     with pytest.raises(UserError, match="3 sequence-parallel ranks cannot share 4 query heads"):
         plan_memory(config, Method(0.1), Engine("ddp", 3, sp_size=3), model_config=LLAMA)
+
+
+def test_exact_layers_add_what_they_store():
+    """A layer's activations of all tokens, in place of those of a fifth of them."""
+    online = benchmarks.plan.ONLINE
+    plans = [
+        plan_memory(run_config(*online, f"selection.exact_layers={n}"), Method(0.2), CPU, model_config=LLAMA)
+        for n in (0, 1, "auto")
+    ]
+    assert plans[1].parts["activations"] > plans[0].parts["activations"]
+    assert plans[2].parts == plans[1].parts
+    with pytest.raises(UserError, match="online cannot be planned under sequence parallelism"):
+        plan_memory(run_config(*online), Method(0.2), replace(CPU, processes=2, sp_size=2), model_config=LLAMA)
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):

@@ -136,7 +136,7 @@ def _online_forward(
     with one_gradient_of_tied_weights(decoder), ditching.replaying(seen.recording), ditching.handing(reach):
         body_output = decoder.body(**arguments)
     if num_items_in_batch is None:
-        num_items_in_batch = max(1, seen.supervised)
+        num_items_in_batch = seen.supervised
     if seen.exact:
         loss = seen.exact.loss(seen.recording.border, asked_BS, weights_BS) / num_items_in_batch
     else:
@@ -151,7 +151,7 @@ def _online_forward(
         )
     return OnlineOutput(
         loss=sequence.total(loss) if sequence else loss,
-        loss_all=seen.loss_sum / max(1, seen.supervised),
+        loss_all=seen.loss_sum / seen.supervised,
         selected_positions=seen.selection.positions,
         selected_weights=seen.selection.weights,
     )

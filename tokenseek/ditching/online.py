@@ -131,14 +131,14 @@ class Seen:
 
     Attributes:
         loss_sum: of the cross-entropies of all supervised tokens, without a graph.
-        supervised: the number of these tokens.
+        supervised: the number of these tokens, at least 1; on the device, for which nobody has to wait.
         exact: with exact layers, what they leave.
     """
 
     selection: Selection
     recording: Recording
     loss_sum: torch.Tensor
-    supervised: int
+    supervised: torch.Tensor
     exact: ExactTop | None = None
 
 
@@ -234,8 +234,8 @@ def see_all_tokens(
         scores_BT = None if scores_BT is None else text.gathered(scores_BT)
         context_BT = None if context_BT is None else text.averaged(context_BT)
         dist.all_reduce(loss_sum, group=text.group)
-    selection = select_batch(rule, examples, selection_keys.tolist(), context_BT, scores_BT, supervised_BT)
-    return Seen(selection, recording, loss_sum, int(supervised_BT.sum()), exact_top)
+    selection = select_batch(rule, examples, selection_keys, context_BT, scores_BT, supervised_BT)
+    return Seen(selection, recording, loss_sum, supervised_BT.sum().clamp(min=1), exact_top)
 
 
 def _attention_of(ditching, examples: list[Example], batch: int, mask):
@@ -277,7 +277,7 @@ def _dealt(ditching, arguments: dict, labels_BT: torch.Tensor, selection_keys: t
             "selection under sequence parallelism needs input_ids and no position_ids: pad the examples "
             "(training.packing: false) instead of packing them."
         )
-    if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+    if mask is not None and not bool((mask[:, :-1] >= mask[:, 1:]).all()):
         raise UserError("selection under sequence parallelism needs padding on the right.")
     given = dict(input_ids=input_ids, attention_mask=mask, labels=labels_BT, selection_keys=selection_keys)
     return DealtText(ditching.decoder, ditching.sequence.group, **given)

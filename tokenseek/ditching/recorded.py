@@ -70,7 +70,7 @@ class Recording:
         Raises:
             UserError: `hidden` is not what the module before returned, so that the graphs cannot be joined.
         """
-        if self._graphs and self._graphs[-1][2].data_ptr() != hidden.data_ptr():
+        if self._graphs and not _share_memory(self._graphs[-1][2], hidden):
             raise UserError(
                 f"between {type(self._graphs[-1][0]).__name__} and {type(layer).__name__} this model changes its "
                 "hidden states in code of its own, through which no gradient is taken: use scoring.reduction=error."
@@ -170,6 +170,10 @@ def gathered(layer: nn.Module) -> Iterator[None]:
             unit.unshard()
             stack.callback(unit.reshard)
         yield
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,13 +26,15 @@ from tokenseek.decoder import head
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.names import asks_for_checkpointing, enable_checkpointing
 from tokenseek.ditching import ditching_of, enable_token_ditching, staircase, storage, tiles
-from tokenseek.ditching.reach import PlainReach
+from tokenseek.ditching import model as ditched_model
+from tokenseek.ditching.reach import PlainReach, Reach
 from tokenseek.ditching.rows import partition
 from tokenseek.errors import UserError
 from tokenseek.launching.engine import Engine
 from tokenseek.models.loading import add_adapter
 from tokenseek.parallel import measured
 from tokenseek.planning.ledger import Ledger
+from tokenseek.planning.online import is_online, seeking_of, selecting_as_planned
 from tokenseek.planning.packed import pack_linear_layers
 from tokenseek.planning.sequence import plan_as_first_rank
 from tokenseek.planning.shapes import known_shape
@@ -141,6 +143,11 @@ def plan_memory(
     parts = reach and reach.parts
     if reach:
         tiles.tiles_of(reach, config.training.tile_rows)
+    if engine.sp_size > 1 and is_online(config, method):
+        raise UserError(
+            "scoring.mode: online cannot be planned under sequence parallelism (sp_size): plan one rank of it with "
+            "scoring.mode=index, or all of it without sp_size."
+        )
     model = _build(config, model_config, method, engine)
     if engine.sp_size > 1:
         plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts)
@@ -153,7 +160,7 @@ def plan_memory(
             # GPUs' kernels take all rows at once; in the blocks of a CPU, long texts take minutes to plan.
             _replaced(staircase._CpuFlash, ROWS=staircase._CpuFlash.ROWS if engine.on_cpu else _ROWS_OF_A_GPU),
             _replaced(head, CHUNK_BYTES=head.CHUNK_BYTES if engine.on_cpu else head.MOST_CHUNK_BYTES),
-            ditching_of(model).handing(reach) if reach else nullcontext(),
+            _reaching(model, reach, is_online(config, method)),
             fake,
             Ledger() as ledger,
             Work() as work,
@@ -168,7 +175,9 @@ def plan_memory(
             ledger.reset_peak()
             work.reset()
             with measured() as traffic:
-                _train_pass(model, decoder, state, ledger, config, engine, shape, positions_BS)
+                _train_pass(
+                    model, decoder, state, ledger, config, engine, shape, positions_BS, is_online(config, method)
+                )
             passes = StepWork(work.flops, 0, work.operations)
             work.reset()
             ledger.region = "workspace"
@@ -186,6 +195,22 @@ def plan_memory(
     operations = work.operations + Counter({key: micro_batches * n for key, n in passes.operations.items()})
     whole = StepWork(work.flops + micro_batches * passes.flops, sent, operations)
     return MemoryPlan(method, engine, ledger.peak, at_peak, states, shape, micro_batches, whole)
+
+
+@contextmanager
+def _reaching(model: nn.Module, reach: Reach | None, online: bool) -> Iterator[None]:
+    """In the block, the rows of `reach` are those that a step is given, or selects itself."""
+    if reach is None:
+        yield
+    elif online:  # the first of a step's two passes is not for them alone
+        with (
+            selecting_as_planned(reach.parts.selected.index_BR),
+            _replaced(ditched_model, reach_of=lambda *args, **options: reach),
+        ):
+            yield
+    else:
+        with ditching_of(model).handing(reach):
+            yield
 
 
 def _nbytes(tensors: list[torch.Tensor]) -> int:
@@ -252,7 +277,7 @@ def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, en
                 parameter.data = parameter.data.to(precision)
     if method.ratio is not None:
         options = dict(kv_storage=config.training.kv_storage, tile_rows=config.training.tile_rows)
-        enable_token_ditching(model, recompute=method.recompute, **options)
+        enable_token_ditching(model, recompute=method.recompute, seeking=seeking_of(config, engine), **options)
     elif method.recompute:
         enable_checkpointing(model)
     return model.train()
@@ -273,11 +298,14 @@ def _materialise(model: nn.Module) -> None:
 
 
 def _train_pass(
-    model, decoder: Decoder, state: ShardedState, ledger: Ledger, config, engine: Engine, shape, positions_BS
+    model, decoder: Decoder, state: ShardedState, ledger: Ledger, config, engine: Engine, shape, positions_BS, online
 ) -> None:
     """Forward and backward of one micro batch, as Transformers' Trainer takes them."""
-    extra = {} if positions_BS is None else {"selected_positions": positions_BS}
     ids = torch.zeros(shape, dtype=torch.int64)
+    extra = {} if positions_BS is None else {"selected_positions": positions_BS}
+    if online:
+        extra = {"selection": config.selection.to_rule(), "selection_keys": ids[:, 0]}
+    decoder.body.register_forward_pre_hook(lambda module, args: _enter_body(ledger))
     decoder.body.register_forward_hook(lambda module, args, output: _enter_head(ledger, output))
     precision = _PRECISIONS.get(config.training.mixed_precision)
     autocasts = precision and not engine.is_deepspeed
@@ -338,6 +366,10 @@ def _few_tiles(work: Work) -> Iterator[None]:
 
     with _replaced(tiles.TiledLayer, each_tile=each_tile):
         yield
+
+
+def _enter_body(ledger: Ledger) -> None:
+    ledger.region = "workspace"
 
 
 def _enter_head(ledger: Ledger, body_output) -> None:

@@ -106,11 +106,13 @@ def head_scores(
         targets_BT: the token that each position predicts, -100 where it carries no loss.
         chunks: from this process's number of chunks to how many are run; further ones have no supervised row.
     """
-    hidden_BTD, supervised_BT = body_output.last_hidden_state.detach(), targets_BT.ne(IGNORED)
+    hidden_BTD = body_output.last_hidden_state.detach()
     losses_BT = at_least_float32(hidden_BTD.new_zeros(targets_BT.shape))
     errors_BT = torch.zeros_like(losses_BT) if errors else None
     gradient_BTD = torch.zeros_like(hidden_BTD) if gradient else None
-    hidden_RD, targets_R = hidden_BTD[supervised_BT], targets_BT[supervised_BT]
+    flat_targets = targets_BT.flatten()
+    supervised_R = flat_targets.ne(IGNORED).nonzero().squeeze(1)  # the host waits for their number, once
+    hidden_RD, targets_R = (x.index_select(0, supervised_R) for x in (hidden_BTD.flatten(0, 1), flat_targets))
     # The head is the widest part of the model, so it is taken a few rows at a time down to its input.
     rows = min(rows_per_chunk(decoder, hidden_BTD.device), max(FEWEST_ROWS, int(SHARE_OF_ROWS * targets_BT.numel())))
     found = []
@@ -118,15 +120,15 @@ def head_scores(
         if len(chunk[1]):
             found.append(_head_chunk(decoder, body_output, *chunk, errors, gradient))
     for _ in range(chunks(len(found)) - len(found)):
-        first = hidden_BTD.flatten(0, 1)[:1], targets_BT.flatten()[:1].clamp(min=0)
+        first = hidden_BTD.flatten(0, 1)[:1], flat_targets[:1].clamp(min=0)
         _head_chunk(decoder, body_output, *first, errors, gradient)
     if found:
         losses, norms, gradients = zip(*found, strict=True)
-        losses_BT[supervised_BT] = torch.cat(losses)
+        losses_BT.view(-1).index_copy_(0, supervised_R, torch.cat(losses))
         if errors:
-            errors_BT[supervised_BT] = torch.cat(norms)
+            errors_BT.view(-1).index_copy_(0, supervised_R, torch.cat(norms))
         if gradient:
-            gradient_BTD[supervised_BT] = torch.cat(gradients)
+            gradient_BTD.view(-1, gradient_BTD.shape[-1]).index_copy_(0, supervised_R, torch.cat(gradients))
     return HeadScores(losses_BT, errors_BT, gradient_BTD)
 
 

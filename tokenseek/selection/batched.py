@@ -63,7 +63,7 @@ def examples_of(attention_mask: torch.Tensor | None, position_ids: torch.Tensor 
 def select_batch(
     rule: SelectionRule,
     examples: Sequence[Example],
-    keys: Sequence[int],
+    keys_E: torch.Tensor,
     context_BT: torch.Tensor | None,
     gradient_BT: torch.Tensor | None,
     supervised_BT: torch.Tensor,
@@ -77,13 +77,14 @@ def select_batch(
     Args:
         rule: how to select.
         examples: of the batch, see :func:`examples_of`.
-        keys: of the examples' draws, see :func:`draw_key`.
+        keys_E: int64, of the examples' draws, see :func:`draw_key`.
         context_BT, gradient_BT: scores; None where the rule needs none.
         supervised_BT: True where a position's prediction has a loss.
 
     Raises:
         UserError: another number of keys than of examples; scores that are not finite, by example.
     """
+    keys = keys_E.tolist()
     if len(keys) != len(examples):
         raise UserError(
             f"selection_keys are {len(keys)} for {len(examples)} examples in the batch; give one int64 for each."
