@@ -93,6 +93,10 @@ def test_adapters_and_tied_weights(exact_layers):
         tiny_model("llama", dtype=torch.float64), peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
     ).double()
     assert_same(enabled(adapted, seeking=seeking), make_batch(), exact_layers=exact_layers)
+    modules = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    products = peft.LoHaConfig(r=4, target_modules=modules, init_weights=False)
+    adapted = peft.get_peft_model(tiny_model("llama", dtype=torch.float64), products).double()
+    assert_same(enabled(adapted, seeking=seeking), make_batch(), exact_layers=exact_layers)
 
 
 @pytest.mark.parametrize(

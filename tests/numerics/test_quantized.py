@@ -13,7 +13,9 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tokenseek
+from tokenseek import SelectionRule
 from tokenseek.config import ModelConfig, PeftSettings
+from tokenseek.ditching import Seeking
 from tokenseek.models.loading import add_adapter, load_model
 
 pytest.importorskip("bitsandbytes")
@@ -69,6 +71,27 @@ def test_gradients_are_those_of_the_dequantised_weights(folder, options, evaluat
     loss = model(**make_batch(), selected_positions=SELECTED).loss
     assert_close(loss, expected_loss)
     assert_close(gradients(model, loss), gradients(truth, expected_loss))
+
+
+@pytest.mark.parametrize("exact_layers", [0, 1])
+@pytest.mark.parametrize("options", [QUANTIZATIONS["nf4-double"], QUANTIZATIONS["int8"]], ids=["nf4-double", "int8"])
+def test_steps_that_select_their_own_tokens(folder, options, exact_layers):
+    loaded = load_model(ModelConfig(name_or_path=str(folder), dtype="float32", **options))
+    truth = with_lora(copy.deepcopy(loaded).dequantize())
+    model = with_lora(loaded)
+    tokenseek.enable_token_ditching(model, seeking=Seeking("l2", exact_layers=exact_layers))
+    rule = SelectionRule("sampled", ratio=0.4, alpha=0, beta=1, explore=0.3)
+    output = model(**make_batch(), selection=rule, selection_keys=torch.tensor([1, 2]))
+    expected_loss = dense_loss(
+        truth,
+        **make_batch(),
+        selected_positions=output.selected_positions,
+        selected_weights=output.selected_weights,
+        num_items_in_batch=make_batch()["labels"][:, 1:].ne(-100).sum(),
+        exact_layers=exact_layers,
+    )
+    assert_close(output.loss, expected_loss)
+    assert_close(gradients(model, output.loss), gradients(truth, expected_loss))
 
 
 def test_weights_of_another_loader_are_made_trainable(folder):
