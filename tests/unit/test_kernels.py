@@ -111,7 +111,12 @@ def test_models_are_loaded_on_their_device(monkeypatch, on_gpu, zero3, fsdp, pla
     asked = []
     monkeypatch.setattr(loading, "model_folder", lambda model: model.name_or_path)
     monkeypatch.setattr(loading, "keep_4bit_differentiable", lambda model: None)
-    load = SimpleNamespace(from_pretrained=lambda folder, **options: asked.append(options))
+
+    def from_pretrained(folder, **options):
+        asked.append(options)
+        return object(), {"missing_keys": []}
+
+    load = SimpleNamespace(from_pretrained=from_pretrained)
     monkeypatch.setattr(loading, "AutoModelForCausalLM", load)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: bool(on_gpu))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)

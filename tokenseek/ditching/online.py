@@ -171,6 +171,11 @@ def see_all_tokens(
     examples = examples_of(mask, position_ids, targets_BT.shape)
     supervised_BT = targets_BT.ne(IGNORED)
     is_split = is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
+    if reads_gradient(seeking, rule) and _tail_is_one_unit(decoder):
+        raise UserError(
+            "this FSDP2 launch shards the final norm together with the head, through which no gradient is taken before "
+            "the backward pass. Score by the forward pass (scoring.reduction: error), or launch with DDP or ZeRO."
+        )
     if seeking.exact_layers and is_split:
         raise UserError(
             "exact_layers is incompatible with ZeRO-3 and FSDP2, which let a layer's weights go between its two "
@@ -179,7 +184,7 @@ def see_all_tokens(
     text = _dealt(ditching, arguments, labels_BT, selection_keys) if ditching.sequence else None
 
     by_context = rule.needs_scores and rule.alpha != 0
-    by_gradient = rule.needs_scores and rule.beta != 0 and seeking.reduction != "error"
+    by_gradient = reads_gradient(seeking, rule)
     by_error = rule.needs_scores and rule.beta != 0 and seeking.reduction == "error"
     exact = seeking.exact_layers
     scored = 0 if exact else seeking.gradient_layer if by_gradient else int(by_context)
@@ -190,7 +195,7 @@ def see_all_tokens(
     with ditching.recording(recording), ExitStack() as stack:
         if exact:
             leaves = stack.enter_context(gradient_from(decoder.layers[-exact]))
-        elif by_gradient and not is_partitioned(decoder.body):
+        elif by_gradient and not is_split:
             leaves = stack.enter_context(gradient_beyond(decoder.layers[-1]))
         else:
             stack.enter_context(torch.no_grad())
@@ -221,11 +226,13 @@ def see_all_tokens(
             loss_sum, scores_BT = own_sum.detach().clone(), REDUCTIONS[seeking.reduction](gradient_BTD)
             exact_top = ExactTop(own_sum, gradient_BTD if text is None else text.gathered(gradient_BTD))
         else:
-            asked = dict(errors=by_error, gradient=by_gradient, chunks=ditching.even_chunks)
+            asked = dict(losses=True, errors=by_error, gradient=by_gradient, chunks=ditching.even_chunks)
             head = head_scores(decoder, output, own_targets, **asked)
             loss_sum, scores_BT = head.losses.sum(), head.errors
             if by_gradient:
                 gradient_BTD = head.gradient
+                if isinstance(decoder.body, FSDPModule):  # it has let go what is its own, such as the final norm
+                    decoder.body.unshard()
                 if leaves:  # what comes after the layers has a graph of its own
                     (gradient_BTD,) = torch.autograd.grad(output.last_hidden_state, leaves[0], gradient_BTD)
                 scores_BT = REDUCTIONS[seeking.reduction](recording.gradient_through_scored(gradient_BTD))
@@ -236,6 +243,17 @@ def see_all_tokens(
         dist.all_reduce(loss_sum, group=text.group)
     selection = select_batch(rule, examples, selection_keys, context_BT, scores_BT, supervised_BT)
     return Seen(selection, recording, loss_sum, supervised_BT.sum().clamp(min=1), exact_top)
+
+
+def reads_gradient(seeking: Seeking, rule: SelectionRule) -> bool:
+    """Whether tokens are scored by Eq. 4's gradient."""
+    return rule.needs_scores and rule.beta != 0 and seeking.reduction != "error"
+
+
+def _tail_is_one_unit(decoder: Decoder) -> bool:
+    """Whether a module behind the layers is an FSDP2 unit; accelerate makes one of the final norm and the head."""
+    embeddings = decoder.causal_lm.get_input_embeddings()
+    return any(isinstance(m, FSDPModule) for m in decoder.body.children() if m is not embeddings)
 
 
 def _attention_of(ditching, examples: list[Example], batch: int, mask):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.ditching.cache import _OnceCache
@@ -167,6 +168,8 @@ def gathered(layer: nn.Module) -> Iterator[None]:
 
             stack.enter_context(deepspeed.zero.GatheredParameters(list(layer.parameters())))
         for unit in units:
+            if not any(isinstance(parameter, DTensor) for parameter in unit.parameters()):
+                continue  # not let go, and so not ours to let go
             unit.unshard()
             stack.callback(unit.reshard)
         yield

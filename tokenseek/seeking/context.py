@@ -76,7 +76,8 @@ def _column_sums(output_BTNH: torch.Tensor, value_BKTH: torch.Tensor, valid_BT: 
     """
     _, tokens, heads, channels = output_BTNH.shape
     channel_of_row = torch.arange(tokens, device=output_BTNH.device) % channels
-    one_hot_TH = nn.functional.one_hot(channel_of_row, channels)
+    # Not one_hot, which has the host look at the classes.
+    one_hot_TH = channel_of_row[:, None] == torch.arange(channels, device=output_BTNH.device)
     one_hot_BT1H = (one_hot_TH * valid_BT[..., None])[:, :, None]
     cotangent_BTNH = one_hot_BT1H.to(output_BTNH.dtype).expand_as(output_BTNH)
     (grad_BKTH,) = torch.autograd.grad(output_BTNH, value_BKTH, cotangent_BTNH, retain_graph=True)

@@ -80,12 +80,12 @@ class HeadScores(NamedTuple):
     """What the head says of the supervised positions.
 
     Attributes:
-        losses: cross-entropy of each position, at least float32 [B, T]; 0 where there is none.
+        losses: cross-entropy of each position, at least float32 [B, T]; 0 where there is none; None if not asked for.
         errors: the norm of p - y, the gradient of that loss with respect to the logits, [B, T]; None if not asked for.
         gradient: of the sum of the losses with respect to the final hidden states [B, T, D]; None if not asked for.
     """
 
-    losses: torch.Tensor
+    losses: torch.Tensor | None
     errors: torch.Tensor | None
     gradient: torch.Tensor | None
 
@@ -95,6 +95,7 @@ def head_scores(
     body_output,
     targets_BT: torch.Tensor,
     *,
+    losses: bool = False,
     errors: bool = False,
     gradient: bool = False,
     chunks: Callable[[int], int] = lambda own: own,
@@ -107,8 +108,8 @@ def head_scores(
         chunks: from this process's number of chunks to how many are run; further ones have no supervised row.
     """
     hidden_BTD = body_output.last_hidden_state.detach()
-    losses_BT = at_least_float32(hidden_BTD.new_zeros(targets_BT.shape))
-    errors_BT = torch.zeros_like(losses_BT) if errors else None
+    zeros_BT = at_least_float32(hidden_BTD.new_zeros(targets_BT.shape))
+    losses_BT, errors_BT = zeros_BT if losses else None, torch.zeros_like(zeros_BT) if errors else None
     gradient_BTD = torch.zeros_like(hidden_BTD) if gradient else None
     flat_targets = targets_BT.flatten()
     supervised_R = flat_targets.ne(IGNORED).nonzero().squeeze(1)  # the host waits for their number, once
@@ -118,13 +119,15 @@ def head_scores(
     found = []
     for chunk in zip(hidden_RD.split(rows), targets_R.split(rows), strict=True):
         if len(chunk[1]):
-            found.append(_head_chunk(decoder, body_output, *chunk, errors, gradient))
-    for _ in range(chunks(len(found)) - len(found)):
+            found.append(_head_chunk(decoder, body_output, *chunk, losses, errors, gradient))
+    # Once at least: engines that gather its weights with other modules' count on every module's turn.
+    for _ in range(max(1, chunks(len(found))) - len(found)):
         first = hidden_BTD.flatten(0, 1)[:1], flat_targets[:1].clamp(min=0)
-        _head_chunk(decoder, body_output, *first, errors, gradient)
+        _head_chunk(decoder, body_output, *first, losses, errors, gradient)
     if found:
-        losses, norms, gradients = zip(*found, strict=True)
-        losses_BT.view(-1).index_copy_(0, supervised_R, torch.cat(losses))
+        of_chunks, norms, gradients = zip(*found, strict=True)
+        if losses:
+            losses_BT.view(-1).index_copy_(0, supervised_R, torch.cat(of_chunks))
         if errors:
             errors_BT.view(-1).index_copy_(0, supervised_R, torch.cat(norms))
         if gradient:
@@ -151,9 +154,15 @@ def loss_gradient(
 
 
 def _head_chunk(
-    decoder: Decoder, body_output, hidden_CD: torch.Tensor, targets_C: torch.Tensor, errors: bool, gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Losses, norms of p - y and, where asked for, the gradient of the sum of the losses with respect to `hidden_CD`.
+    decoder: Decoder,
+    body_output,
+    hidden_CD: torch.Tensor,
+    targets_C: torch.Tensor,
+    losses: bool,
+    errors: bool,
+    gradient: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Where asked for: losses, norms of p - y, and the gradient of the sum of the losses with respect to `hidden_CD`.
 
     The gradient with respect to the logits is their softmax less the target, p - y. It is written over the logits,
     unless the head's own backward pass needs them.
@@ -171,11 +180,13 @@ def _head_chunk(
     if buffer_CV.untyped_storage()._cdata in needed:
         buffer_CV = buffer_CV.clone()
     error_CV = at_least_float32(buffer_CV)
-    largest_C, at_largest_C = error_CV.max(-1)
-    target_C = error_CV.gather(-1, targets_C[:, None]).squeeze(-1)
+    losses_C = None
+    if losses:
+        largest_C, at_largest_C = error_CV.max(-1)
+        below_largest_C = largest_C - error_CV.gather(-1, targets_C[:, None]).squeeze(-1)
     torch.softmax(error_CV, -1, out=error_CV)
-    # log p of the target, by way of the largest logit: p itself may vanish.
-    losses_C = largest_C - target_C - error_CV.gather(-1, at_largest_C[:, None]).squeeze(-1).log()
+    if losses:  # log p of the target, by way of the largest logit: p itself may vanish
+        losses_C = below_largest_C - error_CV.gather(-1, at_largest_C[:, None]).squeeze(-1).log()
     error_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
     norms_C = torch.linalg.vector_norm(error_CV, dim=-1) if errors else None
     if not gradient:
