@@ -171,10 +171,10 @@ def see_all_tokens(
     examples = examples_of(mask, position_ids, targets_BT.shape)
     supervised_BT = targets_BT.ne(IGNORED)
     is_split = is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
-    if reads_gradient(seeking, rule) and _tail_is_one_unit(decoder):
+    if _tail_is_a_unit(decoder):
         raise UserError(
-            "this FSDP2 launch shards the final norm together with the head, through which no gradient is taken before "
-            "the backward pass. Score by the forward pass (scoring.reduction: error), or launch with DDP or ZeRO."
+            "this FSDP2 launch shards the final norm together with the head (accelerate does), which cannot run twice "
+            "before the backward pass. Select from an index (scoring.mode: index), or launch with DDP or ZeRO."
         )
     if seeking.exact_layers and is_split:
         raise UserError(
@@ -184,7 +184,7 @@ def see_all_tokens(
     text = _dealt(ditching, arguments, labels_BT, selection_keys) if ditching.sequence else None
 
     by_context = rule.needs_scores and rule.alpha != 0
-    by_gradient = reads_gradient(seeking, rule)
+    by_gradient = rule.needs_scores and rule.beta != 0 and seeking.reduction != "error"
     by_error = rule.needs_scores and rule.beta != 0 and seeking.reduction == "error"
     exact = seeking.exact_layers
     scored = 0 if exact else seeking.gradient_layer if by_gradient else int(by_context)
@@ -245,13 +245,8 @@ def see_all_tokens(
     return Seen(selection, recording, loss_sum, supervised_BT.sum().clamp(min=1), exact_top)
 
 
-def reads_gradient(seeking: Seeking, rule: SelectionRule) -> bool:
-    """Whether tokens are scored by Eq. 4's gradient."""
-    return rule.needs_scores and rule.beta != 0 and seeking.reduction != "error"
-
-
-def _tail_is_one_unit(decoder: Decoder) -> bool:
-    """Whether a module behind the layers is an FSDP2 unit; accelerate makes one of the final norm and the head."""
+def _tail_is_a_unit(decoder: Decoder) -> bool:
+    """Whether a module behind the layers is an FSDP2 unit of its own, or with the head."""
     embeddings = decoder.causal_lm.get_input_embeddings()
     return any(isinstance(m, FSDPModule) for m in decoder.body.children() if m is not embeddings)
 

@@ -6,6 +6,7 @@ from accelerate import PartialState
 
 from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
+from tokenseek.launching import environment
 from tokenseek.launching.engine import launched_engine
 
 
@@ -13,8 +14,13 @@ def settle_exact_layers(config: RunConfig, state: PartialState) -> RunConfig:
     """`config` with a number for `selection.exact_layers`: `auto` is 1 where the launch allows it, else 0.
 
     Raises:
-        UserError: a number was asked for in a launch that does not allow it.
+        UserError: a number was asked for in a launch that does not allow it; online steps are asked for under FSDP.
     """
+    if config.scoring.mode == "online" and environment.uses_fsdp():
+        raise UserError(
+            "scoring.mode: online is incompatible with accelerate's FSDP2, which shards the final norm together with "
+            "the head. Set it to index, or launch with ddp.yaml, zero2.yaml or zero3.yaml."
+        )
     asked = config.selection.exact_layers
     if asked == 0 or not config.training.ditching:
         return config

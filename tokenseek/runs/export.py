@@ -112,7 +112,7 @@ def _merged(adapted: PeftModel) -> PreTrainedModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     embeddings, head = (
-        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer  # type: ignore[operator]
         for layer in (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     )
     tied = head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", ...)
