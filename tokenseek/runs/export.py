@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -112,7 +112,7 @@ def _merged(adapted: PeftModel) -> PreTrainedModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     embeddings, head = (
-        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer  # type: ignore[operator]
+        cast(Any, layer).get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         for layer in (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     )
     tied = head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", ...)
