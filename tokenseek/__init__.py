@@ -16,6 +16,7 @@ _WHERE = {
     "UserError": "tokenseek.errors",
     "disable_token_ditching": "tokenseek.ditching",
     "enable_token_ditching": "tokenseek.ditching",
+    "finetune": "tokenseek.runs.one_line",
     "load_config": "tokenseek.config",
     "prepare_dataset": "tokenseek.data",
 }

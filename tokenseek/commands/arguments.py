@@ -20,6 +20,15 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     return group
 
 
+def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", metavar="M", help="a model's folder, or its name on the hub")
+    group.add_argument(
+        "--data", metavar="D", help="a file, a folder or a data set of the hub, whose format is recognised"
+    )
+    return group
+
+
 def configuration(args: argparse.Namespace) -> RunConfig:
     """What the arguments of :func:`add_config_arguments` ask for.
 
@@ -53,6 +62,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def share(text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = 0.0
+    if not 0 < ratio <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share in (0, 1], such as 0.1")
+    return ratio
 
 
 def pair(text: str) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tokenseek.commands.arguments import add_config_arguments, configuration, positive
+from tokenseek.commands.arguments import add_config_arguments, add_model_and_data_arguments, configuration, positive
 from tokenseek.config import DataOfModel, load_data_of_model
 from tokenseek.errors import UserError
 
@@ -18,11 +18,7 @@ LAUNCHED = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--model", metavar="M", help="a model's folder, or its name on the hub")
-    group.add_argument(
-        "--data", metavar="D", help="a file, a folder or a data set of the hub, whose format is recognised"
-    )
+    add_model_and_data_arguments(parser)
     add_config_arguments(parser)
     group = parser.add_argument_group("examples")
     group.add_argument(

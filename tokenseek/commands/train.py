@@ -4,23 +4,54 @@ from __future__ import annotations
 
 import argparse
 
-from tokenseek.commands.arguments import add_config_arguments, configuration
-from tokenseek.config import RunConfig
+from tokenseek.commands.arguments import (
+    add_config_arguments,
+    add_model_and_data_arguments,
+    configuration,
+    share,
+)
+from tokenseek.config import OneLine, RunConfig, list_methods, load_one_line
+from tokenseek.config.one_line import DEFAULT_METHOD
 
-HELP = "fine-tune on selected tokens (scores first where there is no index)"
-DESCRIPTION = f"{HELP}; starts `accelerate launch` underneath"
+HELP = "fine-tune on selected tokens"
+DESCRIPTION = (
+    f"{HELP}: --model and --data are enough, a --preset says more; scores the data first where a preset asks for an "
+    "index and there is none; starts `accelerate launch` underneath"
+)
 LAUNCHED = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = add_model_and_data_arguments(parser)
+    group.add_argument("--method", metavar="NAME", help=f"{', '.join(list_methods())} (default: {DEFAULT_METHOD})")
+    group.add_argument("--output", metavar="FOLDER", help="where the run is written (default: runs/<model>-<data>)")
+    group.add_argument("--ratio", type=share, metavar="R", help="the share of the tokens to train on (default: 0.1)")
     add_config_arguments(parser)
 
 
 def check(args: argparse.Namespace) -> RunConfig:
+    if words := _words(args):
+        return load_one_line(words, args.preset, args.set, on_cpu=lambda: _on_cpu(args))
     return configuration(args)
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
     from tokenseek.runs.train import train  # late: a mistake in the configuration is told before torch is imported
 
-    train(config)
+    train(config, outlined=bool(_words(args)))
+
+
+def _words(args: argparse.Namespace) -> OneLine:
+    return OneLine(args.model, args.data, args.method, args.output, args.ratio)
+
+
+def _on_cpu(args: argparse.Namespace) -> bool:
+    """Whether the processes of this command, or the one that asks, train on CPUs."""
+    from tokenseek.launching.environment import trains_on_cpu  # late: it imports torch
+
+    launched_with = getattr(args, "accelerate_config", None)  # in a launched process there is no such argument
+    if launched_with is None:
+        return trains_on_cpu()
+    from tokenseek.launching.engine import read_engine
+
+    return read_engine(launched_with, args.num_processes).on_cpu or trains_on_cpu()

@@ -9,6 +9,7 @@ from tokenseek.config.loading import (
     recognised_data,
     save_resolved,
 )
+from tokenseek.config.one_line import OneLine, list_methods, load_one_line
 from tokenseek.config.schema import (
     DataOfModel,
     DitchingSettings,
@@ -28,15 +29,18 @@ __all__ = [
     "DitchingSettings",
     "EvaluatedConfig",
     "ModelConfig",
+    "OneLine",
     "PeftSettings",
     "RunConfig",
     "ScoringConfig",
     "SelectionConfig",
     "SourceConfig",
     "TrainingConfig",
+    "list_methods",
     "load_config",
     "load_data_of_model",
     "load_evaluated",
+    "load_one_line",
     "override_config",
     "recognised_data",
     "save_resolved",

@@ -52,7 +52,7 @@ def load_config(preset: str | Path | None = None, overrides: list[str] | tuple[s
     origin = "command line"
     if preset is not None:
         origin = str(preset)
-        values = _read_preset(find_resource("preset", preset), including=())
+        values = read_preset(preset)
     return _checked(RunConfig, values, overrides, origin)
 
 
@@ -68,7 +68,7 @@ def override_config(config: RunConfig, settings: Mapping[str, Any], origin: str 
     values = config.model_dump(mode="json")
     for key, value in settings.items():
         _set_dotted(values, key, value, origin)
-    return _validated(RunConfig, values, origin)
+    return checked_values(RunConfig, values, origin)
 
 
 def load_evaluated(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> EvaluatedConfig:
@@ -77,12 +77,22 @@ def load_evaluated(name_or_path: str, overrides: list[str] | tuple[str, ...] = (
 
 
 def _checked(schema: type[SchemaT], values: dict[str, Any], overrides: Iterable[str], origin: str) -> SchemaT:
+    return checked_values(schema, change_values(values, overrides), origin)
+
+
+def change_values(
+    values: dict[str, Any], overrides: Iterable[str], settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Values with `a.b=value` overrides and then settings by their dotted paths; changed in place, and returned."""
     for override in overrides:
         _apply_override(values, override)
-    return _validated(schema, values, origin)
+    for key, value in (settings or {}).items():
+        _set_dotted(values, key, value, "settings")
+    return values
 
 
-def _validated(schema: type[SchemaT], values: dict[str, Any], origin: str) -> SchemaT:
+def checked_values(schema: type[SchemaT], values: dict[str, Any], origin: str) -> SchemaT:
+    """Values as the sections of `schema`; errors as in :func:`load_config`, opened by `origin`."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -94,6 +104,11 @@ def save_resolved(config: RunConfig, path: str | Path) -> None:
     """Writes every setting of a run, defaults included, as a preset that `load_config` reads back unchanged."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
+
+
+def read_preset(name_or_path: str | Path) -> dict[str, Any]:
+    """The values of a preset and of what it includes, unchecked."""
+    return _read_preset(find_resource("preset", name_or_path), including=())
 
 
 def _read_preset(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
@@ -111,16 +126,16 @@ def _read_preset(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         found = [folder / name for folder in (path.parent, folder_of("preset")) if (folder / name).is_file()]
         if not found:
             raise UserError(f"{path}: include: no file {name!r} beside it or in {folder_of('preset')}")
-        merged = _merge(merged, _read_preset(found[0].resolve(), (*including, path)))
-    return _merge(merged, own)
+        merged = merge_values(merged, _read_preset(found[0].resolve(), (*including, path)))
+    return merge_values(merged, own)
 
 
-def _merge(base: dict[str, Any], winner: dict[str, Any]) -> dict[str, Any]:
+def merge_values(base: dict[str, Any], winner: dict[str, Any]) -> dict[str, Any]:
     """Mappings merge key by key; anything else (lists too) is replaced."""
     merged = dict(base)
     for key, value in winner.items():
         both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge_values(merged[key], value) if both else value
     return merged
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import parse_flag_from_env
 
 _PARALLELISM = "ACCELERATE_USE_PARALLELISM_CONFIG"
@@ -30,6 +31,11 @@ def local_world_size(default: int = 1) -> int:
 def uses_cpu() -> bool:
     """Whether processes were told to train on CPUs."""
     return parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def trains_on_cpu() -> bool:
+    """Whether processes train on CPUs: they were told to, or there is no CUDA device."""
+    return uses_cpu() or not torch.cuda.is_available()
 
 
 def uses_fsdp() -> bool:

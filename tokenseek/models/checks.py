@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenseek.config import PeftSettings
 from tokenseek.errors import UserError
 from tokenseek.models.loading import add_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Tables of learned positions may have a few rows more than positions (OPT counts from 2, for one).
 _MORE_ROWS = 8
@@ -69,12 +73,15 @@ def require_fitting_data(
         )
 
 
-def require_adapter(skeleton: PreTrainedModel, settings: PeftSettings) -> None:
+def require_adapter(skeleton: PreTrainedModel, settings: PeftSettings) -> PeftModel:
     """Refuse an adapter that does not fit the model's modules.
+
+    Returns:
+        A copy of the skeleton with the adapter, without weights.
 
     Raises:
         UserError: as :func:`tokenseek.models.loading.add_adapter`.
     """
     # Starts that are computed from the weights have none here; whether PEFT knows them is asked when it is built.
     extra = {key: value for key, value in settings.extra.items() if not key.startswith("init_")}
-    add_adapter(copy.deepcopy(skeleton), settings.model_copy(update={"extra": extra}), without_weights=True)
+    return add_adapter(copy.deepcopy(skeleton), settings.model_copy(update={"extra": extra}), without_weights=True)

@@ -33,6 +33,7 @@ from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.exact import settle_exact_layers
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.inputs import RunInputs, read_inputs
+from tokenseek.runs.outline import print_outline
 from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.score import score
 from tokenseek.runs.summary import Selected, TrainingSummary, card_rows
@@ -43,16 +44,17 @@ from tokenseek.training.checks import make_output, require_a_batch, require_argu
 from tokenseek.training.metrics import MetricsFile, held_out_loss
 
 
-def train(config: RunConfig, loss_before: float | None = None) -> TrainingSummary:
+def train(config: RunConfig, loss_before: float | None = None, *, outlined: bool = False) -> TrainingSummary:
     """Fine-tune as configured; every process of a run calls this.
 
     Args:
         loss_before: the held-out loss of the model as it is, where it was measured before.
+        outlined: print an example, what is trained, the planned memory and the output folder before it starts.
 
     Raises:
         UserError: before the model is loaded, for a configuration, data or an index that does not fit.
     """
-    run = prepare(config)
+    run = prepare(config, outlined=outlined)
     trainer, selected = build(run)
     timer = _Timer(trainer, run.held_out, loss_before)
     trainer.add_callback(timer)
@@ -85,7 +87,7 @@ class Run:
     checkpoint: str | None
 
 
-def prepare(config: RunConfig) -> Run:
+def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     """Everything that can be refused before weights are loaded, and the index, which is made where there is none."""
     config.require_trainable()
     state = join_processes()
@@ -103,8 +105,7 @@ def prepare(config: RunConfig) -> Run:
         )
     inputs = read_inputs(config, state, group, packing=bool(config.training.packing))
     require_arguments(config, inputs.skeleton)
-    if config.peft:
-        require_adapter(inputs.skeleton, config.peft)
+    planned_model = require_adapter(inputs.skeleton, config.peft) if config.peft else inputs.skeleton
     training, held_out = _split(config, inputs)
     require_a_batch(config.training, len(training), state.num_processes // (group.size() if group else 1))
     state.print(f"Training data: {inputs.data.report}")
@@ -113,6 +114,8 @@ def prepare(config: RunConfig) -> Run:
         packed, longest = PackedDataset(training, config.data.max_length), config.data.max_length
         state.print(f"Packed: {packed}.")
     config = settle_ratio(config, checkpoint, longest, state)
+    if outlined:
+        print_outline(config, inputs, training, planned_model, longest)
     if state.is_main_process:
         save_resolved(config, output / "config.yaml")
     index = _index(config, inputs) if config.needs_index else None
