@@ -1,4 +1,4 @@
-"""The selected positions of a data set alone, in the form that the paper hands to GPUs before training (section S9).
+"""The selected positions of a data set alone, in the form that the paper hands to GPUs before training (section S7).
 
 An index keeps two scores for every token, from which any selection follows. Where the selection is settled, a bit for
 every token says as much: half of Open-Platypus's tokens take 0.9 MB, where the paper counts 6.8 MB.
