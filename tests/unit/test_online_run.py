@@ -65,7 +65,6 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, packing):
         (("scoring.mode=online", "scoring.index=a.arrow"), "scoring.index is for scoring.mode: index"),
         (("scoring.mode=online", "scoring.loss_scope=sequence"), "loss_scope: sequence is for scoring.mode: index"),
         (("scoring.reduction=error",), "error is for scoring.mode: online"),
-        (("scoring.mode=online", "training.ditching=false"), "training.ditching false"),
         (("scoring.mode=online", "selection.ratio=auto"), "selection.ratio: auto is for scoring.mode: index"),
         (("selection.exact_layers=1",), "exact_layers needs scoring.mode: online"),
         (("selection.exact_layers=1", "scoring.mode=online"), "set selection.rule: sampled"),
@@ -74,6 +73,13 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, packing):
 def test_settings_that_exclude_each_other(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         tiny_preset(tmp_path, *settings)
+
+
+def test_without_ditching_all_tokens_are_trained_on_whatever_would_select(tmp_path):
+    """As the quickstart compares: one preset, with and without."""
+    config = tiny_preset(tmp_path, *ONLINE, "selection.exact_layers=auto", "training.ditching=false")
+    assert not config.needs_index
+    assert train(config).selected_share == 1
 
 
 def test_the_collator_leaves_the_selection_to_the_model():

@@ -301,11 +301,8 @@ class RunConfig(Section):
         auto = self.selection.ratio == "auto"
         if auto and not self.training.ditching:
             raise ValueError("selection.ratio is auto and training.ditching false, which trains on all tokens")
-        if self.scoring.mode == "online":
-            if not self.training.ditching:
-                raise ValueError("scoring.mode is online and training.ditching false, which selects no tokens")
-            if auto:
-                raise ValueError("selection.ratio: auto is for scoring.mode: index; online, give a share such as 0.1")
+        if self.scoring.mode == "online" and auto:
+            raise ValueError("selection.ratio: auto is for scoring.mode: index; online, give a share such as 0.1")
         if self.selection.exact_layers:
             rule = self.selection
             if self.scoring.mode != "online" or self.scoring.reduction == "error":

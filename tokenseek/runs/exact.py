@@ -16,7 +16,7 @@ def settle_exact_layers(config: RunConfig, state: PartialState) -> RunConfig:
     Raises:
         UserError: a number was asked for in a launch that does not allow it; online steps are asked for under FSDP.
     """
-    if config.scoring.mode == "online" and environment.uses_fsdp():
+    if config.training.ditching and config.scoring.mode == "online" and environment.uses_fsdp():
         raise UserError(
             "scoring.mode: online is incompatible with accelerate's FSDP2, which shards the final norm together with "
             "the head. Set it to index, or launch with ddp.yaml, zero2.yaml or zero3.yaml."
