@@ -83,7 +83,7 @@ class SelectionConfig(_SelectionFields):
 
     `exact_layers` top layers and the head are trained on all tokens; below them, selected tokens are seeded with their
     gradient over their probability. It needs `scoring.mode: online` and rule `sampled` by the gradient alone. `auto` is
-    1, but 0 where the launch splits layers (ZeRO-3, FSDP) or has ranks share texts; it is settled when training starts.
+    1.
     """
 
     ratio: float | Literal["auto"] = SelectionRule.ratio
