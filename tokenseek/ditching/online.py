@@ -174,7 +174,7 @@ def see_all_tokens(
     if _tail_is_a_unit(decoder):
         raise UserError(
             "this FSDP2 launch shards the final norm together with the head (accelerate does), which cannot run twice "
-            "before the backward pass. Select from an index (scoring.mode: index), or launch with DDP or ZeRO."
+            "before the backward pass. Select from an index (scoring.mode: index), or launch with DDP or ZeRO-2."
         )
     if seeking.exact_layers and is_split:
         raise UserError(
