@@ -7,3 +7,11 @@ def exact_softmax(monkeypatch):
     """Eager attention takes its softmax in float32; with this it takes it in float64, as everything around it."""
     softmax = torch.nn.functional.softmax
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
+
+
+@pytest.fixture
+def uninitialized_is_nan():
+    """Memory that nothing has written to reads as NaN, rather than as whatever was there before."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -32,7 +32,7 @@ EXACT = ("full", "lora")  # resumed, exported and compared to the last digits
 # Of losses and gradient norms. One process trains float32 weights under autocast, and so does DDP; ZeRO and FSDP2
 # compute in bfloat16 throughout, with float32 master weights.
 PRECISION = {
-    **dict.fromkeys(("full", "lora", "online", "exact"), dict(computed_in=torch.float32)),
+    **dict.fromkeys(("full", "lora", "online", "online-error", "exact"), dict(computed_in=torch.float32)),
     "bf16": dict(computed_in=torch.bfloat16, roundings=4),
     "nf4": dict(computed_in=torch.float32, roundings=1024),
 }

@@ -72,6 +72,14 @@ def test_every_architecture(kind, attn, recompute, exact_softmax):
     assert sum(g.norm() > 0 for g in expected.values() if g is not None) > 10
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [(13,), (13, 13), (13, 9)])
+def test_nothing_is_read_before_it_is_written(kind, lengths, exact_softmax, uninitialized_is_nan):
+    """Also where a product with zero would hide it, as of rows that the loss does not see: 0 x NaN is NaN."""
+    model = tokenseek.enable_token_ditching(tiny_model(kind, attn="eager", dtype=torch.float64))
+    assert_same(model, make_batch(lengths), SELECTED[: len(lengths)], computed_in(kind))
+
+
 @pytest.mark.parametrize(
     "model_type,values",
     [

@@ -268,7 +268,9 @@ class _Assembled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, selected_BNSH: torch.Tensor, unselected_BNUH: torch.Tensor | None, parts: Partition):
         ctx.rows = parts.selected.alone
-        make = torch.Tensor.new_empty if parts.is_complete else torch.Tensor.new_zeros
+        # What is not written is read nevertheless, and any NaN in it would reach the gradients.
+        every_row_is_given = parts.is_complete and (unselected_BNUH is not None or parts.unselected is None)
+        make = torch.Tensor.new_empty if every_row_is_given else torch.Tensor.new_zeros
         buffer = _token_buffer(selected_BNSH, parts.tokens, parts.padded, make)
         if unselected_BNUH is not None:
             parts.unselected.put(buffer, unselected_BNUH)
