@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import convert_to_fp32
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -26,6 +27,7 @@ from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.models.loading import add_adapter
 from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.planning import Engine, Method, plan_memory
+from tokenseek.planning.work import Work
 
 # Gloo's threads let go of a buffer a moment late now and then; the lowest of some peaks is one of a step without that.
 STEPS_OF_A_GROUP = 3
@@ -89,6 +91,26 @@ def measured_peak(
             step()
         peaks.append(live.peak)
     return storage_bytes(kept) + min(peaks)
+
+
+def measured_average(config: RunConfig, method: Method, shape: PreTrainedConfig) -> float:
+    """Bytes alive on average over a real optimizer step, in which operations take the planner's estimates of time."""
+    step, kept, inputs = _real_step(config, method, shape, None, None)
+    step()
+    kept = kept()
+    byte_seconds, work = 0.0, Work()
+
+    class Weighing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal byte_seconds
+            before = work.seconds
+            result = func(*args, **(kwargs or {}))
+            byte_seconds += live.bytes * (work.seconds - before)
+            return result
+
+    with LiveStorages().ignore([*kept, *inputs]) as live, work, Weighing():
+        step()
+    return storage_bytes(kept) + byte_seconds / work.seconds
 
 
 def measured_flops(config: RunConfig, method: Method, shape: PreTrainedConfig) -> int:

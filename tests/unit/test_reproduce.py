@@ -8,7 +8,7 @@ from tokenseek.config.resources import list_resources
 from tokenseek.errors import UserError
 from tokenseek.sweeps.paper import PaperTable, TableRow, load_table, row_settings, table_config
 from tokenseek.sweeps.reproduce import render, reproduce
-from tokenseek.sweeps.sweep import Sweep, Trial
+from tokenseek.sweeps.sweep import Sweep, Trial, read_rows
 
 TABLES = ["1", "2", "S10", "S11", "S12", "S13", "S14", "S3", "S4", "S5", "S6", "S8", "S9"]
 
@@ -96,8 +96,9 @@ TABLE = PaperTable(title="t", paper=["m"], columns=["Average", "Max. mem. %"], r
 
 def result(row, seed, average, peak):
     return {
-        "row": row, "seed": seed, "scores": {"ARC": 30.0, "Average": average}, "peak_memory_bytes": peak,
-        "loss_after": None, "seconds": 60.0, "supervised_share": 0.5,
+        "row": row, "seed": seed, "scores": {"ARC": 30.0, "Average": average}, "peak_memory_bytes": 2**33,
+        "step_peak_bytes": peak, "average_memory_bytes": peak // 2 if row == "full" else peak, "loss_after": None,
+        "seconds": 60.0, "supervised_share": 0.5,
     }  # fmt: skip
 
 
@@ -107,11 +108,12 @@ def test_measured_stands_beside_the_papers():
     assert lines[0] == "Figures of the paper: m. Mean (least to greatest) over seeds."
     assert lines[2] == (
         "| setting | Average (paper) | Average | Max. mem. % (paper) | Max. mem. % | ARC "
-        "| Selected with a loss | Peak memory | Training seconds |"
+        "| Ave. mem. % | Selected with a loss | Average memory | Peak memory | Training seconds |"
     )
-    assert lines[4] == "| Full | 50 | 40.00 | 100 | 100.0 | 30.00 | 50% | 4.00 GiB | 60.0 |"
+    assert lines[4] == "| Full | 50 | 40.00 | 100 | 100.0 | 30.00 | 100.0 | 50% | 2.00 GiB | 4.00 GiB | 60.0 |"
     assert lines[5] == (
-        "| Ours | 51.5 | 41.50 (41.00 to 42.00) | 20 | 25.0 | 30.00 (30.00 to 30.00) | 50% | 1.00 GiB | 60.0 |"
+        "| Ours | 51.5 | 41.50 (41.00 to 42.00) | 20 | 25.0 | 30.00 (30.00 to 30.00) | 50.0 | 50% | 1.00 GiB "
+        "| 1.00 GiB | 60.0 |"
     )
 
 
@@ -128,11 +130,15 @@ def test_scoring_costs_are_measured(tmp_path, capsys):
     save_resolved(config, tmp_path / "preset.yaml")
     table = load_table("S12")
     config = table_config(table, str(tmp_path / "preset.yaml"), limit=10)
-    rows = [row.model_copy(update={"method": "lora"}) for row in table.choose("scoring")]
+    full, scoring = table.rows
+    rows = [full, scoring.model_copy(update={"method": "lora"})]
     path = reproduce("S12", table, config, rows=rows, steps=1, hold_out=2)
     assert path == tmp_path / "run" / "table-S12" / "table.md"
     (line,) = [line for line in path.read_text().splitlines() if line.startswith("| Scoring")]
-    assert "291" in line and "GiB" in line
+    _, _, _, share, _, seconds, *_ = (cell.strip() for cell in line.split("|"))
+    assert "| 13.2 |" in line and "| 291 |" in line and 0 < float(share) < 100 and float(seconds) >= 0
+    row = next(row for row in read_rows(path.with_name("rows.jsonl")) if row["row"] == "scoring")
+    assert 0 < row["scoring_average_memory_bytes"] < row["scoring_peak_memory_bytes"]
     assert "Cost of scoring" in path.read_text()
     with pytest.raises(UserError, match="give --seeds 2"):
         reproduce("S13", load_table("S13"), config, rows=[])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,10 +25,14 @@ class Ledger(TorchDispatchMode):
 
     A storage counts in the category in which it was born (:attr:`region`) until it is moved to another.
 
+    Args:
+        clock: seconds since any moment, for averages over time.
+
     Attributes:
         region: category of what is born from now on.
         peak: the most bytes that were alive at once.
         at_peak: those bytes, by category.
+        byte_seconds, seconds: of the time up to the last :meth:`note_time`; their quotient is the average.
 
     Example:
         >>> with Ledger() as ledger:
@@ -38,20 +42,34 @@ class Ledger(TorchDispatchMode):
         (4096, 4096)
     """
 
-    def __init__(self):
+    def __init__(self, clock: Callable[[], float] = lambda: 0.0):
         super().__init__()
         self.region = "workspace"
         self.alive = dict.fromkeys(CATEGORIES, 0)
         self.total = 0
+        self.clock = clock
         self.reset_peak()
+        self.reset_time()
         self._storages: dict[int, tuple[weakref.ref, int, str | None]] = {}
 
     def reset_peak(self) -> None:
         """Begin a new peak with what is alive now."""
         self.peak, self.at_peak = self.total, dict(self.alive)
 
+    def reset_time(self) -> None:
+        """Begin a new average now."""
+        self.byte_seconds, self.seconds, self._noted = 0.0, 0.0, self.clock()
+
+    def note_time(self) -> None:
+        """What is alive now has been since the last change."""
+        now = self.clock()
+        self.byte_seconds += self.total * (now - self._noted)
+        self.seconds += now - self._noted
+        self._noted = now
+
     def add(self, category: str, nbytes: int) -> None:
         """Count bytes (or discount, where negative) that no tensor of this process stands for."""
+        self.note_time()
         self.alive[category] += nbytes
         self.total += nbytes
         if self.total > self.peak:

@@ -15,12 +15,13 @@ from tokenseek.planning.work import Gpu
 
 
 def plan_table(plans: Sequence[MemoryPlan]) -> str:
-    """One line for each plan: the bytes of its peak, then what they are for."""
+    """One line for each plan: the bytes of its peak and of its average, then what those of the peak are for."""
     giant = max(plan.peak for plan in plans) >= 2**30
     unit, digits = (2**30, 2) if giant else (2**20, 1)
-    lines = [["GiB" if giant else "MiB", "peak", *(name.replace("keys_values", "K/V") for name in CATEGORIES)]]
+    parts = [name.replace("keys_values", "K/V") for name in CATEGORIES]
+    lines = [["GiB" if giant else "MiB", "peak", "average", *parts]]
     for plan in plans:
-        sizes = [plan.peak, *(plan.parts[name] for name in CATEGORIES)]
+        sizes = [plan.peak, plan.average, *(plan.parts[name] for name in CATEGORIES)]
         lines.append([str(plan.method), *(f"{size / unit:.{digits}f}" for size in sizes)])
     return _aligned(lines)
 

@@ -69,6 +69,7 @@ class MemoryPlan:
 
     Attributes:
         peak: their sum. What CUDA itself takes, and the gaps in its allocator, come on top.
+        average: bytes on the device over the whole step, weighted by the estimated time of its operations.
         parts: by category (:data:`~tokenseek.planning.ledger.CATEGORIES`).
         states: parameters, gradients and optimizer states: what a step has before its first token.
         tokens: (examples, tokens of each) in a micro batch of a process, or of those that share its texts.
@@ -79,6 +80,7 @@ class MemoryPlan:
     method: Method
     engine: Engine
     peak: int
+    average: int
     parts: dict[str, int]
     states: int
     tokens: tuple[int, int]
@@ -151,7 +153,7 @@ def plan_memory(
     model = _build(config, model_config, method, engine)
     if engine.sp_size > 1:
         plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts)
-    decoder = find_decoder(model)
+    decoder, work = find_decoder(model), Work()
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         limits = {} if engine.on_cpu else {"cpu": staircase.LIMITS["cuda"]}  # the fake tensors say that they are on one
@@ -162,8 +164,8 @@ def plan_memory(
             _replaced(head, CHUNK_BYTES=head.CHUNK_BYTES if engine.on_cpu else head.MOST_CHUNK_BYTES),
             _reaching(model, reach, is_online(config, method)),
             fake,
-            Ledger() as ledger,
-            Work() as work,
+            Ledger(clock=lambda: work.seconds) as ledger,
+            work,
             _LargestBatch(ledger),
             _track_stored_kv(ledger),
             _few_tiles(work),
@@ -173,6 +175,7 @@ def plan_memory(
             if config.training.gradient_accumulation_steps > 1:
                 state.accumulate_before()
             ledger.reset_peak()
+            ledger.reset_time()
             work.reset()
             with measured() as traffic:
                 _train_pass(
@@ -180,8 +183,12 @@ def plan_memory(
                 )
             passes = StepWork(work.flops, 0, work.operations)
             work.reset()
+            ledger.note_time()
+            pass_seconds, pass_byte_seconds = ledger.seconds, ledger.byte_seconds
+            ledger.reset_time()
             ledger.region = "workspace"
             state.step()
+            ledger.note_time()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
             f"{type(decoder.causal_lm).__name__} with training.optim={config.training.optim} cannot be planned: the "
@@ -190,11 +197,13 @@ def plan_memory(
     at_peak = ledger.at_peak
     states = sum(at_peak[name] for name in ("parameters", "gradients", "optimizer"))
     micro_batches = config.training.gradient_accumulation_steps
+    seconds = micro_batches * pass_seconds + ledger.seconds
+    average = (micro_batches * pass_byte_seconds + ledger.byte_seconds) / seconds
     sent = sent_bytes(engine, _nbytes(state.parameters), _nbytes(state.trained), micro_batches)
     sent += micro_batches * sum([*traffic.forward.values(), *traffic.backward.values()])
     operations = work.operations + Counter({key: micro_batches * n for key, n in passes.operations.items()})
     whole = StepWork(work.flops + micro_batches * passes.flops, sent, operations)
-    return MemoryPlan(method, engine, ledger.peak, at_peak, states, shape, micro_batches, whole)
+    return MemoryPlan(method, engine, ledger.peak, round(average), at_peak, states, shape, micro_batches, whole)
 
 
 @contextmanager

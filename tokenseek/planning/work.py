@@ -53,6 +53,8 @@ GPUS = {
     "RTX4090": Gpu(165e12, 82.6e12, 1.008e12, 32e9),
     "RTX3090": Gpu(71e12, 35.6e12, 936e9, 32e9),
 }
+# The GPU of the paper, whose times weigh the moments of a step where memory is averaged over them.
+REFERENCE = "A100-40"
 # The share of every one of these peaks that real kernels and collectives are taken to reach.
 EFFICIENCY = 0.6
 
@@ -83,15 +85,17 @@ class StepWork:
 
     def seconds(self, gpu: Gpu) -> float:
         """Each operation takes as long as its arithmetic or its traffic, whichever is longer."""
-        total = 0.0
-        for (flops, nbytes, is_float32), count in self.operations.items():
-            arithmetic = flops / (gpu.flops_float32 if is_float32 else gpu.flops)
-            total += count * max(arithmetic, nbytes / gpu.bandwidth)
-        return total / EFFICIENCY
+        return sum(count * operation_seconds(*operation, gpu) for operation, count in self.operations.items())
 
     def sending_seconds(self, gpu: Gpu) -> float:
         """All or most of it at the same time as the computing."""
         return self.sent / gpu.link / EFFICIENCY
+
+
+def operation_seconds(flops: float, nbytes: int, is_float32: bool, gpu: Gpu) -> float:
+    """The time of its arithmetic or of its traffic, whichever is longer."""
+    arithmetic = flops / (gpu.flops_float32 if is_float32 else gpu.flops)
+    return max(arithmetic, nbytes / gpu.bandwidth) / EFFICIENCY
 
 
 def sent_bytes(engine: Engine, weights: int, trained: int, micro_batches: int) -> int:
@@ -116,6 +120,9 @@ class Work(TorchDispatchMode):
 
     Matrix products and attention count by torch's formulas (``torch.utils.flop_counter``); everything else is bytes.
 
+    Attributes:
+        seconds: of all operations since the beginning of the block, on the GPU :data:`REFERENCE`.
+
     Example:
         >>> with Work() as work:
         ...     _ = torch.ones(8, 16) @ torch.ones(16, 4)
@@ -125,6 +132,7 @@ class Work(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        self.seconds = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -152,7 +160,9 @@ class Work(TorchDispatchMode):
         else:
             nbytes = sum(map(_nbytes, given)) + sum(map(_nbytes, returned))
         self.flops += self.times * flops
-        self.operations[work, nbytes, returned[0].dtype == torch.float32] += self.times
+        operation_key = work, nbytes, returned[0].dtype == torch.float32
+        self.operations[operation_key] += self.times
+        self.seconds += self.times * operation_seconds(*operation_key, GPUS[REFERENCE])
         return result
 
 

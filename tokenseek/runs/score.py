@@ -8,11 +8,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
 
 from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
@@ -21,6 +24,7 @@ from tokenseek.index.schema import differences
 from tokenseek.launching.processes import join_processes, whole_models
 from tokenseek.models.loading import load_model
 from tokenseek.parallel import sequence_group
+from tokenseek.runs.allocation import Allocation
 from tokenseek.runs.inputs import RunInputs, read_inputs
 from tokenseek.seeking import (
     ScoringPlan,
@@ -40,7 +44,26 @@ _MERGE_SLOW_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 
 
-def score(config: RunConfig, inputs: RunInputs | None = None, part: tuple[int, int] | None = None) -> Path:
+@dataclass
+class ScoringCost:
+    """What scoring takes once the model is loaded; this process's, while its memory is traced.
+
+    Attributes:
+        seconds: until all shards are finished.
+        average_memory_bytes, peak_memory_bytes: allocated, the model's weights among them.
+    """
+
+    seconds: float = 0.0
+    average_memory_bytes: int = 0
+    peak_memory_bytes: int = 0
+
+
+def score(
+    config: RunConfig,
+    inputs: RunInputs | None = None,
+    part: tuple[int, int] | None = None,
+    cost: ScoringCost | None = None,
+) -> Path:
     """Score the data of a run and merge the scores into its index; every process of a launch calls this.
 
     Shards that an earlier launch finished are kept. Nothing is done when the index exists already and fits.
@@ -49,6 +72,7 @@ def score(config: RunConfig, inputs: RunInputs | None = None, part: tuple[int, i
         inputs: tokenizer and data of the run, where they are checked and made already.
         part: (i, n) scores the i-th of n parts without merging, for jobs that know nothing of each other; run
             :func:`merge` when all are done.
+        cost: filled with what it took; tracing memory on a CPU takes some time itself.
 
     Returns:
         The path of the index.
@@ -85,12 +109,14 @@ def score(config: RunConfig, inputs: RunInputs | None = None, part: tuple[int, i
         state.print(f"{len(kept)} of {len(shards)} shards were finished before and are kept.")
     with SeekingProgress(store, plan, shards, disable=not state.is_main_process) as progress:
         if len(kept) < len(shards):
-            loading = _seek(config, inputs, store, plan, run_id, shards, progress, team)
+            loading = _seek(config, inputs, store, plan, run_id, shards, progress, team, cost)
         if not state.is_main_process:
             return _wait_for_merge(path) if part is None else path
         wait_for_shards(store, shards, progress=progress)
     tokens = sum(plan.shard_tokens(shard) for shard in set(shards) - kept)
     seconds = time.perf_counter() - began - loading
+    if cost:
+        cost.seconds = seconds
     state.print(
         f"Scored {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s), after {loading:.1f} s of "
         "loading the model."
@@ -154,6 +180,7 @@ def _seek(
     shards: range,
     progress: SeekingProgress,
     team: Team,
+    cost: ScoringCost | None,
 ) -> float:
     """Score until all shards are finished; returns the seconds that the model took to load."""
     began = time.perf_counter()
@@ -170,13 +197,23 @@ def _seek(
             group=team.group,
         )
         loading = time.perf_counter() - began
-        for work in (seek, seek_abandoned):
-            work(scorer, inputs.data.dataset, store, plan, run_id=run_id, shards=shards, progress=progress, team=team)
-    del model, scorer
+        allocation = Allocation(partial(_weights, model)) if cost else None
+        with allocation or nullcontext():
+            for work in (seek, seek_abandoned):
+                work(
+                    scorer, inputs.data.dataset, store, plan, run_id=run_id, shards=shards, progress=progress, team=team
+                )
+        if cost and allocation:
+            cost.average_memory_bytes, cost.peak_memory_bytes = allocation.average, allocation.peak
+    del model, scorer, allocation
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return loading
+
+
+def _weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 @contextmanager

@@ -20,6 +20,10 @@ class TrainingSummary:
         tokens: that went through the model, padding not counted, in all processes.
         seconds: of the training steps alone, without loading, scoring and evaluation.
         peak_memory_bytes: of the busiest process while it trained: allocated on its GPU, or resident on a CPU.
+        average_memory_bytes: allocated by the busiest process, on average over the time of the traced steps
+            (:mod:`tokenseek.runs.allocation`); None where none was traced.
+        step_peak_bytes: the most that was allocated at once in the same steps. On a CPU, this and not the resident
+            memory is what to compare the average with.
         loss_before, loss_after: held-out loss in nats per token; None without `eval_data` (before: or when resumed).
         selected_share: selected tokens of all tokens, in the first examples; 1 without ditching.
         supervised_share: of those, the tokens that carry a loss.
@@ -30,6 +34,8 @@ class TrainingSummary:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    average_memory_bytes: int | None
+    step_peak_bytes: int | None
     train_loss: float
     loss_before: float | None
     loss_after: float | None
@@ -89,6 +95,8 @@ def card_rows(summary: TrainingSummary, examples: int) -> dict[str, str]:
         "tokens per second": f"{summary.tokens_per_second:,.0f}",
         "peak memory per process": f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
     }
+    if summary.average_memory_bytes is not None:
+        rows["average memory per process"] = f"{summary.average_memory_bytes / 2**30:.2f} GiB"
     for name, loss in (("before", summary.loss_before), ("after", summary.loss_after)):
         if loss is not None:
             rows[f"held-out loss {name}"] = f"{loss:.4f} nats per token (perplexity {math.exp(loss):.2f})"

@@ -30,6 +30,7 @@ from tokenseek.models.checks import require_adapter, require_fitting_data
 from tokenseek.models.kernels import apply_liger, compile_regions, require_kernels
 from tokenseek.models.loading import add_adapter, load_model
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
+from tokenseek.runs.allocation import StepAllocation
 from tokenseek.runs.exact import settle_exact_layers
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.inputs import RunInputs, read_inputs
@@ -60,8 +61,10 @@ def train(config: RunConfig, loss_before: float | None = None, *, outlined: bool
     trainer.add_callback(timer)
     if run.checkpoint:
         trainer.add_callback(Resumed(Path(run.checkpoint)))
-    result = trainer.train(resume_from_checkpoint=run.checkpoint)
-    return finish(run, trainer, timer, selected, result)
+    with StepAllocation(trainer, run.config.training.compile) as allocation:
+        trainer.add_callback(allocation)
+        result = trainer.train(resume_from_checkpoint=run.checkpoint)
+    return finish(run, trainer, timer, selected, allocation, result)
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,17 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
 
 
 def finish(
-    run: Run, trainer: GroupTrainer, timer: _Timer, selected: Selected | None, result: TrainOutput
+    run: Run,
+    trainer: GroupTrainer,
+    timer: _Timer,
+    selected: Selected | None,
+    allocation: StepAllocation,
+    result: TrainOutput,
 ) -> TrainingSummary:
     """Measure what was learned, save it, and write the summary and the model card."""
     state = run.inputs.state
     peak = int(max_over_processes(trainer, peak_memory_bytes()))
+    average, step_peak = (int(max_over_processes(trainer, n)) or None for n in (allocation.average, allocation.peak))
     after = held_out_loss(trainer, run.held_out) if run.held_out else None
     selected = selected or Selected.by_steps(cast(TokenSeekTrainer, trainer))
     final = run.output / "final"
@@ -179,6 +188,8 @@ def finish(
         seconds=round(timer.seconds, 3),
         tokens_per_second=round(timer.tokens / timer.seconds, 1) if timer.seconds else 0.0,
         peak_memory_bytes=peak,
+        average_memory_bytes=average,
+        step_peak_bytes=step_peak,
         train_loss=result.training_loss,
         loss_before=timer.loss_before,
         loss_after=after,

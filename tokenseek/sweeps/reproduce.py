@@ -15,7 +15,8 @@ from tokenseek.sweeps.sweep import Measure, Row, Sweep, Trial
 from tokenseek.sweeps.tables import Group, gibibytes, grouped, markdown
 from tokenseek.sweeps.tune import short_runs
 
-_MEMORY = "Max. mem. %"
+_PEAK = "Max. mem. %"
+_AVERAGE_MEMORY = "Ave. mem. %"
 _LOSS = "Held-out loss"
 _AVERAGE = "Average"
 
@@ -118,24 +119,31 @@ def _measured(table: PaperTable, group: Group, full: Group | None) -> dict[str, 
     """Texts by column title."""
     if group.error:
         return {"Error": group.error}
-    peak, full_peak = group.mean("peak_memory_bytes"), full and full.mean("peak_memory_bytes")
+    average, full_average = group.mean("average_memory_bytes"), full and full.mean("average_memory_bytes")
+    peak, full_peak = group.mean("step_peak_bytes"), full and full.mean("step_peak_bytes")
     found = {title: group.spread(title, 2) for title in group.rows[0].get("scores", {})}
     loss = _AVERAGE if _AVERAGE in found else "loss_after"
     if table.shows == "variance":
         found["Variance"] = f"{statistics.variance(group.numbers(loss)):.5f}"
     if table.shows == "scoring":
-        scoring_peak = group.mean("scoring_peak_memory_bytes")
-        if scoring_peak is not None:
+        scoring = group.mean("scoring_average_memory_bytes")
+        if scoring is not None:
             found["Seconds"] = f"{group.mean('scoring_seconds'):.1f}"
-            found["Memory %"] = "" if not full_peak else f"{scoring_peak / full_peak:.1%}".rstrip("%")
-            found["Scoring's peak memory"] = gibibytes(scoring_peak)
+            found["Memory %"] = _share(scoring, full_average)
+            found["Scoring's average memory"] = gibibytes(scoring)
+            found["Scoring's peak memory"] = gibibytes(group.mean("scoring_peak_memory_bytes"))
     if table.shows == "time":
         found["Hours"] = f"{group.mean('seconds') / 3600:.4f}"
     if group.mean("loss_after") is not None:
         found[_LOSS] = group.spread("loss_after")
-    if full_peak:
-        found[_MEMORY] = f"{peak / full_peak:.1%}".rstrip("%")
+    if full_average and full_peak:
+        found[_AVERAGE_MEMORY], found[_PEAK] = _share(average, full_average), _share(peak, full_peak)
     found["Selected with a loss"] = f"{group.mean('supervised_share'):.0%}"
-    found["Peak memory"] = gibibytes(peak)
+    found["Average memory"], found["Peak memory"] = gibibytes(average), gibibytes(peak)
     found["Training seconds"] = f"{group.mean('seconds'):.1f}"
     return found
+
+
+def _share(size: float | None, full: float | None) -> str:
+    """In percent; empty where either was not measured."""
+    return f"{100 * size / full:.1f}" if size and full else ""

@@ -25,8 +25,7 @@ import torch
 
 from tokenseek.config import RunConfig, override_config
 from tokenseek.errors import UserError
-from tokenseek.launching.memory import peak_memory_bytes, reset_peak_memory
-from tokenseek.runs.score import score
+from tokenseek.runs.score import ScoringCost, score
 from tokenseek.runs.summary import TrainingSummary
 from tokenseek.runs.train import train
 
@@ -164,11 +163,10 @@ def _scored(config: RunConfig) -> dict[str, float]:
     index = config.index_path
     cost = index.with_name(index.name + ".cost.json")
     if not index.exists():
-        began = time.perf_counter()
-        reset_peak_memory()
-        score(config)
-        taken = {"scoring_seconds": time.perf_counter() - began, "scoring_peak_memory_bytes": peak_memory_bytes()}
-        cost.write_text(json.dumps(taken), encoding="utf-8")
+        taken = ScoringCost()
+        score(config, cost=taken)
+        named = {f"scoring_{name}": value for name, value in asdict(taken).items()}
+        cost.write_text(json.dumps(named), encoding="utf-8")
     return json.loads(cost.read_text(encoding="utf-8")) if cost.exists() else {}
 
 
