@@ -43,3 +43,27 @@ def test_row_27_each_example_is_trained_once(tmp_path):
     for (strategy, row), ours, theirs in zip(CASES, *spawn(2, trained, tmp_path), strict=True):
         assert sorted(ours + theirs) == ["00000000-x", "00000001-x", "00000002-x"], (strategy, row)
         assert ours and theirs
+
+
+def counted(rank, folder):
+    """What is logged as trained on, of one example for two processes: padded, in one row, and of a packed data set."""
+    dataset = tiny_dataset((9,), (2,))
+    return [_counted(data, packing, folder) for data, packing in
+            ((dataset, False), (dataset, True), (PackedDataset(dataset, 24), True))]  # fmt: skip
+
+
+def _counted(data, packing, folder):
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=0.01)
+    options["include_num_input_tokens_seen"] = "all" if packing else "non_padding"
+    trainer = TokenSeekTrainer(
+        tiny_model("llama"),
+        tiny_arguments(folder, **options),
+        data_collator=TokenSeekCollator(None, rule="all", packing=packing),
+        train_dataset=data,
+    )
+    trainer.train()
+    return trainer.state.num_input_tokens_seen
+
+
+def test_row_29_blank_examples_are_not_counted(tmp_path):
+    assert spawn(2, counted, tmp_path) == [[9, 9, 9]] * 2

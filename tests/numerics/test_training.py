@@ -183,6 +183,19 @@ def test_packed_batches_take_the_same_steps(loop, dataset, index, tmp_path):
     assert update_error(model, before, expected) < tolerance(PRECISION[loop])
 
 
+@pytest.mark.parametrize("loop", [by_plain_trainer, by_sft_trainer])
+def test_row_30_label_smoothing_is_refused_by_name(loop, dataset, index, tmp_path):
+    with pytest.raises(UserError, match="label_smoothing_factor and compute_loss_func are incompatible with a selec"):
+        loop(plain_model(), dataset, TokenSeekCollator(index, ratio=0.3), tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("loop", [by_plain_trainer, by_sft_trainer])
+def test_label_smoothing_is_refused_where_the_model_selects(loop, dataset, tmp_path):
+    collator = TokenSeekCollator(None, ratio=0.3, online=True)
+    with pytest.raises(UserError, match="label_smoothing_factor and compute_loss_func take the labels away"):
+        loop(plain_model(), dataset, collator, tmp_path, label_smoothing_factor=0.1)
+
+
 def test_a_mean_of_means_is_another_step(dataset, index):
     """What the tests above would miss if the micro batches happened to hold equal numbers of losses."""
     model, collator = plain_model(), TokenSeekCollator(index, ratio=0.3)

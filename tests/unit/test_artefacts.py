@@ -11,13 +11,18 @@ import shutil
 import pytest
 import torch
 from helpers import tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from tiny_models import tiny_model
+from tiny_preset import tiny_preset
 from transformers import AutoModelForCausalLM
 
 from tokenseek.cli import main
+from tokenseek.config import PeftSettings
 from tokenseek.errors import UserError
+from tokenseek.models.checks import require_adapter
+from tokenseek.models.portable import require_portable
 from tokenseek.runs.export import merge_adapter
+from tokenseek.runs.train import train
 
 IDS = torch.tensor([[5, 17, 3, 80, 44, 9]])
 
@@ -118,3 +123,76 @@ def test_an_output_that_is_a_file_is_named(below, adapter, tmp_path, capsys):
     assert main(["merge-adapter", str(adapter), str(tmp_path / "taken" / below)]) == 2
     assert f"output: {tmp_path / 'taken'} is a file, not a folder" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "method,extra,message",
+    [
+        pytest.param("lora", {"init_lora_weights": "pissa_niter_4"}, "changes the weights of the base", id="19-niter"),
+        pytest.param("lora", {"init_lora_weights": "pissa"}, "changes the weights of the base", id="19-pissa"),
+        pytest.param("lora", {"init_lora_weights": "olora"}, "changes the weights of the base", id="19-olora"),
+        pytest.param("lora", {"init_lora_weights": "corda"}, "cannot start with .*corda", id="19-needs-data"),
+        pytest.param("lora", {"init_lora_weights": "pizza"}, "cannot start with .*pizza", id="19-unknown"),
+    ],
+)
+def test_an_adapter_that_would_reload_to_another_model_is_refused(method, extra, message):
+    with pytest.raises(UserError, match=f"peft: {method} .*{message}"):
+        require_adapter(tiny_model("llama"), PeftSettings(method=method, r=4, extra=extra))
+
+
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("lora", {"r": 4}),
+        ("lora", {"r": 4, "extra": {"init_lora_weights": "gaussian"}}),
+        ("lora", {"r": 4, "extra": {"init_lora_weights": "orthogonal"}}),
+        ("lora", {"r": 4, "extra": {"init_lora_weights": False, "use_dora": True}}),
+        ("lora", {"r": 4, "target_modules": ["embed_tokens"]}),
+        ("loha", {"r": 4}),
+        ("lokr", {"r": 4}),
+        ("ia3", {}),
+        ("oft", {"extra": {"oft_block_size": 8}}),
+        ("boft", {}),
+        ("vera", {"r": 4}),
+        ("randlora", {"r": 4}),
+        ("fourierft", {"extra": {"n_frequency": 20}}),
+    ],
+)
+def test_an_adapter_that_reloads_to_itself_is_accepted(method, options):
+    settings = PeftSettings(method=method, **options)
+    adapted = require_adapter(tiny_model("llama"), settings)
+    state = torch.get_rng_state()
+    require_portable(adapted, settings)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def on_the_hub(tmp_path, monkeypatch):
+    """A configuration whose model is `me/tiny` of a hub, of which this machine has a snapshot of commit 1234...."""
+    config, commit = tiny_preset(tmp_path, "selection.rule=random"), "1234" * 10
+    cached = tmp_path / "hub" / "models--me--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(tmp_path / "model", cached / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": "me/tiny"})})
+
+
+def test_row_20_an_adapter_names_its_base_as_the_hub_does(on_the_hub, tmp_path):
+    train(on_the_hub)
+    settings = PeftConfig.from_pretrained(tmp_path / "run" / "final")
+    assert (settings.base_model_name_or_path, settings.revision) == ("me/tiny", "1234" * 10)
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "\nbase_model: me/tiny\n" in card and f"`me/tiny` at revision `{'1234' * 10}`" in card
+    merge_adapter(tmp_path / "run" / "final", tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_an_adapter_names_a_folder_by_its_whole_path(tmp_path, monkeypatch):
+    config = tiny_preset(tmp_path, "selection.rule=random")
+    monkeypatch.chdir(tmp_path)
+    train(config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": "model"})}))
+    settings = PeftConfig.from_pretrained(tmp_path / "run" / "final")
+    assert (settings.base_model_name_or_path, settings.revision) == (str((tmp_path / "model").resolve()), None)
+    assert "base_model:" not in (tmp_path / "run" / "final" / "README.md").read_text()

@@ -15,6 +15,9 @@ from torch.utils.data import Dataset
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 
+# The mark of an example that only fills a batch up.
+BLANK = "is_blank"
+
 
 def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[np.ndarray]:
     """Bins of items, each of which holds at most `capacity`.
@@ -93,8 +96,8 @@ def unpacked(features: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [example for feature in features for example in feature.get("examples", (feature,))]
 
 
-def without_labels(item: dict[str, Any]) -> dict[str, Any]:
-    """A copy of an example, or of a row's first, that carries no loss."""
+def blank_copy(item: dict[str, Any]) -> dict[str, Any]:
+    """A copy of an example, or of a row's first, that carries no loss and is marked by :data:`BLANK`."""
     example = item["examples"][0] if "examples" in item else item
-    blank = {**example, "labels": [IGNORED] * len(example["labels"])}
+    blank = {**example, "labels": [IGNORED] * len(example["labels"]), BLANK: True}
     return {"examples": [blank]} if "examples" in item else blank

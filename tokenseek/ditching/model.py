@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, S selected, D hidden, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,6 +23,20 @@ from tokenseek.ditching.state import Ditching, original_forward
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.selection import SelectionRule
+
+
+@dataclass
+class SelectedOutput(CausalLMOutputWithPast):
+    """Of selected tokens; who asks for logits that are not there, a loss of a trainer's own, is told why."""
+
+    def __getitem__(self, key):
+        if key == "logits" and self.logits is None:
+            raise UserError(
+                "logits of all tokens are asked for, and a model that trains on selected tokens makes none: "
+                "label_smoothing_factor and compute_loss_func are incompatible with a selection. Leave them out, or "
+                "train on all tokens."
+            )
+        return super().__getitem__(key)
 
 
 def make_causal_lm_forward(causal_lm: nn.Module):
@@ -53,7 +68,10 @@ def make_causal_lm_forward(causal_lm: nn.Module):
                 )
             labels = arguments.pop("labels", labels)
             if labels is None:
-                raise UserError("selection is given without labels, which decide what the tokens are scored by.")
+                raise UserError(
+                    "selection is given without labels, which decide what the tokens are scored by. A trainer's "
+                    "label_smoothing_factor and compute_loss_func take the labels away: leave them out."
+                )
             output = _online_forward(ditching, arguments, selection, selection_keys, labels, num_items_in_batch)
             return output.to_tuple() if arguments.get("return_dict") is False else output
         if selected_positions is None and planned_rows is None and not (sequence and has_labels):
@@ -98,7 +116,7 @@ def make_causal_lm_forward(causal_lm: nn.Module):
         else:
             logits = head_logits(decoder, body_output, hidden_BSD.flatten(0, 1))
             logits = logits.view(*hidden_BSD.shape[:2], -1)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits)
+        output = SelectedOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
     # Trainers read the signature to learn which columns the model takes and whether it normalises its loss itself.

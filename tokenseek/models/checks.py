@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenseek.config import PeftSettings
 from tokenseek.errors import UserError
 from tokenseek.models.loading import add_adapter
+from tokenseek.models.portable import require_portable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,14 +75,17 @@ def require_fitting_data(
 
 
 def require_adapter(skeleton: PreTrainedModel, settings: PeftSettings) -> PeftModel:
-    """Refuse an adapter that does not fit the model's modules.
+    """Refuse an adapter that does not fit the model's modules, or that is another model after it is loaded again.
 
     Returns:
         A copy of the skeleton with the adapter, without weights.
 
     Raises:
-        UserError: as :func:`tokenseek.models.loading.add_adapter`.
+        UserError: as :func:`tokenseek.models.loading.add_adapter` and
+            :func:`tokenseek.models.portable.require_portable`.
     """
     # Starts that are computed from the weights have none here; whether PEFT knows them is asked when it is built.
     extra = {key: value for key, value in settings.extra.items() if not key.startswith("init_")}
-    return add_adapter(copy.deepcopy(skeleton), settings.model_copy(update={"extra": extra}), without_weights=True)
+    adapted = add_adapter(copy.deepcopy(skeleton), settings.model_copy(update={"extra": extra}), without_weights=True)
+    require_portable(adapted, settings)
+    return adapted

@@ -233,7 +233,22 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Fetch the model again."
         )
     keep_4bit_differentiable(loaded)
+    loaded.name_or_path = name_of(model, folder)  # what an adapter calls its base model
     return loaded
+
+
+def name_of(model: ModelConfig, folder: Path) -> str:
+    """What others find the model by that :func:`model_folder` found here: its name on the hub, or the whole path."""
+    return str(folder.resolve()) if is_local(model) else model.name_or_path
+
+
+def revision_of(model: ModelConfig, folder: Path) -> str | None:
+    """The commit on the hub that a model's files are of; None for a folder."""
+    return None if is_local(model) else folder.name  # hub's cache names a snapshot by its commit
+
+
+def is_local(model: ModelConfig) -> bool:
+    return Path(model.name_or_path).expanduser().is_dir()
 
 
 def _quantization(model: ModelConfig) -> BitsAndBytesConfig:
@@ -247,10 +262,13 @@ def _quantization(model: ModelConfig) -> BitsAndBytesConfig:
     )
 
 
-def add_adapter(model: PreTrainedModel, settings: PeftSettings, *, without_weights: bool = False) -> PeftModel:
+def add_adapter(
+    model: PreTrainedModel, settings: PeftSettings, *, revision: str | None = None, without_weights: bool = False
+) -> PeftModel:
     """Wrap the model in a new adapter; its base weights are frozen.
 
     Args:
+        revision: of the model on the hub, which the adapter names with it.
         without_weights: make the adapter on the meta device, to see whether it fits.
 
     Raises:
@@ -282,7 +300,7 @@ def add_adapter(model: PreTrainedModel, settings: PeftSettings, *, without_weigh
     if settings.method == "ia3" and "feedforward_modules" not in options:
         options["feedforward_modules"] = _feed_forward_among(model, target_modules)
     try:
-        return get_peft_model(model, config_class(**options), low_cpu_mem_usage=without_weights)
+        return get_peft_model(model, config_class(**options), revision=revision, low_cpu_mem_usage=without_weights)
     except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise UserError(f"peft: {settings.method} does not fit {type(model).__name__}: {error}") from error
 

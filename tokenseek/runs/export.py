@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tokenseek.config import ModelConfig, RunConfig
 from tokenseek.errors import UserError
-from tokenseek.models.loading import model_folder, weight_files
+from tokenseek.models.loading import model_folder, revision_of, weight_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,16 +34,19 @@ def write_model_card(folder: Path, config: RunConfig, facts: dict[str, str]) -> 
     tags = ["tokenseek", *(["peft", adapter.method] if adapter else [])]
     kind = f"a {adapter.method} adapter for" if adapter else "fine-tuned from"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    base, revision = config.model.name_or_path, revision_of(config.model, model_folder(config.model))
+    # The hub takes names of its own alone.
+    base_model = f"base_model: {base}\n" if revision else ""
+    at_revision = f" at revision `{revision}`" if revision else ""
     (folder / "README.md").write_text(
         f"""---
-base_model: {config.model.name_or_path}
-library_name: {"peft" if adapter else "transformers"}
+{base_model}library_name: {"peft" if adapter else "transformers"}
 pipeline_tag: text-generation
 tags: [{", ".join(tags)}]
 ---
 # {folder.parent.name}
 
-This is {kind} `{config.model.name_or_path}`, trained with TokenSeek on selected tokens: {trained}.
+This is {kind} `{base}`{at_revision}, trained with TokenSeek on selected tokens: {trained}.
 The whole configuration is in `config.yaml` beside this folder.
 
 | | |

@@ -28,7 +28,7 @@ from tokenseek.launching.memory import peak_memory_bytes
 from tokenseek.launching.processes import first_on_main, join_processes, require_engine
 from tokenseek.models.checks import require_adapter, require_fitting_data
 from tokenseek.models.kernels import apply_liger, compile_regions, require_kernels
-from tokenseek.models.loading import add_adapter, load_model
+from tokenseek.models.loading import add_adapter, load_model, model_folder, revision_of
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.allocation import StepAllocation
 from tokenseek.runs.exact import settle_exact_layers
@@ -226,7 +226,8 @@ def _split(config: RunConfig, inputs: RunInputs) -> tuple[Dataset, Dataset | Non
 def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedModel | PeftModel:
     """The model as the run trains it: with its adapter, its ditching and its ranks that share texts."""
     base = load_model(config.model)
-    model = add_adapter(base, config.peft) if config.peft else base
+    revision = revision_of(config.model, model_folder(config.model))
+    model = add_adapter(base, config.peft, revision=revision) if config.peft else base
     if config.training.liger:
         apply_liger(find_decoder(model).causal_lm)
     if config.training.compile:

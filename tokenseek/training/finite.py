@@ -10,19 +10,27 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
-from tokenseek.data.packing import unpacked
+from tokenseek.data.packing import BLANK, unpacked
 from tokenseek.errors import UserError
 
 
 class NamedExamples:
-    """A collator that adds the ``example_id`` of every example to its batch, as a list `example_ids`."""
+    """A collator that adds the ``example_id`` of every example to its batch, as a list `example_ids`.
+
+    Of the blank examples, which are the last of a batch, it adds the numbers of tokens as a list `blanks`.
+    """
 
     def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]):
         self.collator = collator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         features = unpacked(features)
+        blanks = [len(feature["input_ids"]) for feature in features if feature.get(BLANK)]
+        if blanks:
+            features = [{name: value for name, value in feature.items() if name != BLANK} for feature in features]
         batch = self.collator(features)
+        if blanks:
+            batch["blanks"] = blanks
         if all("example_id" in feature for feature in features):
             batch["example_ids"] = [feature["example_id"] for feature in features]
         return batch

@@ -71,6 +71,7 @@ class GroupTrainer(Trainer):
                 "tokenseek.parallel.sequence_group(device_type)) before making the Trainer."
             )
         super().__init__(model, args, **kwargs)
+        self._blanks: list[int] = []  # the blank examples of the batch at hand, by their tokens
         self.new_epoch = NewEpoch()
         self.add_callback(self.new_epoch)
         self.stop_at_nan = StopAtNan(self.accelerator) if on_nan == "stop" else None
@@ -87,7 +88,7 @@ class GroupTrainer(Trainer):
             super().create_accelerator_and_postprocess()
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
-        examples = inputs.pop("example_ids", [])
+        examples, self._blanks = inputs.pop("example_ids", []), inputs.pop("blanks", [])
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.stop_at_nan:
             self.stop_at_nan.note(loss, examples)
@@ -163,7 +164,7 @@ class GroupTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs) -> None:
         before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(inputs)
+        super()._track_num_input_tokens(_without_blanks(inputs, self._blanks))
         self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.group_size
 
     def evaluation_loop(self, *args, **kwargs):
@@ -200,6 +201,16 @@ class NewEpoch(TrainerCallback):
         for draws in (self.collator, self.sampler):
             if draws is not None:
                 draws.set_epoch(epoch)
+
+
+def _without_blanks(inputs: dict[str, Any], blanks: list[int]) -> dict[str, Any]:
+    """What counts the tokens of a batch, without those of the blank examples at its end."""
+    counted = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    if not blanks or not counted:
+        return counted or inputs
+    if "attention_mask" in inputs:  # one example a row
+        return {name: tensor[: len(tensor) - len(blanks)] for name, tensor in counted.items()}
+    return {name: tensor[:, : tensor.shape[1] - sum(blanks)] for name, tensor in counted.items()}
 
 
 def _lengths(dataset: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from tokenseek.data.packing import without_labels
+from tokenseek.data.packing import blank_copy
 
 
 class EpochSampler(Sampler[int]):
@@ -84,4 +84,4 @@ class WithBlanks(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         if position < len(self.examples):
             return self.examples[position]
-        return without_labels(self.examples[0])
+        return blank_copy(self.examples[0])
