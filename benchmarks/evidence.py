@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.pages import write_into
 from tokenseek.config import RunConfig, load_config
 from tokenseek.sweeps.sweep import Row, Sweep, Trial, read_rows
 from tokenseek.sweeps.tables import Group, grouped, markdown
@@ -236,15 +237,6 @@ def _share(before: float, group: Group, ordinary: Group) -> str:
         return ""
     mean, full = (statistics.mean(of[seed] for seed in seeds) for of in (losses, reference))
     return f"{(before - mean) / (before - full):.1%} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-
-
-def write_into(page: Path, text: str) -> None:
-    """Put the table between the two marks of a page."""
-    begin, end = "<!-- table -->\n", "<!-- end of table -->"
-    head, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    if not found or end not in rest:
-        raise SystemExit(f"{page} has no lines {begin.strip()} and {end}")
-    page.write_text(f"{head}{begin}{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.ditching.loss import selected_loss
 from tokenseek.selection import SelectionRule
-from tokenseek.training import PaddingCollator, TokenSeekCollator
 
 _OPTIONS = {
     "full": {"checkpoint", "chunked-ce", "lora", "qlora"},
@@ -114,6 +113,8 @@ def make_ragged_batch(
     method: Method, lengths: list[int], vocab: int, device: str, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Random examples of these lengths, padded or packed, with random selected positions; all tokens carry a loss."""
+    from tokenseek.training import PaddingCollator, TokenSeekCollator  # late: they need the data libraries
+
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]
     examples = [{"example_id": str(row), "input_ids": row_ids, "labels": row_ids} for row, row_ids in enumerate(ids)]

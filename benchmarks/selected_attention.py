@@ -91,6 +91,11 @@ class _step:  # noqa: N801 - called like a function
         return output.detach(), torch.autograd.grad(output, self.qkv, self.gradient)
 
 
+def packed_mask_bytes(row: dict, groups: int, dtype: str) -> int:
+    """Of the mask alone that one masked call takes."""
+    return groups * row["selected"] * row["tokens"] * DTYPES[dtype].itemsize
+
+
 def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -128,7 +133,7 @@ def main() -> None:
             row = measure(
                 method, tokens, args.ratio, **shape, dtype=args.dtype, device=args.device, repeats=args.repeats
             )
-            row["packed_mask"] = heads // key_heads * row["selected"] * tokens * DTYPES[args.dtype].itemsize
+            row["packed_mask"] = packed_mask_bytes(row, heads // key_heads, args.dtype)
             rows.append(row)
             print(json.dumps(row), flush=True)
     print(table(rows))

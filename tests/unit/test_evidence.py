@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from tiny_preset import tiny_preset
 
-from benchmarks.evidence import METHODS, RATES, REGIMES, base_config, best_rate, planned, table, trial, write_into
+from benchmarks.evidence import METHODS, RATES, REGIMES, base_config, best_rate, planned, table, trial
+from benchmarks.pages import write_into
 from tokenseek.sweeps.sweep import Sweep, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
