@@ -53,13 +53,12 @@ def room_of(module: str) -> str:
 
 
 def imports(module: str) -> set[tuple[str, str]]:
-    """Modules of ours that a module imports, anywhere in it; each with the name that is taken from it, if any."""
-    found, nodes = set(), [modules()[module]]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue  # for readers and type checkers: no import
-        nodes += ast.iter_child_nodes(node)
+    """Modules of ours that a module imports, anywhere in it; each with the name that is taken from it, if any.
+
+    Imports for type checkers count: who reads the one module has to know the other.
+    """
+    found = set()
+    for node in ast.walk(modules()[module]):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tokenseek":
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"

@@ -284,7 +284,9 @@ class ChatRenderer:
 class _Conversation:
     """The renderings of one conversation."""
 
-    def __init__(self, renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, whole: str):
+    def __init__(
+        self, renderer: ChatRenderer, messages: list[Message], tools: list[dict[str, Any]] | None, whole: str
+    ) -> None:
         self.renderer, self.messages, self.tools, self.whole = renderer, messages, tools, whole
         self.template = renderer.tokenizer.get_chat_template(tools=tools)
         self.markers, self.closing = renderer.markers, renderer.closing
@@ -378,13 +380,13 @@ def _rendered(
 class _errors_named:
     """Turns what a template raises into a :class:`UserError` with the roles that it was given."""
 
-    def __init__(self, messages: Sequence[Message]):
+    def __init__(self, messages: Sequence[Message]) -> None:
         self.roles = [message["role"] for message in messages]
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         from jinja2 import TemplateError
 
         if isinstance(error, (TemplateError, *_TEMPLATE_ERRORS)) and not isinstance(error, UserError):

@@ -40,7 +40,7 @@ class Encoder:
     these characters fewer tokens, twice as many are taken.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, labels: str):
+    def __init__(self, tokenizer: Any, max_length: int, labels: str) -> None:
         self.tokenizer, self.max_length, self.labels = tokenizer, max_length, labels
         self.tokens_needed = max_length + _MARGIN_TOKENS
         self.characters_needed = self.tokens_needed * max(map(len, tokenizer.get_vocab()))

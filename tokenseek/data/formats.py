@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ def recognise_rows(loaded: LoadedSource, key: str) -> Format:
         """The first cell of a column that is not missing."""
         return next((row[column] for row in rows if row.get(column) is not None), None)
 
-    def known(names: Sequence[str], of) -> str | None:
+    def known(names: Sequence[str], of: Callable[[Any], bool]) -> str | None:
         return next((by_lower[name] for name in names if name in by_lower and of(first(by_lower[name]))), None)
 
     def found(name: str, kind: str, columns: dict[str, str | None]) -> Format:
@@ -130,7 +130,7 @@ def hint(loaded: LoadedSource, key: str) -> str:
         return f". {error}" if "preference" in str(error) else ""
 
 
-def _refuse_preferences(by_lower: dict[str, str], first, key: str) -> None:
+def _refuse_preferences(by_lower: dict[str, str], first: Callable[[str], Any], key: str) -> None:
     if {"chosen", "rejected"} <= by_lower.keys():
         chosen = by_lower["chosen"]
         is_chat = _is_conversation(first(chosen))

@@ -70,7 +70,7 @@ class PackedDataset(Dataset):
         max_length: tokens of a row.
     """
 
-    def __init__(self, examples: Any, max_length: int):
+    def __init__(self, examples: Any, max_length: int) -> None:
         self.examples, self.max_length = examples, max_length
         self.lengths = np.asarray([len(ids) for ids in examples["input_ids"]], dtype=np.int64)
         self.bins = first_fit_decreasing(self.lengths, max_length)

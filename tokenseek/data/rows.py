@@ -37,7 +37,7 @@ class RowRenderer:
 
     def __init__(
         self, source: SourceConfig, loaded: LoadedSource, template: str, ends: Ends, chat: ChatRenderer, key: str
-    ):
+    ) -> None:
         self.kind, self.template, self.ends, self.chat, self.key = source.kind, template, ends, chat, key
         self.columns = read_columns(source, loaded, key)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,6 +20,11 @@ from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.names import ATTENTION_TABLE, EAGER_ATTENTION
 from tokenseek.errors import UserError
 from tokenseek.versions import what_to_install
+
+# ``(module, query_BNTH, key_BNTH, value_BNTH, attention_mask, **kwargs) -> (output_BTNH, weights_BNTT | None)``
+Attention: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+# From the attention function of the model's backend to the one that runs instead.
+Replace: TypeAlias = Callable[[Attention], Attention]
 
 # Backends that take a mask of any shape, which selected tokens need: a flash kernel only knows "causal".
 MASKED_BACKENDS = ("sdpa", "eager")
@@ -60,10 +66,10 @@ def without_cudnn() -> Iterator[None]:
 class _Replacement:
     """An entry of the interface that runs ``replace(own)``; `own` is the backend's function, None for eager."""
 
-    def __init__(self, replace: Callable[[Callable], Callable], own: Callable | None):
+    def __init__(self, replace: Replace, own: Attention | None) -> None:
         self.replace, self.own = replace, own
 
-    def __call__(self, module: nn.Module, *args, **kwargs):
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Eager attention is no entry of the interface but a function of each modelling file.
         original = self.own or getattr(sys.modules[type(module).__module__], EAGER_ATTENTION, None)
         if original is None:
@@ -75,11 +81,10 @@ class _Replacement:
 
 
 @contextmanager
-def attention_replaced(model: PreTrainedModel, replace: Callable[[Callable], Callable]) -> Iterator[None]:
+def attention_replaced(model: PreTrainedModel, replace: Replace) -> Iterator[None]:
     """Inside the block, attention runs ``replace(original)`` instead of the `original` function of the model's backend.
 
-    The replacement has the signature of Transformers' attention functions:
-    ``(module, query_BNTH, key_BNTH, value_BNTH, attention_mask, **kwargs) -> (output_BTNH, weights_BNTT | None)``.
+    Both have the signature of Transformers' attention functions (:data:`Attention`).
     Blocks do not add up: in a block within a block, the inner replacement alone is in force. cuDNN's kernels are left
     out (:func:`without_cudnn`).
     """

@@ -5,9 +5,10 @@ Shapes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -123,7 +124,7 @@ def _cache_argument(name: str, layers: nn.ModuleList) -> str:
 
 
 @contextmanager
-def forward_replaced(module: nn.Module, forward) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Calls of `module` run `forward` inside the block; its hooks still fire, whatever else replaced it before."""
     had, before = "forward" in module.__dict__, module.__dict__.get("forward")
     module.forward = forward

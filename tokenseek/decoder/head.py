@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch.nn.functional import pad
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.labels import IGNORED
@@ -31,7 +32,7 @@ def rows_per_chunk(decoder: Decoder, device: torch.device) -> int:
     return max(1, nbytes // (4 * decoder.causal_lm.config.get_text_config().vocab_size))
 
 
-def head_logits(decoder: Decoder, body_output, hidden_RD: torch.Tensor) -> torch.Tensor:
+def head_logits(decoder: Decoder, body_output: BaseModelOutputWithPast, hidden_RD: torch.Tensor) -> torch.Tensor:
     """Logits [R, V] of R rows of final hidden states, by the model's own head code.
 
     The causal LM's forward runs with its body standing still, so that soft-capping, logit scaling and whatever else the

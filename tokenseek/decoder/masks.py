@@ -6,8 +6,9 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
@@ -15,6 +16,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.names import require_known_mask_function
 from tokenseek.errors import UserError
+
+Index: TypeAlias = int | torch.Tensor
 
 # Kernels take a mask as it is where its rows begin at multiples of so many elements, and make a copy otherwise.
 MASK_STRIDE = 16
@@ -56,21 +59,31 @@ def whole_masks(
     backend = decoder.causal_lm.config.get_text_config()._attn_implementation
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
     require_known_mask_function(make_mask)
-    packed_BT, made = None, []
+    packed_BT = None
+    made: list[Callable[..., torch.Tensor]] = []
     if attention_mask_BT is None and position_ids_BT is not None:
         example_BT = begins_anew(position_ids_BT).cumsum(1)
         packed_BT = example_BT if example_BT[:, -1].any() else None
 
-    def function(*, batch_size, mask_function, q_length, kv_length, attention_mask, allow_is_causal_skip=True, **more):
+    def function(
+        *,
+        batch_size: int,
+        mask_function: Callable[..., torch.Tensor],
+        q_length: int,
+        kv_length: int,
+        attention_mask: torch.Tensor | None,
+        allow_is_causal_skip: bool = True,
+        **more: Any,
+    ) -> Any:
         made.append(mask_function)
         if packed_BT is not None:
             examples, positions = packed_BT.expand(batch_size, -1), position_ids_BT.expand(batch_size, -1)
             by_text = mask_function
 
-            def same_example(batch, head, query, key):
+            def same_example(batch: Index, head: Index, query: Index, key: Index) -> torch.Tensor:
                 return examples[batch, query] == examples[batch, key]
 
-            def within_example(batch, head, query, key):
+            def within_example(batch: Index, head: Index, query: Index, key: Index) -> torch.Tensor:
                 return by_text(batch, head, positions[batch, query], positions[batch, key])
 
             mask_function, allow_is_causal_skip = and_masks(same_example, within_example), False

@@ -4,6 +4,7 @@ Names are imported when they are first used: the command line checks its argumen
 """
 
 from importlib import import_module
+from typing import Any
 
 _WHERE = {
     "BENCHMARKS": "tokenseek.evaluation.benchmarks",
@@ -16,7 +17,7 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'tokenseek.evaluation' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import lm_eval
 import lm_eval.tasks
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from lm_eval.api.model import LM
@@ -38,15 +39,15 @@ class ProcessLM(HFLM):
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: PartialState, batch_size: int
-    ):
+    ) -> None:
         with _quiet("lm_eval.models.huggingface"):  # warns that a ready model is shared by its caller, as it is here
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.state, self._rank, self._world_size = state, state.process_index, state.num_processes
 
-    def all_gather(self, tensor):
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return gather(tensor)
 
-    def barrier(self):
+    def barrier(self) -> None:
         self.state.wait_for_everyone()
 
 

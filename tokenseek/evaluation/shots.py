@@ -28,11 +28,13 @@ class SharedDraws(ContextSampler):
         rank: int,
         processes: int,
         question: Callable[[dict[str, Any]], Any] | None,
-    ):
+    ) -> None:
         self.stock, self.docs, self.rank, self.processes, self.question = stock, docs, rank, processes, question
         self.turn = 0
 
-    def sample(self, n: int, eval_doc: dict[str, Any] | None = None, df=None, **kwargs) -> Sequence[dict[str, Any]]:
+    def sample(
+        self, n: int, eval_doc: dict[str, Any] | None = None, df: object = None, **kwargs: Any
+    ) -> Sequence[dict[str, Any]]:
         while self.turn % self.processes != self.rank:
             self._draw(n, None if eval_doc is None else self.docs[self.turn])
             self.turn += 1

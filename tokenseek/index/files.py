@@ -13,8 +13,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from tokenseek.errors import UserError
-from tokenseek.index.checksums import row_crc
-from tokenseek.index.schema import SCHEMA, IndexHeader, ScoredExample, record_batches
+from tokenseek.index.schema import SCHEMA, IndexHeader, ScoredExample, record_batches, row_crc
 
 
 @contextmanager
@@ -75,7 +74,7 @@ class ExampleFile:
         fix: how the user can replace the file, for the error messages.
     """
 
-    def __init__(self, path: Path, fix: str):
+    def __init__(self, path: Path, fix: str) -> None:
         self.path, self.fix = path, fix
         try:
             # Closing the file frees its descriptor; the map lives as long as the columns. A merge can so hold

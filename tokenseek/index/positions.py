@@ -36,7 +36,7 @@ class SelectedPositions:
         (array([0, 3]), array([2]), 1)
     """
 
-    def __init__(self, lengths: np.ndarray, bits: np.ndarray, facts: Mapping[str, Any]):
+    def __init__(self, lengths: np.ndarray, bits: np.ndarray, facts: Mapping[str, Any]) -> None:
         self.lengths, self.bits, self.facts = np.asarray(lengths, np.int64), np.asarray(bits, np.uint8), dict(facts)
         self._begins = np.concatenate([[0], np.cumsum(self.lengths)])
 

@@ -23,7 +23,7 @@ class TokenIndex:
         >>> context, gradient = index.scores(7)
     """
 
-    def __init__(self, file: ExampleFile):
+    def __init__(self, file: ExampleFile) -> None:
         self._file = file
         self._row_by_id: dict[str, int] | None = None
 

@@ -4,6 +4,7 @@ T is the number of tokens of one example.
 """
 
 import json
+import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -13,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 
 from tokenseek.errors import UserError
-from tokenseek.index.checksums import row_crc
 
 SCHEMA_VERSION = 1
 
@@ -152,6 +152,16 @@ class ScoredExample:
         if self.context.min() < 0:
             return f"a context score is {self.context.min()}; sums of attention weights (Eq. 3) are never below 0"
         return None
+
+
+def row_crc(example: ScoredExample) -> int:
+    """CRC-32 over everything that a row of the index says about a `ScoredExample`, not only its scores.
+
+    A flipped bit in an example's id or its token checksum would otherwise go unseen.
+    """
+    crc = zlib.crc32(example.example_id.encode())
+    crc = zlib.crc32(struct.pack("<qqI", example.row, example.num_tokens, example.tokens_crc), crc)
+    return zlib.crc32(example.gradient.data, zlib.crc32(example.context.data, crc))
 
 
 def record_batches(examples: Iterable[ScoredExample]) -> Iterator[pa.RecordBatch]:

@@ -43,7 +43,7 @@ class ShardStore:
         >>> merge_shards("run/shards", "run/index.arrow")
     """
 
-    def __init__(self, directory: str | Path, header: IndexHeader, num_shards: int):
+    def __init__(self, directory: str | Path, header: IndexHeader, num_shards: int) -> None:
         if num_shards < 1:
             raise UserError(f"num_shards is {num_shards}; an index needs at least 1 shard. Is the data set empty?")
         self.directory, self.header, self.num_shards = Path(directory), header, num_shards

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, S selected, P ranks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -87,10 +89,10 @@ def shared_by(model: nn.Module) -> dist.ProcessGroup | None:
 class SequenceParallelism:
     """What token ditching asks where examples are shared by ranks; see :func:`enable_sequence_parallelism`."""
 
-    def __init__(self, group: dist.ProcessGroup, layout: str, engine: str):
+    def __init__(self, group: dist.ProcessGroup, layout: str, engine: str) -> None:
         self.group, self.layout, self.engine = group, layout, engine
 
-    def __deepcopy__(self, memo) -> SequenceParallelism:
+    def __deepcopy__(self, memo: object) -> SequenceParallelism:
         return self  # a process group cannot be copied, nor does a copied model need another one
 
     def agreed_positions(
@@ -161,12 +163,12 @@ class SequenceParallelism:
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: torch.Tensor, group: dist.ProcessGroup, factor: int):
+    def forward(ctx: Any, loss: torch.Tensor, group: dist.ProcessGroup, factor: int) -> torch.Tensor:
         ctx.factor = factor
         total = loss.detach().clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient * ctx.factor, None, None

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tokenseek.decoder.attention import Replace
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import whole_masks
 from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows
@@ -34,14 +36,14 @@ class LocalRows(Rows):
         everywhere: the rows of this pass on all ranks, in the order of the text.
     """
 
-    def __init__(self, positions_BR: torch.Tensor, first_slot: int, slots: int, everywhere: Rows):
+    def __init__(self, positions_BR: torch.Tensor, first_slot: int, slots: int, everywhere: Rows) -> None:
         slot_BR = first_slot + torch.arange(positions_BR.shape[1], device=positions_BR.device).expand_as(positions_BR)
         # An empty slot holds a copy of a real token, so it can stand in for itself.
         super().__init__(slot_BR, slot_BR, slots, padded=True)
         self.valid_BR = positions_BR >= 0
         self.everywhere = everywhere
 
-    def shrink(self, name: str, value, keep_causality: bool = False):
+    def shrink(self, name: str, value: Any, keep_causality: bool = False) -> Any:
         if name.partition(".")[0] in MASK_ARGUMENTS:
             return self.everywhere.shrink(name, value, keep_causality)
         return super().shrink(name, value, keep_causality)
@@ -73,7 +75,7 @@ class LocalPartition(Partition):
 class SharedReach:
     """Of rows on one of several ranks: all ranks' rows meet in attention, where each rank has some of the heads."""
 
-    def __init__(self, parts: LocalPartition):
+    def __init__(self, parts: LocalPartition) -> None:
         self.parts = parts
 
     @property
@@ -89,12 +91,10 @@ class SharedReach:
         parts = self.parts
         return key_heads_exchanged(parts.query_heads, parts.group, parts.selected_shards.interleaved, *rows_BNRH)
 
-    def replacement(self, rows: Rows, make: Callable[[Rows], Callable]) -> Callable[[Callable], Callable]:
+    def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         return make(rows)
 
-    def attention(
-        self, decoder: Decoder, replace: Callable[[Callable], Callable] | None
-    ) -> AbstractContextManager[None]:
+    def attention(self, decoder: Decoder, replace: Replace | None) -> AbstractContextManager[None]:
         return heads_exchanged(decoder, self.parts.group, self.parts.selected_shards.interleaved, replace)
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:

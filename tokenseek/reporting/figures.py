@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import yaml
@@ -15,6 +16,7 @@ from tokenseek.reporting.maps import TokenMaps
 from tokenseek.selection import rule_named
 
 try:
+    from matplotlib.axes import Axes
     from matplotlib.colors import LogNorm, PowerNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -23,6 +25,9 @@ except ImportError as error:
 
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9741a", "#2e8b57", "#8a929c"
 _LAYER_COLOURS = (BLUE, ORANGE, GREEN)
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
@@ -90,7 +95,7 @@ class RunMetrics:
         UserError: the folder is not one that ``tokenseek train`` wrote to.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
             raise UserError(f"{folder} holds no config.yaml and metrics.jsonl; give the output_dir of a training run.")
@@ -176,21 +181,21 @@ def figure_memory(runs: Sequence[RunMetrics]) -> Figure:
     return _plain(figure)
 
 
-def _by(items, key) -> dict:
-    groups: dict = {}
+def _by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
 
 
-def _attention(axes, maps: TokenMaps, figure: Figure) -> None:
+def _attention(axes: Axes, maps: TokenMaps, figure: Figure) -> None:
     visible = np.where(np.tril(np.ones_like(maps.attention)) > 0, maps.attention, np.nan)
     image = axes.imshow(visible, cmap="viridis", norm=LogNorm(vmin=1e-4, vmax=1, clip=True), interpolation="nearest")
     axes.set(xlabel="token looked at", ylabel="token")
     figure.colorbar(image, ax=axes, shrink=0.85)
 
 
-def _context(axes, maps: TokenMaps) -> None:
+def _context(axes: Axes, maps: TokenMaps) -> None:
     context = maps.context
     _curve(axes, context, BLUE, "context score")
     if len(context) > 1:
@@ -198,7 +203,7 @@ def _context(axes, maps: TokenMaps) -> None:
         axes.annotate(f"token 0: {context[0]:.1f}", (0.98, 0.9), xycoords="axes fraction", ha="right", color=GREY)
 
 
-def _curve(axes, values: np.ndarray, colour: str, label: str) -> None:
+def _curve(axes: Axes, values: np.ndarray, colour: str, label: str) -> None:
     axes.plot(values, color=colour, lw=1)
     axes.fill_between(np.arange(len(values)), values, color=colour, alpha=0.15, lw=0)
     axes.set(xlabel="token", ylabel=label, xlim=(0, max(1, len(values) - 1)))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,6 @@ def render_page(examples: Sequence[ShownExample], rule: SelectionRule, subtitle:
     return page.replace("@DATA@", _script_json(data))  # last: what it brings is not searched again
 
 
-def _script_json(value) -> str:
+def _script_json(value: Any) -> str:
     """JSON that stands inside a script element: without `<`, nothing in it ends the element or opens a comment."""
     return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def token_maps(model: PreTrainedModel, input_ids: Sequence[int], labels: Sequenc
     ids, targets = torch.tensor([list(input_ids)]), torch.tensor([list(labels)])
     inputs: list[torch.Tensor] = []
 
-    def keep(layer: nn.Module, args, kwargs):
+    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         hidden = args[0] if args else kwargs["hidden_states"]
         if not inputs:  # the first of the three: nothing below it is differentiated
             hidden = hidden.detach().requires_grad_()

@@ -6,7 +6,7 @@ processes, in any order of work, and after a restart. The plan is therefore made
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,7 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, *, tokens_per_batch: int, 
     return ScoringPlan(tuple(shards), lengths)
 
 
-def _batches(rows: np.ndarray, lengths: np.ndarray, tokens_per_batch: int):
+def _batches(rows: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> Iterator[np.ndarray]:
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     while len(rows):
         size = max(1, tokens_per_batch // int(lengths[rows[0]]))

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.attention import Attention, Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.errors import UserError
 
@@ -24,7 +25,7 @@ from tokenseek.errors import UserError
 def attention_received(
     decoder: Decoder,
     valid_BT: torch.Tensor,
-    replaced: Callable[[Callable[[Callable], Callable]], AbstractContextManager[None]] | None = None,
+    replaced: Callable[[Replace], AbstractContextManager[None]] | None = None,
 ) -> Iterator[list[torch.Tensor]]:
     """Records Eq. 3, I1[j] = sum_i A[i, j] averaged over the heads of the last layer, from a forward pass in the block.
 
@@ -45,8 +46,15 @@ def attention_received(
     attention_modules = set(decoder.layers[-1].modules())
     received: list[torch.Tensor] = []
 
-    def replace(original):
-        def attention(module: nn.Module, query, key, value_BKTH, *args, **kwargs):
+    def replace(original: Attention) -> Attention:
+        def attention(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value_BKTH: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
             if module not in attention_modules:
                 return original(module, query, key, value_BKTH, *args, **kwargs)
             if not value_BKTH.requires_grad:  # values that the last layer takes over from an earlier one

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.head import at_least_float32, head_logits, rows_per_chunk
@@ -22,7 +23,7 @@ from tokenseek.labels import IGNORED
 SHARE_OF_ROWS, FEWEST_ROWS = 1 / 5, 128
 
 # Eq. 4 sums the entries (signed); the text around it sums magnitudes (abs).
-REDUCTIONS = {
+REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "abs": lambda gradient_BTD: gradient_BTD.abs().sum(-1),
     "signed": lambda gradient_BTD: gradient_BTD.sum(-1),
     "l2": lambda gradient_BTD: torch.linalg.vector_norm(gradient_BTD, dim=-1),
@@ -38,7 +39,7 @@ def gradient_from(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
     """
     leaves: list[torch.Tensor] = []
 
-    def start_graph(_, args, kwargs):
+    def start_graph(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         hidden_BTD = args[0] if args else kwargs["hidden_states"]
         leaves.append(hidden_BTD.detach().requires_grad_())
         torch.set_grad_enabled(True)
@@ -62,7 +63,7 @@ def gradient_beyond(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
     """
     leaves: list[torch.Tensor] = []
 
-    def start_graph(_, args, output):
+    def start_graph(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden_BTD = output[0] if isinstance(output, tuple) else output
         leaves.append(hidden_BTD.detach().requires_grad_())
         torch.set_grad_enabled(True)
@@ -92,7 +93,7 @@ class HeadScores(NamedTuple):
 
 def head_scores(
     decoder: Decoder,
-    body_output,
+    body_output: BaseModelOutputWithPast,
     targets_BT: torch.Tensor,
     *,
     losses: bool = False,
@@ -136,7 +137,10 @@ def head_scores(
 
 
 def loss_gradient(
-    body_output, leaf_BTD: torch.Tensor, head_gradient_BTD: torch.Tensor, supervised_B: torch.Tensor
+    body_output: BaseModelOutputWithPast,
+    leaf_BTD: torch.Tensor,
+    head_gradient_BTD: torch.Tensor,
+    supervised_B: torch.Tensor,
 ) -> torch.Tensor:
     """G [B, T, D] of Eq. 4: the gradient of each example's mean cross-entropy over its supervised positions.
 
@@ -155,7 +159,7 @@ def loss_gradient(
 
 def _head_chunk(
     decoder: Decoder,
-    body_output,
+    body_output: BaseModelOutputWithPast,
     hidden_CD: torch.Tensor,
     targets_C: torch.Tensor,
     losses: bool,
@@ -168,7 +172,7 @@ def _head_chunk(
     unless the head's own backward pass needs them.
     """
     hidden_CD = hidden_CD.detach().requires_grad_(gradient)
-    needed = set()
+    needed: set[int] = set()
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         needed.add(tensor.untyped_storage()._cdata)

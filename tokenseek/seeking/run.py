@@ -47,7 +47,7 @@ class Team:
     The first decides for all, since a folder may look different to each of them.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.is_first = group is None or group.rank() == 0
 
@@ -68,7 +68,7 @@ class SeekingProgress:
         disable: True on all processes but the main one.
     """
 
-    def __init__(self, store: ShardStore, plan: ScoringPlan, shards: Iterable[int], *, disable: bool = False):
+    def __init__(self, store: ShardStore, plan: ScoringPlan, shards: Iterable[int], *, disable: bool = False) -> None:
         self._store, self._tokens = store, {shard: plan.shard_tokens(shard) for shard in shards}
         self._current, self._polled = 0, -_POLL_SECONDS
         self._finished = 0 if disable else self._count()
@@ -102,7 +102,7 @@ class SeekingProgress:
     def __enter__(self) -> SeekingProgress:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
 
@@ -200,7 +200,7 @@ def _score_shard(
     progress: SeekingProgress | None,
     team: Team,
 ) -> None:
-    examples = []
+    examples: list[ScoredExample] = []
     for rows in plan.shards[shard]:
         examples += _score_rows(scorer, dataset, rows)
         store.renew(shard)  # of no effect but on the one that has claimed it

@@ -64,7 +64,7 @@ class TokenScorer:
         reduction: str = "abs",
         loss_scope: str = "response",
         group: dist.ProcessGroup | None = None,
-    ):
+    ) -> None:
         self.model, self.decoder, self.group = model, find_decoder(model), group
         if group is not None:
             require_shareable(self.decoder, group)

@@ -41,7 +41,9 @@ def draw_key(example: int, visit: int) -> int:
     return (visit << 32) | (example & 0xFFFFFFFF)
 
 
-def examples_of(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, shape) -> list[Example]:
+def examples_of(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, shape: Sequence[int]
+) -> list[Example]:
     """The examples of a batch [B, T]: one a row, less its padding, or several in a row without padding.
 
     Args:
@@ -113,10 +115,12 @@ def select_batch(
         if not rule.has_weights:
             weights = np.full(len(chosen), has_loss.sum() / max(1, has_loss[chosen].sum()))
         rows[row].append((positions[chosen], weights))
-    joined = [[np.concatenate(parts) for parts in zip(*row, strict=True)] if row else ([], []) for row in rows]
-    longest = max(1, *(len(positions) for positions, _ in joined))
+    longest = max(1, *(sum(len(chosen) for chosen, _ in parts) for parts in rows))
     positions_BS = np.full((len(rows), longest), -1, np.int64)
     weights_BS = np.zeros((len(rows), longest), np.float32)
-    for row, (positions, weights) in enumerate(joined):
-        positions_BS[row, : len(positions)], weights_BS[row, : len(positions)] = positions, weights
+    for row, parts in enumerate(rows):
+        end = 0
+        for chosen, weights in parts:
+            first, end = end, end + len(chosen)
+            positions_BS[row, first:end], weights_BS[row, first:end] = chosen, weights
     return Selection(torch.from_numpy(positions_BS).to(device), torch.from_numpy(weights_BS).to(device))

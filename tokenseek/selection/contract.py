@@ -6,16 +6,35 @@ C candidates of an example, S of them picked.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from tokenseek.errors import UserError
 from tokenseek.selection.draws import keyed_draws
 
-if TYPE_CHECKING:
-    from tokenseek.selection.settings import SelectionRule
+Picked: TypeAlias = np.ndarray | tuple[np.ndarray, np.ndarray]
 
-Picked = np.ndarray | tuple[np.ndarray, np.ndarray]
+
+class Settings(Protocol):
+    """What a rule reads; see :class:`tokenseek.selection.SelectionRule`, which has checked it."""
+
+    @property
+    def rule(self) -> str: ...
+    @property
+    def ratio(self) -> float: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def log_offset(self) -> float: ...
+    @property
+    def explore(self) -> float: ...
+    @property
+    def bands(self) -> tuple[tuple[float, float], ...] | None: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,17 @@ class Candidates:
 
     def ranking(self) -> np.ndarray:
         """Positions [C], the highest score first; of two with the same score the earlier one."""
-        return self.positions[np.argsort(-self.scores, kind="stable")]
+        return self.positions[np.argsort(-self.known_scores(), kind="stable")]
+
+    def known_scores(self) -> np.ndarray:
+        """`scores`, which a rule that needs scores is always given.
+
+        Raises:
+            UserError: the rule says that it needs none.
+        """
+        if self.scores is None:
+            raise UserError("a rule reads scores and says needs_scores = False; leave that out, or set it to True.")
+        return self.scores
 
 
 class Definition(Protocol):
@@ -66,8 +95,8 @@ class Definition(Protocol):
     weighs: bool
     reads: frozenset[str]
 
-    def share(self, settings: SelectionRule) -> float:
+    def share(self, settings: Settings) -> float:
         """Share of an example's tokens that is picked, in (0, 1]; the memory planner counts with it."""
 
-    def pick(self, candidates: Candidates, settings: SelectionRule) -> Picked:
+    def pick(self, candidates: Candidates, settings: Settings) -> Picked:
         """Positions, int64 [S], S >= 1, in any order; a rule that weighs returns (positions, weights float [S])."""

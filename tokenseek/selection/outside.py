@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tokenseek.errors import UserError
-from tokenseek.selection.contract import Candidates, Definition, Picked
+from tokenseek.selection.contract import Candidates, Definition, Picked, Settings
 from tokenseek.selection.rules import SHIPPED
 from tokenseek.spelling import did_you_mean
-
-if TYPE_CHECKING:
-    from tokenseek.selection.settings import SelectionRule
 
 _READABLE = frozenset({"ratio", "alpha", "beta", "log_offset", "explore", "bands", "seed"})
 _FUNCTIONS_READ = _READABLE - {"explore", "bands"}
@@ -50,12 +47,12 @@ class OutsideRule:
         UserError: what it says of itself is not accepted.
     """
 
-    def __init__(self, name: str, rule: Any):
+    def __init__(self, name: str, rule: Any) -> None:
         self.name = name
         self._rule = rule
         self._pick = getattr(rule, "pick", rule)
-        self.needs_scores = getattr(rule, "needs_scores", True)
-        self.weighs = getattr(rule, "weighs", False)
+        self.needs_scores: bool = getattr(rule, "needs_scores", True)
+        self.weighs: bool = getattr(rule, "weighs", False)
         reads = getattr(rule, "reads", _FUNCTIONS_READ)
         for attribute in ("needs_scores", "weighs"):
             if not isinstance(getattr(self, attribute), bool):
@@ -64,7 +61,7 @@ class OutsideRule:
             raise UserError(f"{name}: reads is {reads!r}; it must be a set of {', '.join(sorted(_READABLE))}.")
         self.reads = frozenset(reads)
 
-    def share(self, settings: SelectionRule) -> float:
+    def share(self, settings: Settings) -> float:
         """Its own `share`, or `ratio` where it has none."""
         own = getattr(self._rule, "share", None)
         share = settings.ratio if own is None else own(settings)
@@ -72,7 +69,7 @@ class OutsideRule:
             raise UserError(f"{self.name}: share returned {share!r}; it must be a share of the tokens, in (0, 1].")
         return share
 
-    def pick(self, candidates: Candidates, settings: SelectionRule) -> Picked:
+    def pick(self, candidates: Candidates, settings: Settings) -> Picked:
         """What the rule picks, once it is known to be what :class:`Definition` asks for."""
         picked = self._pick(candidates, settings)
         positions, weights = picked if isinstance(picked, tuple) and len(picked) == 2 else (picked, None)

@@ -5,16 +5,11 @@ C candidates of an example, S of them picked.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from tokenseek.selection.contract import Candidates, Definition
+from tokenseek.selection.contract import Candidates, Definition, Settings
 from tokenseek.selection.draws import shuffled
 from tokenseek.selection.rounding import round_half_up
-
-if TYPE_CHECKING:
-    from tokenseek.selection.settings import SelectionRule
 
 _SCORING = frozenset({"alpha", "beta", "log_offset"})
 
@@ -25,10 +20,10 @@ class Top:
     name, needs_scores, weighs = "top", True, False
     reads = _SCORING | {"ratio"}
 
-    def share(self, settings: SelectionRule) -> float:
+    def share(self, settings: Settings) -> float:
         return settings.ratio
 
-    def pick(self, candidates: Candidates, settings: SelectionRule) -> np.ndarray:
+    def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
         return candidates.ranking()[: candidates.budget]
 
 
@@ -38,10 +33,10 @@ class Random:
     name, needs_scores, weighs = "random", False, False
     reads = frozenset({"ratio", "seed"})
 
-    def share(self, settings: SelectionRule) -> float:
+    def share(self, settings: Settings) -> float:
         return settings.ratio
 
-    def pick(self, candidates: Candidates, settings: SelectionRule) -> np.ndarray:
+    def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
         positions = candidates.positions
         return shuffled(positions, candidates.draws(len(positions)))[: candidates.budget]
 
@@ -52,10 +47,10 @@ class All:
     name, needs_scores, weighs = "all", False, False
     reads: frozenset[str] = frozenset()
 
-    def share(self, settings: SelectionRule) -> float:
+    def share(self, settings: Settings) -> float:
         return 1.0
 
-    def pick(self, candidates: Candidates, settings: SelectionRule) -> np.ndarray:
+    def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
         return candidates.positions
 
 
@@ -65,17 +60,15 @@ class Bands:
     name, needs_scores, weighs = "bands", True, False
     reads = _SCORING | {"bands"}
 
-    def share(self, settings: SelectionRule) -> float:
-        return sum(high - low for low, high in settings.bands)
+    def share(self, settings: Settings) -> float:
+        return sum(high - low for low, high in settings.bands or ())
 
-    def pick(self, candidates: Candidates, settings: SelectionRule) -> np.ndarray:
-        ranking = candidates.ranking()
+    def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
+        ranking, bands = candidates.ranking(), settings.bands or ()
         n = len(ranking)
-        picked = np.concatenate(
-            [ranking[round_half_up(low * n) : round_half_up(high * n)] for low, high in settings.bands]
-        )
+        picked = np.concatenate([ranking[round_half_up(low * n) : round_half_up(high * n)] for low, high in bands])
         # Bands can all be narrower than one token of a short example: take the one that the first band starts in.
-        return picked if picked.size else ranking[[int(settings.bands[0][0] * n)]]
+        return picked if picked.size else ranking[[int(bands[0][0] * n)]]
 
 
 class TopRandom:
@@ -84,10 +77,10 @@ class TopRandom:
     name, needs_scores, weighs = "top_random", True, False
     reads = _SCORING | {"ratio", "explore", "seed"}
 
-    def share(self, settings: SelectionRule) -> float:
+    def share(self, settings: Settings) -> float:
         return settings.ratio
 
-    def pick(self, candidates: Candidates, settings: SelectionRule) -> np.ndarray:
+    def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
         explored = round_half_up(settings.explore * candidates.budget)
         top, rest = np.split(candidates.ranking(), [candidates.budget - explored])
         return np.concatenate([top, shuffled(rest, candidates.draws(len(rest)))[:explored]])
@@ -100,12 +93,12 @@ class Sampled:
     name, needs_scores, weighs = "sampled", True, True
     reads = _SCORING | {"ratio", "explore", "seed"}
 
-    def share(self, settings: SelectionRule) -> float:
+    def share(self, settings: Settings) -> float:
         return settings.ratio
 
-    def pick(self, candidates: Candidates, settings: SelectionRule) -> tuple[np.ndarray, np.ndarray]:
+    def pick(self, candidates: Candidates, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
         count, budget = len(candidates.positions), candidates.budget
-        probability = inclusion_probabilities(_shares(candidates.scores, settings.explore), budget)
+        probability = inclusion_probabilities(_shares(candidates.known_scores(), settings.explore), budget)
         # Systematic sampling: the candidates, in random order, lie on a line with lengths that are their probabilities,
         # and a comb with teeth 1 apart is put on it. Every draw has `budget` candidates, and these exact probabilities.
         draws = candidates.draws(count + 1)

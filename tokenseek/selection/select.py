@@ -4,6 +4,7 @@ T tokens in the example (padding not counted), S of them selected.
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
@@ -13,7 +14,7 @@ from tokenseek.selection.scores import combine_scores
 from tokenseek.selection.settings import Scope, SelectionRule
 
 
-def supervised_positions(labels) -> np.ndarray:
+def supervised_positions(labels: npt.ArrayLike) -> np.ndarray:
     """Bool [T]: position t predicts token t + 1, so it carries a loss if *that* label is not -100.
 
     Example:
@@ -75,9 +76,10 @@ def select_weighted(
     the weighted losses of the selected positions is an unbiased estimate of the sum over all candidates. Divide it by
     the number of *all* supervised tokens of the step.
     """
-    if num_tokens is None and context is None:
-        raise UserError("Give num_tokens or scores: without either the length of the example is not known.")
-    num_tokens = len(context) if num_tokens is None else num_tokens
+    if num_tokens is None:
+        if context is None:
+            raise UserError("Give num_tokens or scores: without either the length of the example is not known.")
+        num_tokens = len(context)
     if num_tokens < 1:
         raise UserError(f"The example in row {row} has {num_tokens} tokens; at least 1 is needed to select one.")
 
@@ -92,7 +94,7 @@ def select_weighted(
     budget = min(max(1, round_half_up(rule.ratio * num_tokens)), len(positions))
     candidates = Candidates(positions, budget, scores, context_C, gradient_C, rule.seed, row, visit)
     picked = rule.definition.pick(candidates, rule)
-    chosen, weights = picked if rule.has_weights else (picked, np.ones(len(picked)))
+    chosen, weights = picked if isinstance(picked, tuple) else (picked, np.ones(len(picked)))
     order = np.argsort(chosen, kind="stable")
     return chosen[order], weights[order]
 

@@ -1,6 +1,7 @@
 """The settings of a selection, checked."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -54,7 +55,7 @@ class SelectionRule:
     seed: int = 0
     scope: Scope = "all"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         reads = self.definition.reads
         _require(self.scope in get_args(Scope), "scope", self.scope, f"one of {', '.join(get_args(Scope))}")
         _require(0 < self.ratio <= 1, "ratio", self.ratio, "a share in (0, 1], e.g. 0.1 for 10 % of the tokens")
@@ -98,7 +99,7 @@ class SelectionRule:
         return self.definition.share(self)
 
 
-def _checked_bands(bands) -> tuple[tuple[float, float], ...]:
+def _checked_bands(bands: Iterable[Sequence[float]]) -> tuple[tuple[float, float], ...]:
     accepted = "(low, high) pairs without overlap, 0 <= low < high <= 1, e.g. [[0, 0.1], [0.4, 0.5]]"
     _require(all(len(band) == 2 for band in bands), "bands", bands, accepted)
     ordered = tuple(sorted((float(low), float(high)) for low, high in bands))
@@ -109,6 +110,6 @@ def _checked_bands(bands) -> tuple[tuple[float, float], ...]:
     return ordered
 
 
-def _require(condition: bool, name: str, value, accepted: str) -> None:
+def _require(condition: bool, name: str, value: object, accepted: str) -> None:
     if not condition:
         raise UserError(f"selection.{name} is {value!r}; accepted is {accepted}.")

@@ -55,7 +55,7 @@ class PaperTable(BaseModel):
     rows: list[TableRow]
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> PaperTable:
         for row in self.rows:
             for model, figures in row.paper.items():
                 if model not in self.paper or len(figures) != len(self.columns):

@@ -68,7 +68,9 @@ class Sweep:
         >>> sweep.rows()
     """
 
-    def __init__(self, folder: str | Path, base: RunConfig, trials: Sequence[Trial], measure: Measure | None = None):
+    def __init__(
+        self, folder: str | Path, base: RunConfig, trials: Sequence[Trial], measure: Measure | None = None
+    ) -> None:
         self.folder, self.base, self.trials, self.measure = Path(folder), base, list(trials), measure
         if len({trial.name for trial in trials}) < len(trials):
             raise UserError(f"Trials need names of their own, got {sorted(trial.name for trial in trials)}.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,12 +54,12 @@ class _AllToAll(torch.autograd.Function):
     """Tensors [P, ...] whose p-th slice goes to rank p, in one collective; returns them with slices from rank p."""
 
     @staticmethod
-    def forward(ctx, group: dist.ProcessGroup, purpose: str, *tensors: torch.Tensor):
+    def forward(ctx: Any, group: dist.ProcessGroup, purpose: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.group, ctx.purpose = group, purpose
         return _all_to_all(tensors, group, purpose, "forward")
 
     @staticmethod
-    def backward(ctx, *gradients: torch.Tensor):
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, None, *_all_to_all(gradients, ctx.group, ctx.purpose, "backward")
 
 
@@ -113,17 +114,21 @@ class _AllToAllRows(torch.autograd.Function):
     """Rows [sum(send), D], `send[p]` of them to rank p; returns [sum(receive), D]."""
 
     @staticmethod
-    def forward(ctx, group, purpose, rows, send: list[int], receive: list[int]):
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, purpose: str, rows: torch.Tensor, send: list[int], receive: list[int]
+    ) -> torch.Tensor:
         ctx.arguments = group, purpose, send, receive
         return _exchange_rows(group, purpose, rows, send, receive, "forward")
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         group, purpose, send, receive = ctx.arguments
         return None, None, _exchange_rows(group, purpose, gradient, receive, send, "backward"), None, None
 
 
-def _exchange_rows(group, purpose, rows, send, receive, direction) -> torch.Tensor:
+def _exchange_rows(
+    group: dist.ProcessGroup, purpose: str, rows: torch.Tensor, send: list[int], receive: list[int], direction: str
+) -> torch.Tensor:
     rows = rows.contiguous()
     received = rows.new_empty(sum(receive), rows.shape[1])
     dist.all_to_all_single(received, rows, receive, send, group=group)

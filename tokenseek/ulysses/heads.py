@@ -6,14 +6,15 @@ H head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tokenseek.decoder.attention import attention_replaced, has_attention_interface
+from tokenseek.decoder.attention import Attention, Replace, attention_replaced, has_attention_interface
 from tokenseek.decoder.find import Decoder
 from tokenseek.errors import UserError
 from tokenseek.ulysses.all_to_all import heads_to_rows, rows_to_heads
@@ -23,14 +24,14 @@ from tokenseek.ulysses.layout import shard_heads
 class _OfSomeHeads:
     """An attention module as its attention function sees it, with the heads of one rank."""
 
-    def __init__(self, module: nn.Module, query_heads_per_key: int, share: tuple[int, int, int]):
+    def __init__(self, module: nn.Module, query_heads_per_key: int, share: tuple[int, int, int]) -> None:
         self._module, self._share = module, share
         self.num_key_value_groups = query_heads_per_key
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return _of_heads(getattr(self._module, name), *self._share)
 
-    def __eq__(self, other) -> bool:  # as good as the module itself, for whoever looks for that one
+    def __eq__(self, other: object) -> bool:  # as good as the module itself, for whoever looks for that one
         return other is self._module
 
     def __hash__(self) -> int:
@@ -62,7 +63,7 @@ class SharedAttention:
         original: the attention function, for all rows.
     """
 
-    def __init__(self, decoder: Decoder, group: dist.ProcessGroup, interleaved: bool, original: Callable):
+    def __init__(self, decoder: Decoder, group: dist.ProcessGroup, interleaved: bool, original: Attention) -> None:
         self.name, self.heads = decoder.name, query_heads(decoder)
         self.group, self.interleaved, self.original = group, interleaved, original
 
@@ -73,8 +74,8 @@ class SharedAttention:
         key_BkTH: torch.Tensor,
         value_BkTH: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        *args,
-        **kwargs,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attention of local rows to all keys, which are of this rank's heads already."""
         heads, ranks, rank = self.heads, self.group.size(), self.group.rank()
@@ -113,7 +114,7 @@ def heads_exchanged(
     decoder: Decoder,
     group: dist.ProcessGroup,
     interleaved: bool,
-    replace: Callable[[Callable], Callable] | None = None,
+    replace: Replace | None = None,
 ) -> Iterator[None]:
     """Inside the block, attention takes local rows of queries and gives local rows back, and runs on all rows between.
 
@@ -126,12 +127,12 @@ def heads_exchanged(
     Raises:
         UserError: on leaving the block, if no attention function was called in it.
     """
-    called = []
+    called: list[nn.Module] = []
 
-    def replace_local(original):
+    def replace_local(original: Attention) -> Attention:
         on_all_rows = SharedAttention(decoder, group, interleaved, replace(original) if replace else original)
 
-        def attention(module: nn.Module, *args, **kwargs):
+        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
             called.append(module)
             return on_all_rows(module, *args, **kwargs)
 
@@ -143,7 +144,7 @@ def heads_exchanged(
         raise UserError(_NO_INTERFACE.format(name=decoder.name))
 
 
-def _of_heads(value, heads: int, ranks: int, rank: int):
+def _of_heads(value: Any, heads: int, ranks: int, rank: int) -> Any:
     """This rank's part of what holds one number per query head (attention sinks); anything else as it is."""
     if isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) == heads:
         return value.unflatten(0, (ranks, -1))[rank]

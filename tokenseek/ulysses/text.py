@@ -6,15 +6,16 @@ dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import pad
 
-from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.attention import Attention, Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import whole_masks
 from tokenseek.ulysses.agreement import require_same
@@ -32,7 +33,7 @@ class DealtText:
         UserError: on all ranks, if they were not.
     """
 
-    def __init__(self, decoder: Decoder, group: dist.ProcessGroup, **inputs: torch.Tensor):
+    def __init__(self, decoder: Decoder, group: dist.ProcessGroup, **inputs: torch.Tensor) -> None:
         require_same(group, **inputs)
         self.decoder, self.group = decoder, group
         self.tokens, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
@@ -51,7 +52,7 @@ class DealtText:
             input_ids=ids_BR, position_ids=self._mine_R.expand_as(ids_BR), attention_mask=torch.ones_like(ids_BR)
         )
 
-    def mine(self, values_BT: torch.Tensor, fill) -> torch.Tensor:
+    def mine(self, values_BT: torch.Tensor, fill: float) -> torch.Tensor:
         """[B, R]: of local tokens, `fill` in empty slots."""
         return values_BT[:, self._mine_R].where(self._is_token_R, fill)
 
@@ -74,17 +75,25 @@ class DealtText:
         return tuple(rows_BkAH[:, :, : self.tokens] for rows_BkAH in shared)
 
     @contextmanager
-    def attention(self, replace: Callable[[Callable], Callable], keys_are_shared: bool = False) -> Iterator[None]:
+    def attention(self, replace: Replace, keys_are_shared: bool = False) -> Iterator[None]:
         """Inside the block, ``replace(original)`` attends from all T tokens to all, with this rank's heads.
 
         Args:
             keys_are_shared: keys and values reach attention by way of :meth:`share_keys` already.
         """
 
-        def replace_local(original):
+        def replace_local(original: Attention) -> Attention:
             on_the_text = replace(original)
 
-            def of_all_slots(module, query_BnAH, key_BkTH, value_BkTH, attention_mask, *args, **kwargs):
+            def of_all_slots(
+                module: nn.Module,
+                query_BnAH: torch.Tensor,
+                key_BkTH: torch.Tensor,
+                value_BkTH: torch.Tensor,
+                attention_mask: torch.Tensor | None,
+                *args: Any,
+                **kwargs: Any,
+            ) -> tuple[torch.Tensor, torch.Tensor | None]:
                 empty = query_BnAH.shape[2] - self.tokens  # behind the last token
                 query_BnTH = query_BnAH[:, :, : self.tokens]
                 output_BTnH, weights = on_the_text(
@@ -94,7 +103,14 @@ class DealtText:
 
             shared = SharedAttention(self.decoder, self.group, True, of_all_slots)
 
-            def attention(module: nn.Module, query_BNRH, key_BKRH, value_BKRH, *args, **kwargs):
+            def attention(
+                module: nn.Module,
+                query_BNRH: torch.Tensor,
+                key_BKRH: torch.Tensor,
+                value_BKRH: torch.Tensor,
+                *args: Any,
+                **kwargs: Any,
+            ) -> tuple[torch.Tensor, None]:
                 if keys_are_shared:
                     return shared(module, query_BNRH, key_BKRH, value_BKRH, *args, **kwargs)
                 return shared(module, query_BNRH, *self.share_keys(key_BKRH, value_BKRH), *args, **kwargs)
