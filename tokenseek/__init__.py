@@ -4,6 +4,7 @@ Names are imported when they are first used, so that ``tokenseek --help`` does n
 """
 
 from importlib import import_module
+from typing import Any
 
 _WHERE = {
     "DataConfig": "tokenseek.config",
@@ -24,11 +25,11 @@ __all__ = sorted(_WHERE)
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'tokenseek' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return [*globals(), *__all__]

@@ -61,4 +61,5 @@ def _section_in(annotation: Any) -> type[BaseModel]:
     """The section class inside `Section | None` or `list[Section]`."""
     while get_origin(annotation) in (list, Annotated, Union, types.UnionType):
         annotation = next(arg for arg in get_args(annotation) if arg is not types.NoneType)
-    return annotation
+    section: type[BaseModel] = annotation
+    return section

@@ -1,6 +1,6 @@
 """From a preset, its includes and `a.b=value` overrides to a checked configuration, and back to a file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,13 +33,13 @@ def recognised_data(path_or_name: str) -> dict[str, Any]:
     }
 
 
-def load_data_of_model(model: str, data: str, overrides: list[str] | tuple[str, ...] = ()) -> DataOfModel:
+def load_data_of_model(model: str, data: str, overrides: Sequence[str] = ()) -> DataOfModel:
     """The checked sections for a model's name or folder and :func:`recognised_data`; errors as in `load_config`."""
     values = {"model": {"name_or_path": model}, "data": recognised_data(data)}
     return _checked(DataOfModel, values, overrides, "command line")
 
 
-def load_config(preset: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_config(preset: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """A checked configuration from a preset (name or path) and `a.b=value` overrides, which are parsed as YAML.
 
     Example:
@@ -71,7 +71,7 @@ def override_config(config: RunConfig, settings: Mapping[str, Any], origin: str 
     return checked_values(RunConfig, values, origin)
 
 
-def load_evaluated(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> EvaluatedConfig:
+def load_evaluated(name_or_path: str, overrides: Sequence[str] = ()) -> EvaluatedConfig:
     """The checked sections of a model to evaluate; `overrides` and errors are those of :func:`load_config`."""
     return _checked(EvaluatedConfig, {"model": {"name_or_path": name_or_path}}, overrides, "command line")
 

@@ -75,7 +75,7 @@ _fields: dict[str, Any] = {field.name: (field.type, field.default) for field in 
 _SelectionFields: Any = create_model("_SelectionFields", __base__=Section, **_fields)
 
 
-class SelectionConfig(_SelectionFields):
+class SelectionConfig(_SelectionFields):  # type: ignore[misc]  # made above of fields that are written once
     """The tokens that keep their gradient: the fields and defaults of `SelectionRule`, which checks the values.
 
     `ratio: auto` is the largest share with which a training step fits into `training.memory_budget`; it is settled when

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,6 +38,12 @@ class Decoder:
     @property
     def name(self) -> str:
         return type(self.causal_lm).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are taken: the device of the embeddings."""
+        embeddings: Any = self.causal_lm.get_input_embeddings()
+        return embeddings.weight.device
 
 
 def find_decoder(model: nn.Module) -> Decoder:
@@ -69,10 +76,10 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     while True:
-        if hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, DeepSpeedEngine
-            model = model.module
+        if base_model := getattr(model, "get_base_model", None):  # PEFT
+            model = base_model()
+        elif isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel, DeepSpeedEngine
+            model = inner
         else:
             return model
 
@@ -112,21 +119,23 @@ def _find_layers(body: nn.Module, count: int) -> nn.ModuleList | None:
 
 
 def _cache_argument(name: str, layers: nn.ModuleList) -> str:
-    found = {cache_argument(layer) for layer in layers}
-    if len(found) != 1 or None in found:
+    names = {cache_argument(layer) for layer in layers}
+    found = names.pop() if len(names) == 1 else None
+    if found is None:
         without = next((layer for layer in layers if cache_argument(layer) is None), layers[0])
         raise UserError(
             f"{name}: {type(without).__name__}.forward takes no key/value cache (looked for "
             f"{', '.join(CACHE_ARGUMENTS)}); TokenSeek reaches keys and values through it and cannot serve this model. "
             f"{what_to_install('transformers')}"
         )
-    return found.pop()
+    return found
 
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Calls of `module` run `forward` inside the block; its hooks still fire, whatever else replaced it before."""
-    had, before = "forward" in module.__dict__, module.__dict__.get("forward")
+    had = "forward" in module.__dict__
+    before: Any = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
@@ -144,6 +153,7 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
     then on, in training mode too, the product with that weight has no backward pass: gradients are silently wrong.
     """
     for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-            module.state_dict()  # unpacks the weight in place
+        linear: Any = module
+        if getattr(linear, "support_avx512bf16_for_cpu", False):
+            linear.support_avx512bf16_for_cpu = False
+            linear.state_dict()  # unpacks the weight in place

@@ -5,9 +5,10 @@ Shapes: B batch, T tokens, R rows handed to the head, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch.nn.functional import pad
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.labels import IGNORED
@@ -16,6 +17,12 @@ from tokenseek.labels import IGNORED
 # head's weights, and few rows keep a GPU from its peak: there a chunk takes a fortieth of the memory, up to a GiB.
 CHUNK_BYTES = 64 * 2**20
 MOST_CHUNK_BYTES, CHUNKS_IN_MEMORY = 2**30, 40
+
+
+class BodyOutput(Protocol):
+    """What a decoder's body returns, a ``ModelOutput`` of Transformers: hidden states [B, T, D] and what it may add."""
+
+    last_hidden_state: torch.Tensor
 
 
 def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
@@ -32,7 +39,7 @@ def rows_per_chunk(decoder: Decoder, device: torch.device) -> int:
     return max(1, nbytes // (4 * decoder.causal_lm.config.get_text_config().vocab_size))
 
 
-def head_logits(decoder: Decoder, body_output: BaseModelOutputWithPast, hidden_RD: torch.Tensor) -> torch.Tensor:
+def head_logits(decoder: Decoder, body_output: BodyOutput, hidden_RD: torch.Tensor) -> torch.Tensor:
     """Logits [R, V] of R rows of final hidden states, by the model's own head code.
 
     The causal LM's forward runs with its body standing still, so that soft-capping, logit scaling and whatever else the
@@ -42,8 +49,9 @@ def head_logits(decoder: Decoder, body_output: BaseModelOutputWithPast, hidden_R
         body_output: what the body returned; its hidden states are replaced by `hidden_RD`.
     """
     hidden_1RD = hidden_RD[None]
-    body_output = type(body_output)(**{**body_output, "last_hidden_state": hidden_1RD})
-    with forward_replaced(decoder.body, lambda *args, **kwargs: body_output):
+    fields: Any = body_output
+    of_rows = type(body_output)(**{**fields, "last_hidden_state": hidden_1RD})
+    with forward_replaced(decoder.body, lambda *args, **kwargs: of_rows):
         output = type(decoder.causal_lm).forward(decoder.causal_lm, inputs_embeds=hidden_1RD, use_cache=False)
     return output.logits.squeeze(0)  # unlike [0], no copy among zeros in the backward pass
 

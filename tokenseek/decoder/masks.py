@@ -59,11 +59,11 @@ def whole_masks(
     backend = decoder.causal_lm.config.get_text_config()._attn_implementation
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
     require_known_mask_function(make_mask)
-    packed_BT = None
+    packed: tuple[torch.Tensor, torch.Tensor] | None = None  # which example of its row a position is in, and its place
     made: list[Callable[..., torch.Tensor]] = []
     if attention_mask_BT is None and position_ids_BT is not None:
         example_BT = begins_anew(position_ids_BT).cumsum(1)
-        packed_BT = example_BT if example_BT[:, -1].any() else None
+        packed = (example_BT, position_ids_BT) if example_BT[:, -1].any() else None
 
     def function(
         *,
@@ -76,8 +76,8 @@ def whole_masks(
         **more: Any,
     ) -> Any:
         made.append(mask_function)
-        if packed_BT is not None:
-            examples, positions = packed_BT.expand(batch_size, -1), position_ids_BT.expand(batch_size, -1)
+        if packed is not None:
+            examples, positions = (ids_BT.expand(batch_size, -1) for ids_BT in packed)
             by_text = mask_function
 
             def same_example(batch: Index, head: Index, query: Index, key: Index) -> torch.Tensor:

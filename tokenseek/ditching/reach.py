@@ -32,7 +32,8 @@ class Reach(Protocol):
         whole: the rows that attention sees.
     """
 
-    parts: Partition
+    @property
+    def parts(self) -> Partition: ...
 
     @property
     def whole(self) -> Partition: ...

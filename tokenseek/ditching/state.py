@@ -25,6 +25,7 @@ from tokenseek.ditching.online import Seeking
 from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.rows import Partition
+from tokenseek.errors import UserError
 
 
 class Sharing(Protocol):
@@ -138,6 +139,20 @@ class Step:
 def ditching_of(model: nn.Module) -> Ditching | None:
     """What :func:`tokenseek.enable_token_ditching` left on a model, wrapped or not; None where it is not enabled."""
     return getattr(find_decoder(model).causal_lm, "_token_ditching", None)
+
+
+def require_ditching(model: nn.Module) -> Ditching:
+    """:func:`ditching_of` a model on which token ditching is enabled.
+
+    Raises:
+        UserError: it is not.
+    """
+    ditching = ditching_of(model)
+    if ditching is None:
+        raise UserError(
+            f"token ditching is not enabled on this {find_decoder(model).name}: call enable_token_ditching."
+        )
+    return ditching
 
 
 def original_forward(module: nn.Module):

@@ -19,6 +19,7 @@ from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import Task
 from lm_eval.config.group import AggMetricConfig
 from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenseek.errors import UserError
@@ -38,7 +39,11 @@ class ProcessLM(HFLM):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: PartialState, batch_size: int
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        state: PartialState,
+        batch_size: int,
     ) -> None:
         with _quiet("lm_eval.models.huggingface"):  # warns that a ready model is shared by its caller, as it is here
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)

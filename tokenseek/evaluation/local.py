@@ -113,7 +113,7 @@ def local_settings(chosen: Chosen, task: str, folders: Sequence[Path]) -> Row:
     }
 
 
-def local_subjects(chosen: Chosen, folders: Sequence[Path]) -> set[str]:
+def local_subjects(chosen: Chosen, folders: Sequence[Path]) -> set[str | None]:
     """The subjects that a local file of MMLU holds."""
     path, _ = local_files(chosen, folders)
     return {row.get("subject") for row in _read(path)}

@@ -59,13 +59,14 @@ class EvaluationResult:
         """
         values = {name: score.stderr if stderr else score.value for name, score in self.scores.items()}
         mmlu = "mmlu" if "mmlu" in values else "ethics"
-        averaged = [values.get(mmlu if name == "mmlu" else name) for name in TABLE_1]
-        columns = {}
+        of_table = [values.get(mmlu if name == "mmlu" else name) for name in TABLE_1]
+        averaged = [value for value in of_table if value is not None]
+        columns: dict[str, float | None] = {}
         for name, benchmark in BENCHMARKS.items():
             if name in values:
-                hundredfold = benchmark.percent and values[name] is not None
-                columns[benchmark.column] = 100 * values[name] if hundredfold else values[name]
-            if name == "ethics" and None not in averaged:  # the last of those that are averaged
+                value = values[name]
+                columns[benchmark.column] = 100 * value if benchmark.percent and value is not None else value
+            if name == "ethics" and len(averaged) == len(of_table):  # the last of those that are averaged
                 columns[AVERAGE] = 100 * sum(averaged) / len(averaged)
         if HELD_OUT_LOSS in values:
             columns[_LOSS_COLUMN] = values[HELD_OUT_LOSS]

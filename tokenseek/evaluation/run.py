@@ -72,8 +72,8 @@ def evaluate(
         UserError: before the model is loaded, for tasks, data or a model that there are not.
     """
     began = time.perf_counter()
-    data = [Path(folder) for folder in data]
-    chosen, with_loss = runnable_tasks(tasks, data, held_out, allow_code_execution)
+    folders = [Path(folder) for folder in data]
+    chosen, with_loss = runnable_tasks(tasks, folders, held_out, allow_code_execution)
     if adapter:
         require_adapter(Path(adapter))
     if limit is not None and limit < 1 or batch_size < 1:
@@ -90,10 +90,11 @@ def evaluate(
         from tokenseek.evaluation.harness import ProcessLM, load_tasks, run_tasks  # late: the loss needs no harness
 
         place = dict(rank=state.process_index, processes=state.num_processes)
-        loaded = first_on_main(state, lambda: load_tasks(chosen, data, seed=seed, limit=limit, **place))
+        loaded = first_on_main(state, lambda: load_tasks(chosen, folders, seed=seed, limit=limit, **place))
     held_out_data = None
-    if with_loss:
-        held_out_data = first_on_main(state, lambda: prepare_dataset(held_out, tokenizer, "eval_data")).dataset
+    loss_data = held_out if with_loss else None
+    if loss_data is not None:
+        held_out_data = first_on_main(state, lambda: prepare_dataset(loss_data, tokenizer, "eval_data")).dataset
         require_supervised(held_out_data, "eval_data")
         if limit:
             held_out_data = held_out_data.select(range(min(limit, len(held_out_data))))
@@ -122,8 +123,8 @@ def evaluate(
             "seed": seed,
             "processes": state.num_processes,
             "device": str(state.device.type),
-            "data": {item.benchmark.name: _digests(item, data) for item in chosen} if data else "hub",
-            "eval_data": held_out.model_dump(mode="json") if with_loss else None,
+            "data": {item.benchmark.name: _digests(item, folders) for item in chosen} if folders else "hub",
+            "eval_data": None if loss_data is None else loss_data.model_dump(mode="json"),
         },
         versions={"tokenseek": __version__, **{name: version(name) for name in packages}},
         seconds=round(time.perf_counter() - began, 1),
@@ -162,7 +163,7 @@ def evaluate_subject(
 
 def _load(model: ModelConfig, adapter: str | Path | None, state: PartialState) -> PreTrainedModel | PeftModel:
     with whole_models():
-        network = load_model(model)
+        network: PreTrainedModel | PeftModel = load_model(model)
         if not model.quantization:
             network.to(state.device)
         if adapter:

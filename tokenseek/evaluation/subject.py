@@ -38,9 +38,9 @@ def find_subject(name_or_path: str, adapter: Path | None = None, overrides: Sequ
         UserError: the run has not finished, an adapter is given for an adapter, or there is none in the folder.
     """
     path = Path(name_or_path).expanduser()
-    run = path.parent if path.name == "final" and (path.parent / "config.yaml").is_file() else path
-    if not (run / "config.yaml").is_file():
-        run = None
+    of_run = path.name == "final" and (path.parent / "config.yaml").is_file()
+    folder = path.parent if of_run else path
+    run = folder if (folder / "config.yaml").is_file() else None
     final = run / "final" if run else path
     if run and not final.is_dir():
         raise UserError(f"{run} has no folder final: its training has not finished, see `tokenseek train`")
@@ -57,8 +57,8 @@ def find_subject(name_or_path: str, adapter: Path | None = None, overrides: Sequ
             model = model.model_copy(update={"name_or_path": str(final), "revision": None})
         return Subject(model, final if is_adapter else None, config.eval_data, run)
     base = _base_of(path) if is_adapter else name_or_path
-    config = load_evaluated(base, overrides)
-    return Subject(config.model, path if is_adapter else adapter, config.eval_data)
+    evaluated = load_evaluated(base, overrides)
+    return Subject(evaluated.model, path if is_adapter else adapter, evaluated.eval_data)
 
 
 def require_adapter(folder: Path) -> None:

@@ -8,7 +8,7 @@ import struct
 import zlib
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -208,7 +208,7 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
     Raises:
         UserError: the folder has no weights for some of its parameters.
     """
-    options = {}
+    options: dict[str, Any] = {}
     if model.quantization:
         options["quantization_config"] = _quantization(model)
     if torch.accelerator.is_available():
@@ -218,7 +218,8 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
     elif model.quantization:
         options["device_map"] = {"": "cpu"}
     folder = model_folder(model)
-    loaded, loading = AutoModelForCausalLM.from_pretrained(
+    # A pair, by `output_loading_info`, of which Transformers' types know nothing.
+    both: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, model.dtype),
         attn_implementation=model.attn_implementation,
@@ -226,6 +227,7 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
         output_loading_info=True,
         **options,
     )
+    loaded, loading = both
     # Transformers fills them in at random, with a warning.
     if missing := sorted(loading["missing_keys"]):
         raise UserError(

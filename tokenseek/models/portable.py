@@ -29,11 +29,11 @@ _PLACES = (
 
 
 class _OneLayer(nn.Module):
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.tried = nn.Linear(inputs, outputs, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.tried(x)
 
 
@@ -72,7 +72,7 @@ def require_portable(adapted: PeftModel, settings: PeftSettings) -> None:
         )
 
 
-def _saved_and_loaded(base: nn.Module, config: Any) -> tuple[bool, bool]:
+def _saved_and_loaded(base: Any, config: Any) -> tuple[bool, bool]:
     """Whether the adapter changes the base weights as it starts; whether it is another model after it is loaded."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 

@@ -13,7 +13,9 @@ from torch import nn
 
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.ditching import ditching_of, enable_token_ditching
+from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.rows import Partition
+from tokenseek.ditching.state import require_ditching
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.parallel.sharding import LocalPartition, SharedReach, local_arguments, shard
@@ -67,7 +69,7 @@ def enable_sequence_parallelism(
     require_shareable(decoder, group)
     if ditching_of(model) is None:
         enable_token_ditching(model)
-    ditching_of(model).sequence = SequenceParallelism(group, layout, engine)
+    require_ditching(model).sequence = SequenceParallelism(group, layout, engine)
     return model
 
 
@@ -76,7 +78,7 @@ def disable_sequence_parallelism(model: nn.Module) -> nn.Module:
     decoder = find_decoder(model)
     if shared_by(model) is None:
         raise UserError(f"sequence parallelism is not enabled on this {decoder.name}.")
-    ditching_of(model).sequence = None
+    require_ditching(model).sequence = None
     return model
 
 
@@ -136,7 +138,7 @@ class SequenceParallelism:
         parts: Partition,
         labels_BS: torch.Tensor,
         weights_BS: torch.Tensor | None,
-    ) -> tuple[dict, SharedReach, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[dict, Reach, torch.Tensor, torch.Tensor | None]:
         """The body's arguments, the partition and the selected rows' labels and weights, cut down to this rank."""
         local = self.shard(decoder, arguments, parts)
         places_BS = torch.where(parts.selected.valid_BR, parts.selected.index_BR, parts.tokens)
@@ -154,7 +156,7 @@ class SequenceParallelism:
 
     def shard(self, decoder: Decoder, arguments: dict, parts: Partition) -> LocalPartition:
         """This rank's share of the rows of `parts`."""
-        return shard(parts, self.group, query_heads(decoder), self.layout, arguments)
+        return shard(parts, self.group, query_heads(decoder), LAYOUTS[self.layout], arguments)
 
     def total(self, loss: torch.Tensor) -> torch.Tensor:
         """The sum over the group of every rank's part of the loss; its gradient suits the engine."""

@@ -24,7 +24,7 @@ from tokenseek.decoder.masks import whole_masks
 from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows
 from tokenseek.errors import UserError
 from tokenseek.ulysses.heads import heads_exchanged, key_heads_exchanged
-from tokenseek.ulysses.layout import Shards, cut, deal
+from tokenseek.ulysses.layout import Dealer, Layout, Shards
 from tokenseek.ulysses.regroup import Move, plan_move
 
 
@@ -57,7 +57,7 @@ class LocalPartition(Partition):
         of_all_ranks: the rows of all ranks, with positions in the text.
         attention_mask_BT, position_ids_BT: of the text, where the model was given them and its masks need them.
         selected_shards, unselected_shards: who holds which of them (unselected: None at r = 1).
-        into_layer, out_of_layer: for selected and unselected rows, how they move at a layer's borders; None where the
+        into_layer, out_of_layer: for selected and unselected rows, how they move at a layer's borders; empty where the
             layout is the same between layers as in them.
     """
 
@@ -68,8 +68,8 @@ class LocalPartition(Partition):
     query_heads: int
     selected_shards: Shards
     unselected_shards: Shards | None
-    into_layer: dict[Rows, Move] | None = None
-    out_of_layer: dict[Rows, Move] | None = None
+    into_layer: dict[Rows, Move]
+    out_of_layer: dict[Rows, Move]
 
 
 class SharedReach:
@@ -106,7 +106,9 @@ class SharedReach:
         return parts.out_of_layer[rows](parts.group, hidden_BRD) if parts.out_of_layer else hidden_BRD
 
 
-def shard(parts: Partition, group: dist.ProcessGroup, query_heads: int, layout: str, arguments: dict) -> LocalPartition:
+def shard(
+    parts: Partition, group: dist.ProcessGroup, query_heads: int, layout: Layout, arguments: dict[str, Any]
+) -> LocalPartition:
     """This rank's share of the rows of `parts`, dealt as `layout` says.
 
     Local slots are the selected rows, then the unselected ones, then one more that is in neither (see
@@ -117,19 +119,14 @@ def shard(parts: Partition, group: dist.ProcessGroup, query_heads: int, layout: 
     """
     ranks, rank = group.size(), group.rank()
 
-    def dealt(rows: Rows | None, layout: str) -> Shards | None:
-        if rows is None:
-            return None
-        positions_BA = torch.where(rows.valid_BR, rows.index_BR, -1)
-        return cut(positions_BA, ranks, parts.tokens) if layout == "contiguous" else deal(positions_BA, ranks)
+    def dealt(rows: Rows, dealer: Dealer) -> Shards:
+        return dealer(torch.where(rows.valid_BR, rows.index_BR, -1), ranks, parts.tokens)
 
-    in_layers = "contiguous" if layout == "contiguous" else "balanced"
-    selected_shards, unselected_shards = dealt(parts.selected, in_layers), dealt(parts.unselected, in_layers)
+    selected_shards = dealt(parts.selected, layout.in_layers)
+    unselected_shards = None if parts.unselected is None else dealt(parts.unselected, layout.in_layers)
     fallback_B1 = parts.selected.index_BR[:, :1]  # a token, even where nothing is selected
 
-    def everywhere(rows: Rows | None, shards: Shards | None) -> Rows | None:
-        if rows is None:
-            return None
+    def everywhere(rows: Rows, shards: Shards) -> Rows:
         positions_BR = shards.in_text_order
         spans = [(0, positions_BR.shape[1], parts.tokens)]
         if shards.interleaved:  # rows are where they were, with empty slots behind the last
@@ -141,32 +138,31 @@ def shard(parts: Partition, group: dist.ProcessGroup, query_heads: int, layout: 
 
     whole = Partition(
         everywhere(parts.selected, selected_shards),
-        everywhere(parts.unselected, unselected_shards),
+        everywhere(parts.unselected, unselected_shards) if parts.unselected and unselected_shards else None,
         parts.tokens,
         True,
         parts.right_padded,
     )
     selected_BR = selected_shards.positions_BPR[:, rank]
-    unselected_BR = None if unselected_shards is None else unselected_shards.positions_BPR[:, rank]
     first_unselected = selected_BR.shape[1]
-    slots = first_unselected + (0 if unselected_BR is None else unselected_BR.shape[1]) + 1
+    slots = first_unselected + (unselected_shards.positions_BPR.shape[2] if unselected_shards else 0) + 1
     selected = LocalRows(selected_BR, 0, slots, whole.selected)
     unselected = None
-    if unselected_BR is not None:
-        unselected = LocalRows(unselected_BR, first_unselected, slots, whole.unselected)
+    if unselected_shards and whole.unselected:
+        unselected = LocalRows(unselected_shards.positions_BPR[:, rank], first_unselected, slots, whole.unselected)
 
     position_ids = arguments.get("position_ids")
     # No token looks at padding behind it: causality is all the mask that is needed.
     causal_alone = parts.right_padded and position_ids is None
-    into = out = None
-    if layout == "regroup":
-        into, out = {}, {}
+    into: dict[Rows, Move] = {}
+    out: dict[Rows, Move] = {}
+    if layout.between_layers:
         for rows, shards, of_all in (
             (selected, selected_shards, parts.selected),
             (unselected, unselected_shards, parts.unselected),
         ):
-            if rows is not None:
-                between_layers = dealt(of_all, "contiguous")
+            if rows and shards and of_all:
+                between_layers = dealt(of_all, layout.between_layers)
                 into[rows] = plan_move(between_layers, shards, rank)
                 out[rows] = plan_move(shards, between_layers, rank)
     return LocalPartition(
@@ -198,7 +194,7 @@ def local_positions(parts: LocalPartition) -> torch.Tensor:
     passes = [(parts.selected_shards, whole.selected), (parts.unselected_shards, whole.unselected)]
     positions = []
     for shards, rows in passes:
-        if shards is not None:
+        if shards is not None and rows is not None:
             mine_BR = shards.positions_BPR[:, rank]
             # An example without any row of this pass on any rank falls back on the first token.
             positions.append(torch.where(mine_BR >= 0, mine_BR, rows.index_BR[:, :1]))

@@ -3,9 +3,10 @@
 from tokenseek.launching.engine import Engine, launched_engine, read_engine
 from tokenseek.planning.budget import Choice, Knob, largest_ratio
 from tokenseek.planning.ledger import CATEGORIES
+from tokenseek.planning.method import Method, method_of
 from tokenseek.planning.report import describe_choice, describe_length, plan_table, time_table
 from tokenseek.planning.shapes import Shape, find_shape, known_shapes
-from tokenseek.planning.step import MemoryPlan, Method, load_model_config, method_of, plan_memory
+from tokenseek.planning.step import MemoryPlan, load_model_config, plan_memory
 from tokenseek.planning.work import EFFICIENCY, GPUS, Gpu, StepWork, find_gpu
 
 __all__ = [

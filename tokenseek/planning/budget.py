@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from tokenseek.config import PeftSettings, RunConfig
 from tokenseek.launching.engine import Engine
-from tokenseek.planning.step import MemoryPlan, load_model_config, method_of, plan_memory
+from tokenseek.planning.method import method_of
+from tokenseek.planning.step import MemoryPlan, load_model_config, plan_memory
 
 # Ratios are chosen in steps of a percent.
 _STEPS = 100

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from tokenseek.config import RunConfig
 from tokenseek.ditching import Seeking, online
 from tokenseek.launching.engine import Engine
+from tokenseek.planning.method import Method
 from tokenseek.selection.batched import Selection
-
-if TYPE_CHECKING:
-    from tokenseek.planning.step import Method
 
 
 def is_online(config: RunConfig, method: Method) -> bool:

@@ -13,6 +13,7 @@ from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.parallel.sequence import SequenceParallelism
 from tokenseek.parallel.sharding import LocalPartition, shard
 from tokenseek.ulysses.heads import query_heads
+from tokenseek.ulysses.layout import LAYOUTS
 
 
 def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, text: Partition) -> None:
@@ -28,7 +29,7 @@ def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, text: Partitio
     """
     group = _group_without_others(ranks)
     enable_sequence_parallelism(model, group, layout=layout)
-    dealt = shard(text, group, query_heads(find_decoder(model)), layout, {})
+    dealt = shard(text, group, query_heads(find_decoder(model)), LAYOUTS[layout], {})
     ditching_of(model).sequence = _FirstRank(group, layout, dealt)
 
 

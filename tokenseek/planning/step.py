@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 from tokenseek.config import RunConfig
 from tokenseek.decoder import head
 from tokenseek.decoder.find import Decoder, find_decoder
-from tokenseek.decoder.names import asks_for_checkpointing, enable_checkpointing
+from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import ditching_of, enable_token_ditching, staircase, storage, tiles
 from tokenseek.ditching import model as ditched_model
 from tokenseek.ditching.reach import PlainReach, Reach
@@ -34,6 +34,7 @@ from tokenseek.launching.engine import Engine
 from tokenseek.models.loading import add_adapter
 from tokenseek.parallel import measured
 from tokenseek.planning.ledger import Ledger
+from tokenseek.planning.method import Method, method_of
 from tokenseek.planning.online import is_online, seeking_of, selecting_as_planned
 from tokenseek.planning.packed import pack_linear_layers
 from tokenseek.planning.sequence import plan_as_first_rank
@@ -45,22 +46,6 @@ from tokenseek.training.arguments import training_arguments
 _CPU = torch.device("cpu")
 _ROWS_OF_A_GPU = 2**31
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a step trains: on all tokens, or on a share `ratio` of them (None: no token ditching).
-
-    Attributes:
-        recompute: in the backward pass; the whole layer without ditching, its selected rows with it.
-    """
-
-    ratio: float | None = None
-    recompute: bool = False
-
-    def __str__(self) -> str:
-        name = "all tokens" if self.ratio is None else f"TokenSeek r = {self.ratio:g}"
-        return name + (", recomputed" if self.recompute else "")
 
 
 @dataclass(frozen=True)
@@ -224,16 +209,6 @@ def _reaching(model: nn.Module, reach: Reach | None, online: bool) -> Iterator[N
 
 def _nbytes(tensors: list[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def method_of(config: RunConfig, ratio: float | None = None) -> Method:
-    """The method that a run is configured for; with token ditching at `ratio` if one is given."""
-    if ratio is None and not config.training.ditching:
-        return Method(None, config.training.recompute or asks_for_checkpointing(config.training.extra))
-    if ratio is None:
-        ratio = config.selection.to_rule().share
-    recompute = config.training.recompute or asks_for_checkpointing(config.training.extra)
-    return Method(ratio, recompute)
 
 
 def load_model_config(config: RunConfig) -> PreTrainedConfig:

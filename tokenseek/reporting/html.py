@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -32,10 +32,14 @@ class ShownExample:
     supervised: np.ndarray
 
 
-def shown_example(tokenizer: PreTrainedTokenizerBase, row: int, example: dict, scores: tuple) -> ShownExample:
+def shown_example(
+    tokenizer: PreTrainedTokenizerBase, row: int, example: Mapping[str, Any], scores: tuple[np.ndarray, np.ndarray]
+) -> ShownExample:
     """An example of :func:`tokenseek.prepare_dataset` with the scores that an index has for it."""
-    tokens = [tokenizer.decode([token]) for token in example["input_ids"]]
-    return ShownExample(row, example["example_id"], tokens, *scores, supervised_positions(example["labels"]))
+    tokens = [str(tokenizer.decode([token])) for token in example["input_ids"]]
+    context, gradient = scores
+    supervised = supervised_positions(example["labels"])
+    return ShownExample(row, example["example_id"], tokens, context, gradient, supervised)
 
 
 def render_page(examples: Sequence[ShownExample], rule: SelectionRule, subtitle: str = "") -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,12 +65,13 @@ def token_maps(model: PreTrainedModel, input_ids: Sequence[int], labels: Sequenc
         inputs.append(hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
-    device = decoder.causal_lm.get_input_embeddings().weight.device
     was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in decoder.layers[-3:]]
     try:
         model.eval().requires_grad_(False)
-        output = model(input_ids=ids.to(device), labels=targets.to(device), output_attentions=True, use_cache=False)
+        output = model(
+            input_ids=ids.to(decoder.device), labels=targets.to(decoder.device), output_attentions=True, use_cache=False
+        )
         output.loss.backward()
     finally:
         for hook in hooks:
@@ -78,7 +79,8 @@ def token_maps(model: PreTrainedModel, input_ids: Sequence[int], labels: Sequenc
         model.train(was_training)
         for parameter in trained:
             parameter.requires_grad_()
-    gradients = [hidden.grad[0].abs().float().cpu().numpy() for hidden in reversed(inputs)]
+    by_input = [cast(torch.Tensor, hidden.grad) for hidden in reversed(inputs)]
+    gradients = [gradient[0].abs().float().cpu().numpy() for gradient in by_input]
     return TokenMaps(
         attention=output.attentions[-1][0].detach().float().mean(0).cpu().numpy(),
         gradient=gradients[0],

@@ -39,7 +39,7 @@ def render_example(
     chosen = set(selected.tolist())
     pieces = []
     for position, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
-        text = _printable(tokenizer.decode([token]))
+        text = _printable(str(tokenizer.decode([token])))
         if position in chosen:
             text = f"{_MARK}{text}{_END}" if color else f"[[{text}]]"
         elif label == -100 and color:
@@ -58,7 +58,7 @@ def render_labels(
     """
     pieces, before = [], False
     for position, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
-        text = _printable(tokenizer.decode([token])).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n")
+        text = _printable(str(tokenizer.decode([token]))).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n")
         learned = label != IGNORED
         if color:
             pieces.append(f"{(_LEARNED if learned else _GIVEN)[position % 2]}{text}{_END}")

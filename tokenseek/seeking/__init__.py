@@ -5,7 +5,7 @@ and write the index.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenseek.seeking.batching import ScoringPlan, plan_batches
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'tokenseek.seeking' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)

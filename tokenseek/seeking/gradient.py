@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.head import at_least_float32, head_logits, rows_per_chunk
+from tokenseek.decoder.head import BodyOutput, at_least_float32, head_logits, rows_per_chunk
 from tokenseek.labels import IGNORED
 
 # Logits are held of this share of a batch's tokens at once, but of so many at least: every chunk reads all weights of
@@ -93,7 +92,7 @@ class HeadScores(NamedTuple):
 
 def head_scores(
     decoder: Decoder,
-    body_output: BaseModelOutputWithPast,
+    body_output: BodyOutput,
     targets_BT: torch.Tensor,
     *,
     losses: bool = False,
@@ -127,17 +126,17 @@ def head_scores(
         _head_chunk(decoder, body_output, *first, losses, errors, gradient)
     if found:
         of_chunks, norms, gradients = zip(*found, strict=True)
-        if losses:
+        if losses_BT is not None:
             losses_BT.view(-1).index_copy_(0, supervised_R, torch.cat(of_chunks))
-        if errors:
+        if errors_BT is not None:
             errors_BT.view(-1).index_copy_(0, supervised_R, torch.cat(norms))
-        if gradient:
+        if gradient_BTD is not None:
             gradient_BTD.view(-1, gradient_BTD.shape[-1]).index_copy_(0, supervised_R, torch.cat(gradients))
     return HeadScores(losses_BT, errors_BT, gradient_BTD)
 
 
 def loss_gradient(
-    body_output: BaseModelOutputWithPast,
+    body_output: BodyOutput,
     leaf_BTD: torch.Tensor,
     head_gradient_BTD: torch.Tensor,
     supervised_B: torch.Tensor,
@@ -159,7 +158,7 @@ def loss_gradient(
 
 def _head_chunk(
     decoder: Decoder,
-    body_output: BaseModelOutputWithPast,
+    body_output: BodyOutput,
     hidden_CD: torch.Tensor,
     targets_C: torch.Tensor,
     losses: bool,

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Team:
         """``decide()`` of the first, in all; the others wait for it, which must not take long."""
         if self.group is None:
             return decide()
-        decision = [decide() if self.is_first else None]
+        decision: list[Any] = [decide() if self.is_first else None]
         dist.broadcast_object_list(decision, group=self.group, group_src=0)
         return decision[0]
 

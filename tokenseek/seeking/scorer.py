@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -83,7 +83,7 @@ class TokenScorer:
     @property
     def device(self) -> torch.device:
         """Where `score` takes its tensors: the device of the embeddings."""
-        return self.decoder.causal_lm.get_input_embeddings().weight.device
+        return self.decoder.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,7 +128,7 @@ class TokenScorer:
                     f"{tuple(targets.shape)} tokens: several per token, of which Eq. 4 knows nothing. Use a model "
                     "whose layers pass on one, [B, T, D]."
                 )
-            head_gradient = head_scores(self.decoder, output, targets, gradient=True).gradient
+            head_gradient = cast(torch.Tensor, head_scores(self.decoder, output, targets, gradient=True).gradient)
             gradient = REDUCTIONS[self.reduction](loss_gradient(output, leaves[0], head_gradient, supervised))
         context = received[0]
         if text is not None:

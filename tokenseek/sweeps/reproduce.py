@@ -119,8 +119,9 @@ def _measured(table: PaperTable, group: Group, full: Group | None) -> dict[str, 
     """Texts by column title."""
     if group.error:
         return {"Error": group.error}
-    average, full_average = group.mean("average_memory_bytes"), full and full.mean("average_memory_bytes")
-    peak, full_peak = group.mean("step_peak_bytes"), full and full.mean("step_peak_bytes")
+    average, peak = group.mean("average_memory_bytes"), group.mean("step_peak_bytes")
+    full_average = full.mean("average_memory_bytes") if full else None
+    full_peak = full.mean("step_peak_bytes") if full else None
     found = {title: group.spread(title, 2) for title in group.rows[0].get("scores", {})}
     loss = _AVERAGE if _AVERAGE in found else "loss_after"
     if table.shows == "variance":
@@ -132,8 +133,8 @@ def _measured(table: PaperTable, group: Group, full: Group | None) -> dict[str, 
             found["Memory %"] = _share(scoring, full_average)
             found["Scoring's average memory"] = gibibytes(scoring)
             found["Scoring's peak memory"] = gibibytes(group.mean("scoring_peak_memory_bytes"))
-    if table.shows == "time":
-        found["Hours"] = f"{group.mean('seconds') / 3600:.4f}"
+    if table.shows == "time" and (seconds := group.mean("seconds")) is not None:
+        found["Hours"] = f"{seconds / 3600:.4f}"
     if group.mean("loss_after") is not None:
         found[_LOSS] = group.spread("loss_after")
     if full_average and full_peak:

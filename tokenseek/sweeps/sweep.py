@@ -34,7 +34,7 @@ Measure = Callable[[RunConfig, TrainingSummary], Mapping[str, Any]]
 
 _POLL_SECONDS = 2.0
 # Settings that say where things are, not what is learned.
-_PLACES = {"output_dir": True, "scoring": {"index"}}
+_PLACES: dict[str, bool | set[str]] = {"output_dir": True, "scoring": {"index"}}
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ class Group:
         return statistics.mean(numbers) if numbers else None
 
     def numbers(self, column: str) -> list[float]:
-        numbers = [row.get(column) for row in self.rows]
-        return [] if None in numbers else numbers
+        numbers = [row[column] for row in self.rows if row.get(column) is not None]
+        return numbers if len(numbers) == len(self.rows) else []
 
     def spread(self, column: str, digits: int = 4) -> str:
         """Mean, and least to greatest where there are several; the error where a row has none."""

@@ -56,7 +56,8 @@ def tune_sweep(config: RunConfig, grid: Grid) -> Sweep:
             f"tune chooses how tokens are scored, and training.ditching={str(config.training.ditching).lower()} with "
             f"selection.rule={config.selection.rule} does not; set training.ditching=true and a rule such as top."
         )
-    if "auto" in (ratios := grid.ratios or [config.selection.ratio]):
+    ratios: Sequence[float | str] = grid.ratios or [config.selection.ratio]
+    if "auto" in ratios:
         raise UserError("selection.ratio is auto, which no short run settles; give --ratios or set a number")
     trials = []
     for seed in range(grid.seeds):
@@ -99,12 +100,12 @@ def choose(groups: Sequence[Group], tolerance: float) -> Group:
     Raises:
         UserError: every setting failed.
     """
-    finished = [group for group in groups if group.mean("loss_after") is not None]
-    if not finished:
+    losses = [(loss, group) for group in groups if (loss := group.mean("loss_after")) is not None]
+    if not losses:
         raise UserError(f"no run finished: {groups[0].error}")
-    least = min(group.mean("loss_after") for group in finished)
-    near = [group for group in finished if group.mean("loss_after") <= least + tolerance]
-    return min(near, key=lambda group: (group.values[2], group.mean("loss_after")))
+    least = min(loss for loss, _ in losses)
+    near = [(group.values[2], loss, group) for loss, group in losses if loss <= least + tolerance]
+    return min(near, key=lambda found: found[:2])[2]
 
 
 def table(groups: Sequence[Group]) -> str:

@@ -7,14 +7,14 @@ key/value heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 
 from tokenseek.errors import UserError
-
-LAYOUTS = ("balanced", "contiguous", "regroup")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,31 @@ def cut(positions_BA: torch.Tensor, ranks: int, tokens: int) -> Shards:
 def owner_of(positions: torch.Tensor, ranks: int, tokens: int) -> torch.Tensor:
     """The rank that holds each position in the contiguous layout; `ranks` for -1."""
     return torch.where(positions >= 0, positions // -(-tokens // ranks), ranks)
+
+
+# Deals the rows of a pass: positions [B, A] (int64, ascending, -1 at the end of examples with fewer rows), P and T.
+Dealer: TypeAlias = Callable[[torch.Tensor, int, int], Shards]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rank holds which rows of a pass.
+
+    Attributes:
+        in_layers: deals them for the time that a layer runs.
+        between_layers: deals them for the time between two layers; None where they stay where they are.
+    """
+
+    in_layers: Dealer
+    between_layers: Dealer | None = None
+
+
+# By the name that `training.sequence_layout` and :func:`tokenseek.parallel.enable_sequence_parallelism` give them.
+LAYOUTS = {
+    "balanced": Layout(lambda positions_BA, ranks, tokens: deal(positions_BA, ranks)),
+    "contiguous": Layout(cut),
+    "regroup": Layout(lambda positions_BA, ranks, tokens: deal(positions_BA, ranks), between_layers=cut),
+}
 
 
 @dataclass(frozen=True)
