@@ -51,6 +51,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, packing):
     resumed = tmp_path / "resumed"
     train(tiny_preset(tmp_path, *settings, f"output_dir={resumed}", examples=16))
     shutil.rmtree(resumed / "checkpoint-4")
+    (resumed / "summary.json").unlink()  # or it would be finished
     train(tiny_preset(tmp_path, *settings, f"output_dir={resumed}", examples=16))
 
     def trajectory(run):

@@ -145,7 +145,8 @@ class DitchingSettings(Section):
       in the paper. Losses are the same in all three.
     - `memory_budget`: what a process may take on its device with `selection.ratio: auto`, such as `8GiB`; left out,
       nine tenths of what is free there.
-    - `resume`: `auto` (from the newest checkpoint in output_dir, if any), `never`, or the path of a checkpoint.
+    - `resume`: `auto` (from the newest checkpoint in output_dir, if any), `never` (what output_dir holds is moved to
+      `earlier-1` in it), or the path of a checkpoint.
     """
 
     ditching: bool = True

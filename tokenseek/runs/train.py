@@ -13,10 +13,10 @@ import torch.distributed as dist
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput, set_seed
 
-from tokenseek.config import RunConfig, save_resolved
+from tokenseek.config import RunConfig
 from tokenseek.data import hold_out, prepare_dataset, require_supervised
 from tokenseek.data.packing import PackedDataset
 from tokenseek.decoder.find import find_decoder
@@ -36,6 +36,16 @@ from tokenseek.runs.export import write_model_card
 from tokenseek.runs.inputs import RunInputs, read_inputs
 from tokenseek.runs.outline import print_outline
 from tokenseek.runs.ratio import settle_ratio
+from tokenseek.runs.resume import (
+    METRICS_NAME,
+    SUMMARY_NAME,
+    Start,
+    describe_start,
+    find_start,
+    fingerprint_run,
+    require_same_inputs,
+    write_start,
+)
 from tokenseek.runs.score import score
 from tokenseek.runs.summary import Selected, TrainingSummary, card_rows
 from tokenseek.training import GroupTrainer, PaddingCollator, TokenSeekCollator, TokenSeekTrainer
@@ -46,7 +56,7 @@ from tokenseek.training.metrics import MetricsFile, held_out_loss
 
 
 def train(config: RunConfig, loss_before: float | None = None, *, outlined: bool = False) -> TrainingSummary:
-    """Fine-tune as configured; every process of a run calls this.
+    """Fine-tune as configured; every process of a run calls this. A run that is finished is told to be, and not run.
 
     Args:
         loss_before: the held-out loss of the model as it is, where it was measured before.
@@ -56,14 +66,17 @@ def train(config: RunConfig, loss_before: float | None = None, *, outlined: bool
         UserError: before the model is loaded, for a configuration, data or an index that does not fit.
     """
     run = prepare(config, outlined=outlined)
+    if run.start.finished and run.start.summary:
+        return run.start.summary
     trainer, selected = build(run)
     timer = _Timer(trainer, run.held_out, loss_before)
     trainer.add_callback(timer)
-    if run.checkpoint:
-        trainer.add_callback(Resumed(Path(run.checkpoint)))
+    checkpoint = run.start.checkpoint
+    if checkpoint:
+        trainer.add_callback(Resumed(Path(checkpoint)))
     with StepAllocation(trainer, run.config.training.compile) as allocation:
         trainer.add_callback(allocation)
-        result = trainer.train(resume_from_checkpoint=run.checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     return finish(run, trainer, timer, selected, allocation, result)
 
 
@@ -76,7 +89,7 @@ class Run:
         training: the examples to train on, without those that are held out.
         packed: the same as rows of several examples, where the run packs them.
         index: None where no score is needed before training.
-        checkpoint: that the run resumes from, if any.
+        start: what is left to do, and from where.
     """
 
     config: RunConfig
@@ -87,11 +100,14 @@ class Run:
     index: TokenIndex | None
     arguments: TrainingArguments
     output: Path
-    checkpoint: str | None
+    start: Start
 
 
 def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
-    """Everything that can be refused before weights are loaded, and the index, which is made where there is none."""
+    """Everything that can be refused before weights are loaded, and the index, which is made where there is none.
+
+    Of a run that is finished already, no more than is needed to know that.
+    """
     config.require_trainable()
     state = join_processes()
     require_engine(state, config.model.quantization)
@@ -99,7 +115,7 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     config = settle_exact_layers(config, state)
     output = Path(config.output_dir)
     make_output(output)
-    checkpoint = _checkpoint(config.training.resume, output)
+    start = find_start(config.training.resume, output)
     group = sequence_group(state.device.type)
     if group is not None and config.scoring.mode == "online" and config.training.packing:
         raise UserError(
@@ -110,24 +126,30 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     require_arguments(config, inputs.skeleton)
     planned_model = require_adapter(inputs.skeleton, config.peft) if config.peft else inputs.skeleton
     training, held_out = _split(config, inputs)
-    require_a_batch(config.training, len(training), state.num_processes // (group.size() if group else 1))
+    groups = state.num_processes // (group.size() if group else 1)
+    require_a_batch(config.training, len(training), groups)
     state.print(f"Training data: {inputs.data.report}")
     packed, longest = None, max(map(len, inputs.data.dataset["input_ids"]))
     if config.training.packing == "bins":
         packed, longest = PackedDataset(training, config.data.max_length), config.data.max_length
         state.print(f"Packed: {packed}.")
-    config = settle_ratio(config, checkpoint, longest, state)
-    if outlined:
-        print_outline(config, inputs, training, planned_model, longest)
-    if state.is_main_process:
-        save_resolved(config, output / "config.yaml")
-    index = _index(config, inputs) if config.needs_index else None
+    config = settle_ratio(config, start.settled_by, longest, state)
+    fingerprint = fingerprint_run(config, inputs, training, groups)
+    start = require_same_inputs(start, fingerprint)
+    if told := describe_start(start, fingerprint):
+        state.print(told)
     arguments = training_arguments(config.training, output, config.seed)
     if arguments.world_size != state.num_processes:
         raise RuntimeError(f"Trainer sees {arguments.world_size} processes of the {state.num_processes} launched.")
-    if checkpoint:
-        fit_checkpoint(Path(checkpoint), arguments, state)
-    return Run(config, inputs, training, held_out, packed, index, arguments, output, checkpoint)
+    if start.finished:
+        return Run(config, inputs, training, held_out, packed, None, arguments, output, start)
+    if outlined:
+        print_outline(config, inputs, training, planned_model, longest)
+    index = _index(config, inputs) if config.needs_index else None
+    if start.checkpoint:
+        fit_checkpoint(Path(start.checkpoint), arguments, state)
+    write_start(start, config, fingerprint, state)
+    return Run(config, inputs, training, held_out, packed, index, arguments, output, start)
 
 
 def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
@@ -142,7 +164,7 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
         train_dataset=run.training if run.packed is None else run.packed,
         eval_dataset=run.held_out,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(run.output / "metrics.jsonl")],
+        callbacks=[MetricsFile(run.output / METRICS_NAME)],
     )
     selected: Selected | None = None
     if not config.training.ditching:
@@ -199,7 +221,7 @@ def finish(
         final=str(final),
     )
     if state.is_main_process:
-        (run.output / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        (run.output / SUMMARY_NAME).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
         write_model_card(final, run.config, card_rows(summary, len(run.training)))
     state.wait_for_everyone()
     return summary
@@ -246,21 +268,6 @@ def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedMode
     if group is not None:
         enable_sequence_parallelism(model, group, layout=config.training.sequence_layout)
     return model
-
-
-def _checkpoint(resume: str, output: Path) -> str | None:
-    if resume == "never":
-        return None
-    if resume == "auto":
-        # A checkpoint that was being written when the run was killed has no state, which is written last.
-        whole = [path.parent for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-        return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-    if not Path(resume, TRAINER_STATE_NAME).is_file():
-        raise UserError(
-            f"training.resume: {resume} is no checkpoint (no {TRAINER_STATE_NAME} in it); accepted are 'auto', 'never' "
-            f"or the path of a checkpoint such as {output}/checkpoint-500."
-        )
-    return resume
 
 
 def _index(config: RunConfig, inputs: RunInputs) -> TokenIndex:

@@ -1,0 +1,335 @@
+"""Where a run starts: anew, from a checkpoint, or not at all since it is finished.
+
+A run's folder tells with `fingerprint.json` what its weights were trained with. Whoever goes on with it has to agree,
+so that no weights were made by other settings than those of the `config.yaml` beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from tokenseek.config import RunConfig, save_resolved
+from tokenseek.data.encoding import digest
+from tokenseek.errors import UserError
+from tokenseek.runs.inputs import RunInputs
+from tokenseek.runs.summary import TrainingSummary
+from tokenseek.training.checkpoints import writing
+
+FINGERPRINT_NAME, CONFIG_NAME, SUMMARY_NAME, METRICS_NAME = (
+    "fingerprint.json",
+    "config.yaml",
+    "summary.json",
+    "metrics.jsonl",
+)
+# What a run writes into its folder besides the index, which knows itself what it belongs to.
+_WRITTEN = (FINGERPRINT_NAME, CONFIG_NAME, SUMMARY_NAME, METRICS_NAME, "final", "runs", f"{PREFIX_CHECKPOINT_DIR}-*")
+
+# Settings without an effect on the weights: names of what is known by its content, places, speed, memory and reports.
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "output_dir": True,
+    "data": True,
+    "eval_data": True,
+    "model": {"name_or_path", "revision", "attn_implementation", "trust_remote_code"},
+    "scoring": {"index", "tokens_per_batch", "tokens_per_shard", "cpu_threads"},
+    "training": {
+        *("recompute", "tile_rows", "sequence_layout", "memory_budget", "compile", "liger", "on_nan", "resume"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),  # as `batch`
+        *("num_train_epochs", "max_steps"),  # as `length`
+        *("logging_steps", "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps"),
+        *("dataloader_num_workers", "report_to"),
+    },
+}
+_EXTRA_WITHOUT_EFFECT = (
+    *("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "ddp_", "include_", "trackio_"),
+    *("dataloader_num", "dataloader_pin", "dataloader_p", "disable_tqdm", "run_name", "project", "skip_memory_metrics"),
+    *("gradient_checkpointing", "activation_checkpointing", "torch_empty_cache_steps", "load_best_model_at_end"),
+    *("metric_for_best_model", "greater_is_better"),
+)
+# What a checkpoint cannot be loaded without, however it is meant to be gone on with.
+_SHAPES = ("peft", "model", "training.optim")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        output: the run's folder.
+        checkpoint: that training resumes from; None begins anew.
+        own: whether the run goes on with what its own folder holds, be it a checkpoint or a finished run.
+        known: the fingerprint of the run that is gone on with, if its folder has one.
+        summary: of a finished run in the folder.
+        finished: nothing is left to be trained.
+    """
+
+    output: Path
+    checkpoint: str | None = None
+    own: bool = False
+    known: Mapping[str, Any] | None = None
+    summary: TrainingSummary | None = None
+    finished: bool = False
+
+    @property
+    def settled_by(self) -> str | None:
+        """A folder whose neighbour `config.yaml` tells what `auto` was settled as; None where that is still to do."""
+        return self.checkpoint or (str(self.output / "final") if self.own else None)
+
+
+def find_start(resume: str, output: Path) -> Start:
+    """Where a run starts by `training.resume` and what its folder holds.
+
+    Raises:
+        UserError: there is no such checkpoint, or a file of the folder is damaged.
+    """
+    if resume == "never":
+        return Start(output)
+    if resume != "auto":
+        checkpoint = Path(resume)
+        if not (checkpoint / TRAINER_STATE_NAME).is_file():
+            raise UserError(
+                f"training.resume: {resume} is no checkpoint (no {TRAINER_STATE_NAME} in it); accepted are 'auto', "
+                f"'never' or the path of a checkpoint such as {output}/checkpoint-500."
+            )
+        own = checkpoint.resolve().parent == output.resolve()
+        return Start(output, resume, own, _read_json(checkpoint.parent / FINGERPRINT_NAME))
+    # A checkpoint that was being written when the run was killed has no state, which is written last.
+    whole = [path.parent for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    summary = _read_summary(output / SUMMARY_NAME)
+    if newest is None and summary is None:
+        return Start(output)
+    known = _read_json(output / FINGERPRINT_NAME)
+    return Start(output, str(newest) if newest else None, True, known, summary)
+
+
+def fingerprint_run(config: RunConfig, inputs: RunInputs, training: Dataset, groups: int) -> dict[str, Any]:
+    """Everything that the weights of a run depend on.
+
+    Args:
+        config: without `auto`.
+        training: the examples to train on.
+        groups: processes, or groups of those that share texts.
+
+    Returns:
+        `settings` by dotted path; `content`, digests of the model and of the data; `names`, the settings that say which
+        these are, to be told where a digest differs; `batch`, the rows of a step; `length`, how long it trains.
+    """
+    settings = dict(_flat(config.model_dump(mode="json", exclude=_without_effect(config))))
+    extra = "training.extra."
+    settings = {k: v for k, v in settings.items() if not k.removeprefix(extra).startswith(_EXTRA_WITHOUT_EFFECT)}
+    named: dict[str, Any] = {"model": {"name_or_path", "revision"}, "data": True}
+    own = config.training
+    return {
+        "settings": settings,
+        "content": {**inputs.fingerprints, "training examples": digest(*training["example_id"])},
+        "names": dict(_flat(config.model_dump(mode="json", include=named))),
+        "batch": own.per_device_train_batch_size * own.gradient_accumulation_steps * groups,
+        "length": {"max_steps": own.max_steps, "num_train_epochs": own.num_train_epochs},
+    }
+
+
+def require_same_inputs(start: Start, now: Mapping[str, Any]) -> Start:
+    """`start`, where a run of fingerprint `now` may go on from there; it says whether the run is finished already.
+
+    A run goes on with what it was trained with, but may become longer. Another run's checkpoint, which
+    `training.resume` names, is gone on from with other settings, except those that it cannot be loaded with.
+
+    Raises:
+        UserError: names the settings that differ with both values, and how to go on.
+    """
+    folder = start.output if start.own else Path(start.checkpoint or start.output).parent
+    found = differences(start.known, now) if start.known else {}
+    if not start.own:
+        found = {name: text for name, text in found.items() if name.startswith(_SHAPES)}
+    if found:
+        told = "\n".join(f"  {name}: {text}" for name, text in found.items())
+        raise UserError(
+            f"output_dir: {folder} holds a run that was trained with other settings:\n{told}\n{_ways_on(start)}"
+        )
+    if not start.own:
+        return start
+    before = start.known["length"] if start.known else now["length"]
+    if before == now["length"]:
+        return replace(start, finished=start.summary is not None)
+    if start.checkpoint is None:
+        raise UserError(
+            f"output_dir: the run in {folder} is finished and has kept no checkpoint to go on from with "
+            f"{_lengths(before, now['length'])}. {_ways_on(start)}"
+        )
+    state = json.loads((Path(start.checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    steps, epochs = now["length"]["max_steps"], now["length"]["num_train_epochs"]
+    if not (steps > state["global_step"] if steps > 0 else epochs > state["epoch"]):
+        raise UserError(
+            f"output_dir: the run in {folder} has taken {state['global_step']} steps ({state['epoch']:g} epochs) "
+            f"already, which leaves none with {_lengths(before, now['length'])}. {_ways_on(start)}"
+        )
+    return start
+
+
+def describe_start(start: Start, now: Mapping[str, Any]) -> str | None:
+    """What a user should know of where a run starts, if anything."""
+    if start.finished and (summary := start.summary):
+        loss = "" if summary.loss_after is None else f", held-out loss {summary.loss_after:.4f} nats per token"
+        return (
+            f"The run in {start.output} is finished: {summary.steps:,} steps{loss}; its result is in {summary.final}. "
+            "Nothing is trained. To go on, raise training.max_steps or training.num_train_epochs; to begin anew, give "
+            "another output_dir, or training.resume=never."
+        )
+    if start.checkpoint is None:
+        return None
+    if start.known is None:
+        return (
+            f"WARNING: {Path(start.checkpoint).parent} holds no {FINGERPRINT_NAME}, so that nobody knows whether "
+            f"{start.checkpoint} was trained with these settings."
+        )
+    if not start.own and (found := differences(start.known, now)):
+        return f"WARNING: {start.checkpoint} was trained with other settings: " + "; ".join(
+            f"{name}: {text}" for name, text in found.items()
+        )
+    if start.known["length"] != now["length"]:
+        return (
+            f"Going on from {start.checkpoint} with {_lengths(start.known['length'], now['length'])}; the learning "
+            "rate goes on by the schedule of the new length."
+        )
+    return None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs between two fingerprints, apart from the length: both values, by the names of settings."""
+    found = _changed(before["settings"], now["settings"])
+    if before["batch"] != now["batch"]:
+        name = "training.per_device_train_batch_size x gradient_accumulation_steps x processes"
+        found[name] = _both(before["batch"], now["batch"])
+    contents, names = _changed(before["content"], now["content"]), _changed(before["names"], now["names"])
+    for section, keys in (("model", contents.keys() & {"model"}), ("data", contents.keys() - {"model"})):
+        if keys:
+            named = {name: text for name, text in names.items() if name.startswith(f"{section}.")}
+            found |= named or {section: f"other content under the same settings ({', '.join(sorted(keys))})"}
+    return found
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    pairs = {name: (before.get(name), now.get(name)) for name in [*before, *now]}
+    return {name: _both(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def write_start(start: Start, config: RunConfig, fingerprint: Mapping[str, Any], state: PartialState) -> None:
+    """Make the folder of a run that starts tell what is trained in it; every process calls this.
+
+    What an earlier run left is moved to `earlier-1`, `earlier-2`, ...: all of it where this run begins anew, its result
+    where this run makes it longer.
+    """
+    state.wait_for_everyone()  # all have read what was there
+    if state.is_main_process:
+        output = start.output
+        with writing(output):
+            _move_away(_old_files(start, config.training.resume), output)
+            save_resolved(config, output / CONFIG_NAME)
+            new = output / f".{FINGERPRINT_NAME}"
+            new.write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
+            os.replace(new, output / FINGERPRINT_NAME)
+    state.wait_for_everyone()
+
+
+def _old_files(start: Start, resume: str) -> list[Path]:
+    """What an earlier run left and this one does not go on with."""
+    names: Sequence[str]
+    if start.own:
+        names = (SUMMARY_NAME, "final") if start.summary else ()
+    else:  # a run without a whole checkpoint and without a result left nothing to keep
+        names = _WRITTEN if resume != "auto" or (start.output / "final").exists() else ()
+    return [path for name in names for path in sorted(start.output.glob(name))]
+
+
+def _move_away(files: Sequence[Path], output: Path) -> None:
+    if not files:
+        return
+    number = 1
+    while (earlier := output / f"earlier-{number}").exists():
+        number += 1
+    earlier.mkdir()
+    for path in files:
+        path.rename(earlier / path.name)
+    for name in (CONFIG_NAME, FINGERPRINT_NAME):  # a result that this run makes longer keeps what tells of it
+        if (output / name).exists():
+            shutil.copy(output / name, earlier / name)
+    print(f"Moved to {earlier}: {', '.join(path.name for path in files)} of an earlier run.", flush=True)
+
+
+def _without_effect(config: RunConfig) -> dict[str, Any]:
+    without, training = dict(_WITHOUT_EFFECT), config.training
+    more = {name for name, same in (("kv_storage", "int8"), ("packing", "bins")) if getattr(training, name) != same}
+    without["training"] = without["training"] | more
+    if not training.ditching:
+        without |= {"selection": True, "scoring": True}
+    elif config.scoring.mode == "index" and not config.needs_index:
+        without["scoring"] = True
+    return without
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}.")
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            yield from _flat({str(number): item for number, item in enumerate(value)}, f"{name}.")
+        else:
+            yield name, value
+
+
+def _both(before: Any, now: Any) -> str:
+    return f"{_shown(before)} there, {_shown(now)} now"
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _lengths(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(f"training.{k}={_shown(now[k])} ({_shown(before[k])} before)" for k in now if before[k] != now[k])
+
+
+def _ways_on(start: Start) -> str:
+    if not start.own:
+        return "Its checkpoint cannot be loaded with these: give those settings, or begin anew (training.resume=never)."
+    return (
+        f"Go on with its settings (those of {start.output / CONFIG_NAME}), give another output_dir, or begin anew with "
+        f"--set training.resume=never, which moves what is there to {start.output}/earlier-1."
+    )
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}), and would tell what the run beside it was trained with. Remove it to go on "
+            "without that knowledge, or begin anew with training.resume=never."
+        ) from error
+
+
+def _read_summary(path: Path) -> TrainingSummary | None:
+    values = _read_json(path)
+    try:
+        return None if values is None else TrainingSummary(**values)
+    except TypeError as error:
+        raise UserError(
+            f"{path} was written by another version of TokenSeek ({error}); give another output_dir, or begin anew "
+            "with training.resume=never."
+        ) from error
