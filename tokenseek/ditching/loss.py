@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import at_least_float32, head_logits, rows_per_chunk
 from tokenseek.ditching.planned import supervised_rows
-from tokenseek.ditching.zero3 import is_partitioned
+from tokenseek.ditching.zero3 import head_in_one_call, is_partitioned
 from tokenseek.labels import IGNORED
 
 
@@ -66,12 +66,10 @@ def supervised_loss(
     weights_R = None if weights_BS is None else weights_BS.flatten().index_select(0, supervised_R)
     rows = rows_per_chunk(decoder, hidden_RD.device)
     starts = list(range(0, len(targets_R), rows))
-    chunks = [tuple(x if x is None else x[i : i + rows] for x in (hidden_RD, targets_R, weights_R)) for i in starts]
     head = decoder.causal_lm.get_output_embeddings()
-    if more := most_chunks(head, len(chunks)) - len(chunks):
-        chunks += [(hidden_RD[:1], torch.full_like(targets_R[:1], IGNORED), None)] * more
     has_gradient = torch.is_grad_enabled() and hidden_RD.requires_grad
-    is_stored = not (recompute or len(chunks) > 1)
+    called_once = is_partitioned(head) and "forward" not in head.__dict__
+    called_once = called_once and (_is_constant(head) or is_plain_trained(head))
 
     def chunk_loss(hidden_CD, targets_C, weights_C):
         losses_C = _CrossEntropy.apply(head_logits(decoder, body_output, hidden_CD), targets_C, once)
@@ -79,15 +77,22 @@ def supervised_loss(
         return losses_C.sum() if weights_C is None else (losses_C * weights_C.to(losses_C)).sum()
 
     once = True
-    if has_gradient and _is_constant(head):
-        total = sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
-    elif is_stored:
-        once = False
-        total = chunk_loss(*chunks[0])
-    elif has_gradient and is_plain_trained(head):
-        total = _LossWithHeadGradient.apply(chunk_loss, head, starts, hidden_RD, targets_R, weights_R, head.weight)
-    else:
-        total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+
+    def total_loss(hidden_RD: torch.Tensor) -> torch.Tensor:
+        nonlocal once
+        chunks = [tuple(x if x is None else x[i : i + rows] for x in (hidden_RD, targets_R, weights_R)) for i in starts]
+        if not called_once and (more := most_chunks(head, len(chunks)) - len(chunks)):
+            chunks += [(hidden_RD[:1], torch.full_like(targets_R[:1], IGNORED), None)] * more
+        if has_gradient and _is_constant(head):
+            return sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
+        if not (recompute or len(chunks) > 1):
+            once = False
+            return chunk_loss(*chunks[0])
+        if has_gradient and is_plain_trained(head):
+            return _LossWithHeadGradient.apply(chunk_loss, head, starts, hidden_RD, targets_R, weights_R, head.weight)
+        return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+
+    total = head_in_one_call(decoder, total_loss, hidden_RD) if called_once else total_loss(hidden_RD)
     if num_items_in_batch is None:
         carries_loss_R = targets_R.ne(IGNORED)
         num_items_in_batch = (carries_loss_R if weights_R is None else weights_R[carries_loss_R]).sum()
@@ -95,8 +100,8 @@ def supervised_loss(
 
 
 def most_chunks(head: nn.Module, own: int) -> int:
-    """How many chunks this process runs. Under ZeRO-3 every chunk gathers the head's weights, and a gather needs all
-    processes: those with fewer chunks join in.
+    """How many chunks this process runs, where ZeRO-3 gathers the head's weights for each: a gather needs all
+    processes, and those with fewer chunks join in.
     """
     if not is_partitioned(head):
         return own
@@ -218,15 +223,17 @@ class _HeadProduct(torch.autograd.Function):
 
 
 def is_plain_trained(head: nn.Module) -> bool:
-    """Whether it is a linear layer of a trained weight alone, which is here as a whole (not cut up by an engine)."""
-    if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__ or head.bias is not None:
+    """Whether it is a linear layer of a trained weight alone, which is whole in a call of it (not cut up by FSDP2)."""
+    if type(head).forward is not nn.Linear.forward or head.bias is not None:
         return False
-    if is_partitioned(head) or isinstance(head, FSDPModule) or type(head.weight) is not nn.Parameter:
+    if isinstance(head, FSDPModule) or type(head.weight) is not nn.Parameter or not head.weight.requires_grad:
         return False
-    return head.weight.requires_grad and not (head._forward_hooks or head._forward_pre_hooks)
+    # ZeRO-3's own hooks are all that such a head has.
+    is_watched = head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__
+    return is_partitioned(head) or not is_watched
 
 
 def _is_constant(head: nn.Module) -> bool:
-    """Whether it has no gradient of its own, and no engine whose hooks would take ours for the backward pass."""
+    """Whether it has no gradient of its own, and no FSDP2, whose hooks would take ours for the backward pass."""
     is_trained = any(parameter.requires_grad for parameter in head.parameters())
-    return not (is_trained or is_partitioned(head) or isinstance(head, FSDPModule))
+    return not (is_trained or isinstance(head, FSDPModule))

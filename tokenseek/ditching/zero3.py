@@ -7,11 +7,19 @@ layers are gathered and released whole, and their submodules have no hooks.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from tokenseek.decoder.find import Decoder
+from tokenseek.decoder.find import Decoder, forward_replaced
+
+# Of the numbers of the largest layer, fetched ahead: it should be there when the layer before it is done.
+LAYERS_AHEAD = 1.2
 
 
 def gather_layers_once(decoder: Decoder) -> None:
@@ -39,6 +47,46 @@ def ungather_layers(decoder: Decoder) -> None:
     embeddings = decoder.causal_lm.get_input_embeddings()
     if hook := embeddings.__dict__.pop("_gives_gradient", None):
         hook.remove()
+
+
+def fetch_a_layer_ahead(decoder: Decoder, zero_optimization: dict[str, Any]) -> None:
+    """Of ZeRO-3's settings, make a prefetch bucket that is left to "auto" hold more than the largest layer.
+
+    Transformers' own value, 0.9 D^2, is less than a leaf has, so that no layer would be under way whole.
+    """
+    if zero_optimization.get("stage3_prefetch_bucket_size") == "auto":
+        largest = max(sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in decoder.layers)
+        zero_optimization["stage3_prefetch_bucket_size"] = int(LAYERS_AHEAD * largest)
+
+
+def head_in_one_call(
+    decoder: Decoder, run: Callable[[torch.Tensor], torch.Tensor], hidden_RD: torch.Tensor
+) -> torch.Tensor:
+    """``run(hidden_RD)`` inside one call of the head, which `run` may call as often as it likes.
+
+    The head's parameters are gathered once, and once more in the backward pass. However many calls there are, ZeRO-3
+    sees one: it fetches ahead by the order of modules, which it records anew, for two micro-batches, if that changes.
+    """
+    head = decoder.causal_lm.get_output_embeddings()
+    own = head.forward
+
+    def forward(hidden_RD: torch.Tensor) -> torch.Tensor:
+        # The head's code is that of the causal LM, which calls the body, standing still, before the head.
+        with forward_replaced(head, own), _without_hooks(head), _without_hooks(decoder.body):
+            return run(hidden_RD)
+
+    with forward_replaced(head, forward):
+        return head(hidden_RD)
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    before = module._forward_pre_hooks, module._forward_hooks
+    module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks, module._forward_hooks = before
 
 
 def is_partitioned(module: nn.Module) -> bool:

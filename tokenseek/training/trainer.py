@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import ditching_of, enable_token_ditching
 from tokenseek.ditching.planned import PlannedRows
-from tokenseek.ditching.zero3 import gather_layers_once
+from tokenseek.ditching.zero3 import fetch_a_layer_ahead, gather_layers_once
 from tokenseek.errors import UserError
 from tokenseek.training.collator import TokenSeekCollator
 from tokenseek.training.groups import GroupTrainer
@@ -53,7 +53,10 @@ class TokenSeekTrainer(GroupTrainer):
             )
         if ditching_of(model) is None:
             enable_token_ditching(model)
-        gather_layers_once(find_decoder(model))  # `args` may have brought ZeRO-3 only now
+        decoder = find_decoder(model)
+        gather_layers_once(decoder)  # `args` may have brought ZeRO-3 only now
+        if args.deepspeed_plugin is not None:
+            fetch_a_layer_ahead(decoder, args.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {}))
         args.remove_unused_columns = False  # example_id is for the collator
         super().__init__(model, args, data_collator=data_collator, **kwargs)
         self.new_epoch.collator = data_collator
