@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import tokenseek
 from tokenseek import SelectionRule, UserError
-from tokenseek.ditching.online import Seeking
+from tokenseek.ditching import Seeking
 
 DRAWN = SelectionRule("sampled", ratio=0.4, alpha=0, beta=1, explore=0.3, scope="supervised")
 MIXED = SelectionRule("top", ratio=0.4)

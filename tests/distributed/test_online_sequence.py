@@ -14,7 +14,7 @@ from numerics.dense_reference import dense_loss
 
 import tokenseek
 from tokenseek import SelectionRule, UserError
-from tokenseek.ditching.online import Seeking
+from tokenseek.ditching import Seeking
 from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.selection.batched import draw_key
 

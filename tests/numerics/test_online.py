@@ -15,7 +15,7 @@ import tokenseek
 from tokenseek import SelectionRule, UserError
 from tokenseek.decoder.find import find_decoder
 from tokenseek.decoder.names import disable_checkpointing
-from tokenseek.ditching.online import Seeking
+from tokenseek.ditching import Seeking
 from tokenseek.seeking import TokenScorer
 from tokenseek.selection import select_weighted, supervised_positions
 from tokenseek.selection.batched import draw_key

@@ -241,7 +241,7 @@ def test_exact_layers_add_what_they_store():
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be sharded by zero3"):
+    with pytest.raises(UserError, match="zero3 splits parameters"):
         plan_memory(run_config(*LORA, "model.quantization=nf4"), engine=Engine("zero3", 2), model_config=LLAMA)
     with pytest.raises(UserError, match="no config that Transformers can read"):
         plan_memory(run_config(f"model.name_or_path={tmp_path}"))

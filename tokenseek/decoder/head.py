@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import pad
 
+from tokenseek.decoder.device import kind_of
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.labels import IGNORED
 
@@ -33,7 +34,9 @@ def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
 def rows_per_chunk(decoder: Decoder, device: torch.device) -> int:
     """How many rows of logits are held at once."""
     nbytes = CHUNK_BYTES
-    if device.type == "cuda":
+    if kind_of(device) == "cuda" and device.type != "cuda":  # a plan, of a GPU with room for the largest
+        nbytes = MOST_CHUNK_BYTES
+    elif device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         nbytes = max(nbytes, min(memory // CHUNKS_IN_MEMORY, MOST_CHUNK_BYTES))
     return max(1, nbytes // (4 * decoder.causal_lm.config.get_text_config().vocab_size))

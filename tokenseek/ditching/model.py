@@ -145,7 +145,10 @@ def _online_forward(
         return selected_loss(decoder, body_output, hidden_BTD, targets_BT, 1, recompute)
 
     seen = see_all_tokens(ditching, arguments, labels, rule, selection_keys, all_tokens_loss)
-    reach = reach_of(ditching, arguments, seen.selection.positions, recorded=True)
+    if ditching.decided:
+        reach = ditching.decided.reach
+    else:
+        reach = reach_of(ditching, arguments, seen.selection.positions, recorded=True)
     rows, weights_BS = reach.parts.selected, seen.selection.weights
     # What the loss asks of a selected row: its target or, at the border of exact layers, its position.
     asked_BS = rows.index_BR.masked_fill(~rows.valid_BR, IGNORED) if seen.exact else _labels_of(rows, labels, None)

@@ -10,21 +10,23 @@ Shapes: B batch, T tokens, S selected, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.attention import Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.head import at_least_float32, next_token_labels
+from tokenseek.decoder.head import BodyOutput, at_least_float32, next_token_labels
 from tokenseek.decoder.masks import whole_masks
 from tokenseek.ditching.packing import every_example_alone
 from tokenseek.ditching.recorded import Recording
+from tokenseek.ditching.seeking import Seeking
+from tokenseek.ditching.state import Ditching
 from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
@@ -34,51 +36,11 @@ from tokenseek.selection import SelectionRule
 from tokenseek.selection.batched import Example, Selection, examples_of, select_batch
 from tokenseek.ulysses.text import DealtText
 
-ONLINE_REDUCTIONS = (*REDUCTIONS, "error")
-
-
-@dataclass(frozen=True)
-class Seeking:
-    """How tokens are scored inside a training step.
-
-    Args:
-        reduction: of Eq. 4's gradient, "abs", "signed" or "l2"; or "error", the norm of p - y (predicted probabilities
-            less the target), which the forward pass alone gives.
-        gradient_layer: the gradient is taken at the input of layer N-k+1 of N.
-        exact_layers: so many top layers and the head are trained on all tokens; below them, selected rows are seeded
-            with their gradient over their probability.
-
-    Raises:
-        UserError: a value that is not accepted, by name.
-    """
-
-    reduction: str = "abs"
-    gradient_layer: int = 1
-    exact_layers: int = 0
-
-    def __post_init__(self):
-        if self.reduction not in ONLINE_REDUCTIONS:
-            raise UserError(f"reduction is {self.reduction!r}; it must be one of {', '.join(ONLINE_REDUCTIONS)}.")
-        if self.gradient_layer < 1:
-            raise UserError(f"gradient_layer is {self.gradient_layer}; it counts layers from the end, from 1.")
-        if self.exact_layers < 0:
-            raise UserError(
-                f"exact_layers is {self.exact_layers}; it must be 0 or the number of layers to train whole."
-            )
-        if self.exact_layers and self.reduction == "error":
-            raise UserError("reduction 'error' knows no gradient, which exact_layers selects by; use 'l2' or 'abs'.")
-
-    def require_servable(self, decoder: Decoder, rule: SelectionRule) -> None:
-        """Raise UserError for a model with fewer layers, or exact layers under a rule without weights."""
-        layers = max(self.gradient_layer, self.exact_layers)
-        if layers > len(decoder.layers):
-            name = "gradient_layer" if self.gradient_layer == layers else "exact_layers"
-            raise UserError(f"{name} is {layers}, and {decoder.name} has {len(decoder.layers)} layers.")
-        if self.exact_layers and not (rule.has_weights and rule.needs_scores and rule.alpha == 0):
-            raise UserError(
-                f"exact_layers is {self.exact_layers} with rule {rule.rule!r} (alpha {rule.alpha:g}): the rows "
-                "below are drawn by their gradient and weighted, so use rule='sampled' with alpha=0 and beta=1."
-            )
+# The sum of the losses of all rows of this process, with a graph, from the body's output, hidden states [B, T, D] and
+# targets [B, T].
+AllTokensLoss: TypeAlias = Callable[[BodyOutput, torch.Tensor, torch.Tensor], torch.Tensor]
+# Replaces the attention function in a block.
+Replaced: TypeAlias = Callable[[Replace], AbstractContextManager[None]]
 
 
 @dataclass
@@ -143,34 +105,93 @@ class Seen:
 
 
 def see_all_tokens(
-    ditching,
-    arguments: dict,
+    ditching: Ditching,
+    arguments: dict[str, Any],
     labels_BT: torch.Tensor,
     rule: SelectionRule,
-    selection_keys: torch.Tensor,
-    all_tokens_loss: Callable[..., torch.Tensor],
+    selection_keys: torch.Tensor | None,
+    all_tokens_loss: AllTokensLoss,
 ) -> Seen:
     """The first pass, and the selection by it.
 
     Args:
-        ditching: what the patched modules of the model share (:class:`tokenseek.ditching.patch.Ditching`).
+        ditching: what the patched modules of the model share.
         arguments: of the model's body, for the whole batch.
         labels_BT: not shifted.
         selection_keys: int64 [E], keys of the examples' draws.
-        all_tokens_loss: sum of the losses of all rows of this process, with a graph, for exact layers: of body output,
-            hidden states [B, T, D] and targets [B, T].
+        all_tokens_loss: of the rows of this process, with a graph, for exact layers.
     """
     decoder, seeking = ditching.decoder, ditching.seeking
     seeking.require_servable(decoder, rule)
     if selection_keys is None:
         raise UserError("selection is given without selection_keys: one int64 for each example, which keys its draws.")
+    is_split = _is_split(decoder)
+    _require_two_passes(decoder, seeking, is_split)
     mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
-    targets_BT = next_token_labels(labels_BT)
-    if mask is not None:
-        targets_BT = targets_BT.masked_fill(~mask.to(targets_BT.device).bool(), IGNORED)
-    examples = examples_of(mask, position_ids, targets_BT.shape)
+    targets_BT = _targets(labels_BT, mask)
     supervised_BT = targets_BT.ne(IGNORED)
-    is_split = is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
+    examples = [] if ditching.decided else examples_of(mask, position_ids, targets_BT.shape)
+    text = None
+    if ditching.sequence:
+        text = _dealt(ditching, arguments, labels_BT, selection_keys, ditching.sequence.group)
+    own_targets = targets_BT if text is None else text.mine(targets_BT, IGNORED)
+    run = _all_rows_arguments(arguments, mask, position_ids) if text is None else text.arguments(arguments["input_ids"])
+
+    wanted = _Wanted.by(rule, seeking)
+    recording = _recording(ditching, wanted, text)
+    attention = _attention_of(ditching, examples, len(targets_BT), mask) if text is None else text.shared_attention
+    valid_BT = torch.ones_like(supervised_BT) if mask is None else mask.bool()
+    with (
+        ditching.recording(recording),
+        _graph(decoder, seeking, wanted, recording, is_split) as leaves,
+        _attention_watched(decoder, wanted, valid_BT, attention) as received,
+    ):
+        output = decoder.body(**run, use_cache=False, return_dict=True)
+        if seeking.exact_layers:
+            exact, gradient_BTD = _exact_top(output, own_targets, leaves[0], all_tokens_loss, text)
+            loss_sum, scores_BT = exact.loss_sum.detach().clone(), REDUCTIONS[seeking.reduction](gradient_BTD)
+        else:
+            exact = None
+            loss_sum, scores_BT = _head_scores(ditching, output, own_targets, wanted, recording, leaves)
+    context_BT = received[0] if received else None
+    if text is not None:
+        scores_BT = None if scores_BT is None else text.gathered(scores_BT)
+        context_BT = None if context_BT is None else text.averaged(context_BT)
+        dist.all_reduce(loss_sum, group=text.group)
+    if ditching.decided:
+        selection = ditching.decided.selection
+    else:
+        selection = select_batch(rule, examples, selection_keys, context_BT, scores_BT, supervised_BT)
+    return Seen(selection, recording, loss_sum, supervised_BT.sum().clamp(min=1), exact)
+
+
+class _Wanted(NamedTuple):
+    """What a rule selects by: attention, the gradient, or the error of the prediction."""
+
+    context: bool
+    gradient: bool
+    error: bool
+
+    @classmethod
+    def by(cls, rule: SelectionRule, seeking: Seeking) -> _Wanted:
+        by_gradient = rule.needs_scores and rule.beta != 0
+        is_error = seeking.reduction == "error"
+        return cls(rule.needs_scores and rule.alpha != 0, by_gradient and not is_error, by_gradient and is_error)
+
+
+def _targets(labels_BT: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[B, T]: the token that each position predicts; padding predicts nothing."""
+    targets_BT = next_token_labels(labels_BT)
+    return targets_BT if mask is None else targets_BT.masked_fill(~mask.to(targets_BT.device).bool(), IGNORED)
+
+
+def _is_split(decoder: Decoder) -> bool:
+    """Whether ZeRO-3 or FSDP2 deals the weights out."""
+    return is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
+
+
+def _require_two_passes(decoder: Decoder, seeking: Seeking, is_split: bool) -> None:
+    """Raise UserError where an engine does not let the layers run twice before the backward pass."""
     if _tail_is_a_unit(decoder):
         raise UserError(
             "this FSDP2 launch shards the final norm together with the head (accelerate does), which cannot run twice "
@@ -181,68 +202,105 @@ def see_all_tokens(
             "exact_layers is incompatible with ZeRO-3 and FSDP2, which let a layer's weights go between its two "
             "backward passes; set it to 0, or train with DDP, ZeRO-1 or ZeRO-2."
         )
-    text = _dealt(ditching, arguments, labels_BT, selection_keys) if ditching.sequence else None
 
-    by_context = rule.needs_scores and rule.alpha != 0
-    by_gradient = rule.needs_scores and rule.beta != 0 and seeking.reduction != "error"
-    by_error = rule.needs_scores and rule.beta != 0 and seeking.reduction == "error"
-    exact = seeking.exact_layers
-    scored = 0 if exact else seeking.gradient_layer if by_gradient else int(by_context)
-    unrecorded = tuple(decoder.layers[-exact:]) if exact else ()
-    storage = "host" if ditching.kv_storage == "host" else "device"
-    scored_layers = tuple(decoder.layers[-scored:]) if scored else ()
-    recording = Recording(storage, unrecorded, scored_layers, text and text.share_keys)
-    with ditching.recording(recording), ExitStack() as stack:
-        if exact:
-            leaves = stack.enter_context(gradient_from(decoder.layers[-exact]))
-        elif by_gradient and not is_split:
-            leaves = stack.enter_context(gradient_beyond(decoder.layers[-1]))
-        else:
-            stack.enter_context(torch.no_grad())
-            leaves = []
-            if by_gradient:
-                stack.enter_context(recording.scoring_beyond_layers(decoder))
-        if text is None:
-            attention = _attention_of(ditching, examples, len(targets_BT), mask)
-        else:
-            attention = partial(text.attention, keys_are_shared=True)
-        received = None
-        if by_context:
-            valid_BT = torch.ones_like(supervised_BT) if mask is None else mask.bool()
-            received = stack.enter_context(attention_received(decoder, valid_BT, attention))
-        elif attention is not None:
-            stack.enter_context(attention(lambda original: original))
-        if text is None:
-            arguments = _all_rows_arguments(arguments, mask, position_ids)
-        else:
-            arguments = text.arguments(arguments["input_ids"])
-        output = decoder.body(**arguments, use_cache=False, return_dict=True)
-        own_targets = targets_BT if text is None else text.mine(targets_BT, IGNORED)
-        exact_top = None
-        if exact:
-            with torch.enable_grad():
-                own_sum = all_tokens_loss(output, output.last_hidden_state, own_targets)
-                (gradient_BTD,) = torch.autograd.grad(own_sum, leaves[0], retain_graph=True)
-            loss_sum, scores_BT = own_sum.detach().clone(), REDUCTIONS[seeking.reduction](gradient_BTD)
-            exact_top = ExactTop(own_sum, gradient_BTD if text is None else text.gathered(gradient_BTD))
-        else:
-            asked = dict(losses=True, errors=by_error, gradient=by_gradient, chunks=ditching.even_chunks)
-            head = head_scores(decoder, output, own_targets, **asked)
-            loss_sum, scores_BT = head.losses.sum(), head.errors
-            if by_gradient:
-                gradient_BTD = head.gradient
-                if isinstance(decoder.body, FSDPModule):  # it has let go what is its own, such as the final norm
-                    decoder.body.unshard()
-                if leaves:  # what comes after the layers has a graph of its own
-                    (gradient_BTD,) = torch.autograd.grad(output.last_hidden_state, leaves[0], gradient_BTD)
-                scores_BT = REDUCTIONS[seeking.reduction](recording.gradient_through_scored(gradient_BTD))
-    context_BT = received and received[0]
-    if text is not None:
-        scores_BT = None if scores_BT is None else text.gathered(scores_BT)
-        context_BT = None if context_BT is None else text.averaged(context_BT)
-        dist.all_reduce(loss_sum, group=text.group)
-    selection = select_batch(rule, examples, selection_keys, context_BT, scores_BT, supervised_BT)
-    return Seen(selection, recording, loss_sum, supervised_BT.sum().clamp(min=1), exact_top)
+
+def _recording(ditching: Ditching, wanted: _Wanted, text: DealtText | None) -> Recording:
+    """Where the first pass leaves keys and values: of all layers but the exact ones, and with a graph of the scored."""
+    layers, exact = ditching.decoder.layers, ditching.seeking.exact_layers
+    scored = ditching.seeking.gradient_layer if wanted.gradient else int(wanted.context)
+    return Recording(
+        "host" if ditching.kv_storage == "host" else "device",
+        unrecorded=tuple(layers[-exact:]) if exact else (),
+        scored=tuple(layers[-scored:]) if scored and not exact else (),
+        exchange=text and text.share_keys,
+    )
+
+
+@contextmanager
+def _graph(
+    decoder: Decoder, seeking: Seeking, wanted: _Wanted, recording: Recording, is_split: bool
+) -> Iterator[list[torch.Tensor]]:
+    """In the block, a pass records a graph of no more than the scores need.
+
+    Yields:
+        A list that holds the graph's leaf once it was reached: the input of the lowest exact layer, or the output of
+        the last layer. It stays empty where no gradient is taken, and where an engine counts on passes without one.
+    """
+    if seeking.exact_layers:
+        with gradient_from(decoder.layers[-seeking.exact_layers]) as leaves:
+            yield leaves
+    elif wanted.gradient and not is_split:
+        with gradient_beyond(decoder.layers[-1]) as leaves:
+            yield leaves
+    elif wanted.gradient:
+        with torch.no_grad(), recording.scoring_beyond_layers(decoder):
+            yield []
+    else:
+        with torch.no_grad():
+            yield []
+
+
+@contextmanager
+def _attention_watched(
+    decoder: Decoder, wanted: _Wanted, valid_BT: torch.Tensor, attention: Replaced | None
+) -> Iterator[list[torch.Tensor]]:
+    """In the block, attention is that of `attention`, the model's own where None.
+
+    Yields:
+        A list that holds the scores of Eq. 3 once the last layer has run, if they are wanted.
+    """
+    if wanted.context:
+        with attention_received(decoder, valid_BT, attention) as received:
+            yield received
+    elif attention is not None:
+        with attention(lambda original: original):
+            yield []
+    else:
+        yield []
+
+
+def _exact_top(
+    output: BodyOutput,
+    targets_BT: torch.Tensor,
+    border_BTD: torch.Tensor,
+    all_tokens_loss: AllTokensLoss,
+    text: DealtText | None,
+) -> tuple[ExactTop, torch.Tensor]:
+    """The loss of this process's rows, and its gradient at the border, the input of the lowest exact layer."""
+    with torch.enable_grad():
+        loss_sum = all_tokens_loss(output, output.last_hidden_state, targets_BT)
+        (gradient_BTD,) = torch.autograd.grad(loss_sum, border_BTD, retain_graph=True)
+    return ExactTop(loss_sum, gradient_BTD if text is None else text.gathered(gradient_BTD)), gradient_BTD
+
+
+def _head_scores(
+    ditching: Ditching,
+    output: BodyOutput,
+    targets_BT: torch.Tensor,
+    wanted: _Wanted,
+    recording: Recording,
+    leaves: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sum of the losses of this process's rows, and their scores by Eq. 4 or by error, if they are wanted."""
+    decoder = ditching.decoder
+    head = head_scores(
+        decoder,
+        output,
+        targets_BT,
+        losses=True,
+        errors=wanted.error,
+        gradient=wanted.gradient,
+        chunks=ditching.even_chunks,
+    )
+    loss_sum = cast(torch.Tensor, head.losses).sum()
+    if head.gradient is None:
+        return loss_sum, head.errors
+    gradient_BTD = head.gradient
+    if isinstance(decoder.body, FSDPModule):  # it has let go what is its own, such as the final norm
+        decoder.body.unshard()
+    if leaves:  # what comes after the layers has a graph of its own
+        (gradient_BTD,) = torch.autograd.grad(output.last_hidden_state, leaves[0], gradient_BTD)
+    return loss_sum, REDUCTIONS[ditching.seeking.reduction](recording.gradient_through_scored(gradient_BTD))
 
 
 def _tail_is_a_unit(decoder: Decoder) -> bool:
@@ -251,7 +309,9 @@ def _tail_is_a_unit(decoder: Decoder) -> bool:
     return any(isinstance(m, FSDPModule) for m in decoder.body.children() if m is not embeddings)
 
 
-def _attention_of(ditching, examples: list[Example], batch: int, mask):
+def _attention_of(
+    ditching: Ditching, examples: list[Example], batch: int, mask: torch.Tensor | None
+) -> Replaced | None:
     """What attention is replaced by in the first pass: examples of a packed row attend alone. None: the model's own."""
     if mask is not None or len(examples) == batch or batch > 1 or not ditching.attention_is_ours:
         return None
@@ -259,7 +319,7 @@ def _attention_of(ditching, examples: list[Example], batch: int, mask):
     decoder = ditching.decoder
 
     @contextmanager
-    def replaced(replace) -> Iterator[None]:
+    def replaced(replace: Replace) -> Iterator[None]:
         alone = every_example_alone(lengths)
         with (
             whole_masks(decoder, max(lengths), None, None),
@@ -270,7 +330,9 @@ def _attention_of(ditching, examples: list[Example], batch: int, mask):
     return replaced
 
 
-def _all_rows_arguments(arguments: dict, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> dict:
+def _all_rows_arguments(
+    arguments: dict[str, Any], mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> dict[str, Any]:
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if mask is not None and position_ids is None and bool((mask[:, :-1] >= mask[:, 1:]).all()):
         # No token looks at padding behind it: causality is all the mask that is needed.
@@ -278,7 +340,13 @@ def _all_rows_arguments(arguments: dict, mask: torch.Tensor | None, position_ids
     return {name: value for name, value in arguments.items() if name not in ("use_cache", "return_dict")}
 
 
-def _dealt(ditching, arguments: dict, labels_BT: torch.Tensor, selection_keys: torch.Tensor) -> DealtText:
+def _dealt(
+    ditching: Ditching,
+    arguments: dict[str, Any],
+    labels_BT: torch.Tensor,
+    selection_keys: torch.Tensor,
+    group: dist.ProcessGroup,
+) -> DealtText:
     """The batch, of which each rank of the group runs some tokens in the first pass.
 
     Raises:
@@ -293,4 +361,4 @@ def _dealt(ditching, arguments: dict, labels_BT: torch.Tensor, selection_keys: t
     if mask is not None and not bool((mask[:, :-1] >= mask[:, 1:]).all()):
         raise UserError("selection under sequence parallelism needs padding on the right.")
     given = dict(input_ids=input_ids, attention_mask=mask, labels=labels_BT, selection_keys=selection_keys)
-    return DealtText(ditching.decoder, ditching.sequence.group, **given)
+    return DealtText(ditching.decoder, group, **given)

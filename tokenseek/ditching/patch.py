@@ -22,7 +22,7 @@ from tokenseek.ditching.body import body_forward
 from tokenseek.ditching.embedding import forget_tied_weights
 from tokenseek.ditching.layer import layer_forward
 from tokenseek.ditching.model import make_causal_lm_forward
-from tokenseek.ditching.online import Seeking
+from tokenseek.ditching.seeking import Seeking
 from tokenseek.ditching.state import Ditching, ditching_of
 from tokenseek.ditching.storage import STORAGES
 from tokenseek.ditching.tiles import require_tile_rows

@@ -25,6 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from tokenseek.decoder.device import kind_of
 from tokenseek.decoder.masks import aligned_mask
 
 _aten = torch.ops.aten
@@ -73,7 +74,7 @@ def make_spans(
         positions_BS: of the rows, ascending, without those that fill an example up.
         tokens: T.
     """
-    limits = LIMITS.get(device.type)
+    limits = LIMITS.get(kind_of(device))
     if limits is None:
         return None
     counts = [min(limits.most, len(positions) // limits.rows, tokens // limits.keys) for positions in positions_BS]
@@ -213,8 +214,10 @@ class _CpuFlash:
 
     @classmethod
     def add_gradients(cls, dquery, dkey, dvalue, grad, query, out, lse, key, value, mask, scale):
-        for first in range(0, query.shape[2], cls.ROWS):
-            rows = slice(first, first + cls.ROWS)
+        # In the plan of a GPU, whose kernels take all rows at once, it stands for them.
+        count = cls.ROWS if kind_of(query.device) == "cpu" else max(1, query.shape[2])
+        for first in range(0, query.shape[2], count):
+            rows = slice(first, first + count)
             query_s = query[:, :, rows]
             dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 cls._packed(grad[:, :, rows]), cls._packed(query_s), key[None], value[None],

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,12 @@ from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.names import checkpoints, without_checkpointing
 from tokenseek.ditching.autocast import autocast_cache
 from tokenseek.ditching.loss import most_chunks
-from tokenseek.ditching.online import Seeking
 from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.rows import Partition
+from tokenseek.ditching.seeking import Seeking
 from tokenseek.errors import UserError
+from tokenseek.selection.batched import Selection
 
 
 class Sharing(Protocol):
@@ -56,6 +57,13 @@ class Sharing(Protocol):
         """The sum of every process's part of the loss."""
 
 
+class Decided(NamedTuple):
+    """What a step selects, decided before it runs: in a plan, whose tensors hold no scores."""
+
+    selection: Selection
+    reach: Reach
+
+
 class Ditching:
     """What the patched modules of one model share; `step` is set while a forward pass with selected tokens runs."""
 
@@ -73,6 +81,8 @@ class Ditching:
         self.sequence: Sharing | None = None
         # Made before the modules that use it are called, see `handing`.
         self.handed: Reach | None = None
+        # Set while a step that selects its own tokens is planned (`tokenseek.planning`).
+        self.decided: Decided | None = None
         self.returns_all_rows = _returns_all_rows(decoder.body)
         self.has_interface = has_attention_interface(decoder)
 

@@ -8,12 +8,33 @@ Shapes: B batch, N key/value heads, T tokens, H head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 STORAGES = ("device", "host", "int8")
+
+# What is done with the tensors that a storage, by its name, is made of.
+Watch = Callable[[str, tuple[torch.Tensor, ...]], None]
+_watching: list[Watch] = []
+
+
+@contextmanager
+def copies_watched(watch: Watch) -> Iterator[None]:
+    """Calls `watch` with every copy that is made inside the block; a plan counts them so."""
+    _watching.append(watch)
+    try:
+        yield
+    finally:
+        _watching.remove(watch)
+
+
+def _report(storage: str, *tensors: torch.Tensor) -> None:
+    for watch in _watching:
+        watch(storage, tensors)
 
 
 class Kept:
@@ -22,7 +43,7 @@ class Kept:
     In 8 bits, every row of H numbers has a scale of its own, after the mean over the tokens is taken off.
     """
 
-    def __init__(self, tensor: torch.Tensor, storage: str):
+    def __init__(self, tensor: torch.Tensor, storage: str) -> None:
         self.storage = storage
         self.size, self.stride, self.offset = tensor.size(), tensor.stride(), tensor.storage_offset()
         self.dtype, self.device = tensor.dtype, tensor.device
@@ -30,8 +51,10 @@ class Kept:
             self.numbers = tensor
         elif storage == "host":
             self.numbers = to_host(tensor.detach())
+            _report(storage, self.numbers)
         else:
             self.numbers, self.scale, self.mean = to_int8(tensor.detach())
+            _report(storage, self.numbers, self.scale, self.mean)
 
     def restore(self) -> torch.Tensor:
         """The tensor again, with the strides that it had."""
@@ -63,7 +86,7 @@ def to_int8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 class TakenOnce:
     """A tensor for a pass that is recomputed: itself the first time, from what was kept of it from then on."""
 
-    def __init__(self, tensor: torch.Tensor, storage: str):
+    def __init__(self, tensor: torch.Tensor, storage: str) -> None:
         self._tensor, self._kept = tensor, Kept(tensor, storage)
 
     def take(self) -> torch.Tensor:
@@ -75,12 +98,12 @@ class saved_as_kept(saved_tensors_hooks):
     """What autograd saves inside the block of the tensors that `watched` returns, views included, is
     stored as :class:`Kept`."""
 
-    def __init__(self, watched: Callable[[], tuple[torch.Tensor | None, ...]], storage: str):
+    def __init__(self, watched: Callable[[], tuple[torch.Tensor | None, ...]], storage: str) -> None:
         self._watched, self._storage = watched, storage
         self._shared: dict[int, _Shared] = {}
         super().__init__(self._pack, lambda packed: packed if isinstance(packed, torch.Tensor) else packed())
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._watched, self._shared = tuple, {}  # autograd holds on to `_pack`
 
@@ -96,7 +119,7 @@ class saved_as_kept(saved_tensors_hooks):
 class _Shared:
     """A tensor of which several operations saved a part. Restored once, it is freed when the last has its part."""
 
-    def __init__(self, tensor: torch.Tensor, storage: str):
+    def __init__(self, tensor: torch.Tensor, storage: str) -> None:
         self._kept = Kept(tensor, storage)
         self._users = self._served = 0
         self._restored: torch.Tensor | None = None

@@ -11,6 +11,8 @@ Shapes: B batch, T tokens, U unselected, R rows of a tile, D hidden, N query hea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
@@ -95,6 +97,21 @@ def _make_tiles(rows: Rows, size: int) -> list[Tile]:
     return [Tile(rows, *border, extent) for border, extent in zip(pairwise(borders), extents, strict=True)]
 
 
+# The tiles of a layer that are computed: all.
+Visit = Callable[[list[Tile]], Iterator[Tile]]
+_visit: ContextVar[Visit] = ContextVar("_visit", default=iter)
+
+
+@contextmanager
+def visited_by(visit: Visit) -> Iterator[None]:
+    """Inside the block, layers compute the tiles that `visit` gives of theirs; a plan takes some for all."""
+    token = _visit.set(visit)
+    try:
+        yield
+    finally:
+        _visit.reset(token)
+
+
 class ProjectedCache(_OnceCache):
     """Ends a tile's first sweep at its keys and values [B, K, R, H]."""
 
@@ -134,7 +151,7 @@ class TiledLayer:
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, K, U, H], by the first sweep."""
         buffers: list[torch.Tensor] = []
-        for tile in self.each_tile():
+        for tile in _visit.get()(self.tiles):
             cache = ProjectedCache()
             try:
                 self.run(tile.take(self.hidden_BUD), tile.rows, cache, lambda original: original)
@@ -156,7 +173,7 @@ class TiledLayer:
     def finish(self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor) -> torch.Tensor:
         """The layer's output for all unselected rows, [B, U, D], by the second sweep."""
         output_BUD = self.hidden_BUD
-        for tile in self.each_tile():
+        for tile in _visit.get()(self.tiles):
             cache = WholeCache(keys_BKTH.detach(), values_BKTH.detach())
             replace = tile_attention(tile, self._note_attention)
             output_BRD = self.run(tile.take(self.hidden_BUD), tile.rows, cache, replace)
@@ -164,10 +181,6 @@ class TiledLayer:
                 output_BUD = torch.empty_like(self.hidden_BUD, dtype=output_BRD.dtype)
             output_BUD[:, tile.first : tile.last] = output_BRD
         return output_BUD
-
-    def each_tile(self) -> Iterator[Tile]:
-        """The tiles, one after the other. A plan takes some for all."""
-        yield from self.tiles
 
     def _note_attention(self) -> None:
         self.attended = True

@@ -57,6 +57,20 @@ class Engine:
         return f"{self.kind}, {processes}" + (f", {' and '.join(offload)} in host memory" if offload else "")
 
 
+def require_whole_weights(engine: str, quantization: str | None) -> None:
+    """Refuse quantised weights under an engine that shards parameters.
+
+    Raises:
+        UserError: the weights are quantised.
+    """
+    if quantization:
+        raise UserError(
+            f"model.quantization: {engine} splits parameters over the processes, and TokenSeek does not split packed "
+            f"{quantization} weights, whose scales are no parameters. Launch with ddp.yaml or zero2.yaml, which keep "
+            "the small quantised weights whole and split the optimizer's states, or set model.quantization to null."
+        )
+
+
 def read_engine(accelerate_config: str | Path = "single", num_processes: int | None = None) -> Engine:
     """The engine of an accelerate config, by name or path.
 

@@ -20,6 +20,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from tokenseek.errors import UserError
 from tokenseek.launching import environment
+from tokenseek.launching.engine import require_whole_weights
 
 Result = TypeVar("Result")
 
@@ -76,13 +77,8 @@ def require_engine(state: PartialState, quantization: str | None) -> None:
             "FSDP was asked for, and there are no GPUs: accelerate would silently run DDP, with the whole model in "
             "every process. Launch with ddp_cpu.yaml, or with zero3.yaml, which splits parameters on CPUs too."
         )
-    if quantization and (fsdp or environment.zero_stage() == 3):
-        engine = "FSDP" if fsdp else "ZeRO-3"
-        raise UserError(
-            f"model.quantization: {engine} splits parameters over the processes, and TokenSeek does not split packed "
-            f"{quantization} weights, whose scales are no parameters. Launch with ddp.yaml or zero2.yaml, which keep "
-            "the small quantised weights whole and split the optimizer's states, or set model.quantization to null."
-        )
+    if fsdp or environment.zero_stage() == 3:
+        require_whole_weights("FSDP" if fsdp else "ZeRO-3", quantization)
 
 
 @contextmanager

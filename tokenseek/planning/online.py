@@ -5,13 +5,12 @@ Shapes: B batch, S selected.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from tokenseek.config import RunConfig
-from tokenseek.ditching import Seeking, online
+from tokenseek.ditching import Seeking
+from tokenseek.ditching.reach import Reach
+from tokenseek.ditching.state import Decided
 from tokenseek.launching.engine import Engine
 from tokenseek.planning.method import Method
 from tokenseek.selection.batched import Selection
@@ -32,16 +31,7 @@ def seeking_of(config: RunConfig, engine: Engine) -> Seeking | None:
     return Seeking(config.scoring.reduction, config.scoring.gradient_layer, exact)
 
 
-@contextmanager
-def selecting_as_planned(positions_BS: torch.Tensor) -> Iterator[None]:
-    """In the block, a step selects `positions_BS`, whatever the scores."""
-
-    def select(rule, examples, keys_E, context_BT, gradient_BT, supervised_BT) -> Selection:
-        return Selection(positions_BS, torch.ones(positions_BS.shape))
-
-    before = online.select_batch, online.examples_of
-    online.select_batch, online.examples_of = select, lambda mask, position_ids, shape: [None] * shape[0]
-    try:
-        yield
-    finally:
-        online.select_batch, online.examples_of = before
+def decided(reach: Reach) -> Decided:
+    """That a step selects the selected rows of `reach`, whatever the scores."""
+    positions_BS = reach.parts.selected.index_BR
+    return Decided(Selection(positions_BS, torch.ones(positions_BS.shape)), reach)

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +21,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Tra
 from transformers.initialization import no_init_weights
 
 from tokenseek.config import RunConfig
-from tokenseek.decoder import head
+from tokenseek.decoder.device import planned_for
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.names import enable_checkpointing
-from tokenseek.ditching import ditching_of, enable_token_ditching, staircase, storage, tiles
-from tokenseek.ditching import model as ditched_model
+from tokenseek.ditching import enable_token_ditching, storage, tiles
 from tokenseek.ditching.reach import PlainReach, Reach
 from tokenseek.ditching.rows import partition
+from tokenseek.ditching.state import require_ditching
 from tokenseek.errors import UserError
-from tokenseek.launching.engine import Engine
+from tokenseek.launching.engine import Engine, require_whole_weights
 from tokenseek.models.loading import add_adapter
 from tokenseek.parallel import measured
 from tokenseek.planning.ledger import Ledger
 from tokenseek.planning.method import Method, method_of
-from tokenseek.planning.online import is_online, seeking_of, selecting_as_planned
+from tokenseek.planning.online import decided, is_online, seeking_of
 from tokenseek.planning.packed import pack_linear_layers
 from tokenseek.planning.sequence import plan_as_first_rank
 from tokenseek.planning.shapes import known_shape
@@ -44,7 +43,6 @@ from tokenseek.planning.work import Gpu, StepWork, Work, sent_bytes
 from tokenseek.training.arguments import training_arguments
 
 _CPU = torch.device("cpu")
-_ROWS_OF_A_GPU = 2**31
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -111,11 +109,8 @@ def plan_memory(
         >>> plan_memory(load_config("llama-3.2-1b"), Method(ratio=0.1)).peak
     """
     method, engine = method or method_of(config), engine or Engine()
-    if engine.shards_parameters and config.model.quantization:
-        raise UserError(
-            f"model.quantization: {config.model.quantization} weights cannot be sharded by {engine.kind}; use DDP, "
-            "ZeRO-1 or ZeRO-2, or set model.quantization to null."
-        )
+    if engine.shards_parameters:
+        require_whole_weights(engine.kind, config.model.quantization)
     config.require_trainable()
     shape = (config.training.per_device_train_batch_size, tokens or config.data.max_length)
     model_config = model_config or load_model_config(config)
@@ -141,19 +136,16 @@ def plan_memory(
     decoder, work = find_decoder(model), Work()
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        limits = {} if engine.on_cpu else {"cpu": staircase.LIMITS["cuda"]}  # the fake tensors say that they are on one
         with (
-            _replaced(staircase, LIMITS={**staircase.LIMITS, **limits}),
-            # GPUs' kernels take all rows at once; in the blocks of a CPU, long texts take minutes to plan.
-            _replaced(staircase._CpuFlash, ROWS=staircase._CpuFlash.ROWS if engine.on_cpu else _ROWS_OF_A_GPU),
-            _replaced(head, CHUNK_BYTES=head.CHUNK_BYTES if engine.on_cpu else head.MOST_CHUNK_BYTES),
+            planned_for(None if engine.on_cpu else "cuda"),  # the fake tensors say that they are on a CPU
             _reaching(model, reach, is_online(config, method)),
             fake,
             Ledger(clock=lambda: work.seconds) as ledger,
             work,
             _LargestBatch(ledger),
-            _track_stored_kv(ledger),
-            _few_tiles(work),
+            _masks_as_of_real_tensors(),
+            storage.copies_watched(partial(_track_stored_kv, ledger)),
+            tiles.visited_by(partial(_few_tiles, work)),
         ):
             _materialise(model)
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
@@ -197,13 +189,10 @@ def _reaching(model: nn.Module, reach: Reach | None, online: bool) -> Iterator[N
     if reach is None:
         yield
     elif online:  # the first of a step's two passes is not for them alone
-        with (
-            selecting_as_planned(reach.parts.selected.index_BR),
-            _replaced(ditched_model, reach_of=lambda *args, **options: reach),
-        ):
-            yield
+        require_ditching(model).decided = decided(reach)
+        yield
     else:
-        with ditching_of(model).handing(reach):
+        with require_ditching(model).handing(reach):
             yield
 
 
@@ -304,52 +293,33 @@ def _train_pass(
         loss.backward()
 
 
-@contextmanager
-def _track_stored_kv(ledger: Ledger) -> Iterator[None]:
+def _track_stored_kv(ledger: Ledger, kind: str, copies: tuple[torch.Tensor, ...]) -> None:
     """Copies of keys and values for the backward pass are counted as such, and on the host not at all."""
-
-    def tracked(make, category):
-        def make_tracked(tensor):
-            made = make(tensor)
-            ledger.track(made if isinstance(made, tuple) else [made], category)
-            return made
-
-        return make_tracked
-
-    to_host, to_int8 = tracked(storage.to_host, None), tracked(storage.to_int8, "keys_values")
-    with _replaced(storage, to_host=to_host, to_int8=to_int8):
-        yield
+    ledger.track(copies, None if kind == "host" else "keys_values")
 
 
-@contextmanager
-def _replaced(module: ModuleType | type, **attributes: Any) -> Iterator[None]:
-    """Attributes of a module or class have other values inside."""
-    before = {name: getattr(module, name) for name in attributes}
-    try:
-        for name, value in attributes.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
-
-
-@contextmanager
-def _few_tiles(work: Work) -> Iterator[None]:
+def _few_tiles(work: Work, all_tiles: list[tiles.Tile]) -> Iterator[tiles.Tile]:
     """Of a layer's tiles the first, one in the middle, which stands for all but two, and the last.
 
     Arithmetic grows evenly from tile to tile, so that the sum is that of all; and the last holds the most.
     """
+    between = len(all_tiles) - 2
+    first, middle, last = all_tiles[0], all_tiles[len(all_tiles) // 2], all_tiles[-1]
+    for tile in all_tiles if between < 2 else (first, middle, last):
+        work.times = between if between >= 2 and tile is middle else 1
+        yield tile
+    work.times = 1
 
-    def each_tile(self: tiles.TiledLayer) -> Iterator[tiles.Tile]:
-        between = len(self.tiles) - 2
-        for tile in self.tiles if between < 2 else (self.tiles[0], self.tiles[len(self.tiles) // 2], self.tiles[-1]):
-            work.times = between if between >= 2 and tile not in (self.tiles[0], self.tiles[-1]) else 1
-            yield tile
-        work.times = 1
 
-    with _replaced(tiles.TiledLayer, each_tile=each_tile):
+@contextmanager
+def _masks_as_of_real_tensors() -> Iterator[None]:
+    """Transformers asks nothing of tensors without data, and builds the largest masks then, which no real batch has."""
+    before = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda *args: False
+    try:
         yield
+    finally:
+        masking_utils.is_tracing = before
 
 
 def _enter_body(ledger: Ledger) -> None:
@@ -402,16 +372,6 @@ class _LargestBatch(TorchDispatchMode):
     def __init__(self, ledger: Ledger):
         super().__init__()
         self.ledger = ledger
-
-    def __enter__(self):
-        # Transformers asks nothing of tensors without data, and builds the largest masks then, which no real batch has.
-        self._masks = _replaced(masking_utils, is_tracing=lambda *args: False)
-        self._masks.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        self._masks.__exit__(*exception)
-        return super().__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:  # asked more often than all else together

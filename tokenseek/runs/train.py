@@ -20,8 +20,7 @@ from tokenseek.config import RunConfig
 from tokenseek.data import hold_out, prepare_dataset, require_supervised
 from tokenseek.data.packing import PackedDataset
 from tokenseek.decoder.find import find_decoder
-from tokenseek.ditching import enable_token_ditching
-from tokenseek.ditching.online import Seeking
+from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.launching.memory import peak_memory_bytes

@@ -7,7 +7,7 @@ dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ class DealtText:
         """Keys and values of local tokens, all heads -> of all tokens [B, k, T, H], this rank's heads."""
         shared = key_heads_exchanged(query_heads(self.decoder), self.group, True, *rows_BKRH)
         return tuple(rows_BkAH[:, :, : self.tokens] for rows_BkAH in shared)
+
+    def shared_attention(self, replace: Replace) -> AbstractContextManager[None]:
+        """:meth:`attention` where keys and values come by way of :meth:`share_keys`."""
+        return self.attention(replace, keys_are_shared=True)
 
     @contextmanager
     def attention(self, replace: Replace, keys_are_shared: bool = False) -> Iterator[None]:

@@ -1,0 +1,26 @@
+"""The kind of device that a step is computed for: that of its tensors or, in a plan, that of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_planned: ContextVar[str | None] = ContextVar("_planned", default=None)
+
+
+def kind_of(device: torch.device) -> str:
+    """Whose kernels are to be chosen for tensors on `device`: "cpu", "cuda", ..."""
+    return _planned.get() or device.type
+
+
+@contextmanager
+def planned_for(kind: str | None) -> Iterator[None]:
+    """Inside the block, kernels are chosen as on a device of this kind, wherever tensors are; None: as ever."""
+    token = _planned.set(kind)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
