@@ -1,6 +1,14 @@
 import pytest
 import torch
 
+from tokenseek.commands.terminal import log_to_terminal
+
+
+@pytest.fixture(autouse=True)
+def logged_to_terminal():
+    """What the library logs is on the terminal, as in a command."""
+    log_to_terminal()
+
 
 @pytest.fixture
 def exact_softmax(monkeypatch):

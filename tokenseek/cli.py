@@ -24,6 +24,7 @@ from tokenseek.commands import (
     tune,
 )
 from tokenseek.commands.arguments import add_launch_arguments, without_launch_arguments
+from tokenseek.commands.terminal import log_to_terminal
 from tokenseek.errors import USAGE_ERROR, UserError
 from tokenseek.launching.launcher import launch_script
 from tokenseek.versions import tell_of_untested
@@ -84,7 +85,8 @@ def run_script(name: str) -> int:
 
 
 def guarded(run: Callable[[], int | None]) -> int:
-    """Run, and turn a :class:`UserError` into its message and exit status 2, without a traceback."""
+    """Run, with what is logged on the terminal; a :class:`UserError` becomes its message and exit status 2."""
+    log_to_terminal()
     try:
         return run() or 0
     except UserError as error:

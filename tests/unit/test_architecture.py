@@ -111,6 +111,15 @@ def test_no_mocks_in_production():
             assert not {"mock", "unittest", "unittest.mock", "pytest"} & set(names), module
 
 
+def test_only_commands_print():
+    """The library logs or returns lines; `print` by name counts too (a default, an argument)."""
+    for module, tree in modules().items():
+        if room_of(module) not in ("commands", "cli"):
+            used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "print"]
+            used += [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "print"]
+            assert not used, f"{module}, line {used[0].lineno}"
+
+
 @pytest.mark.parametrize("module", ["tokenseek", "tokenseek.cli", "tokenseek.config", "tokenseek.commands.train"])
 def test_heavy_libraries_are_imported_late(module):
     """A mistake in a configuration is told before anybody waits for torch."""

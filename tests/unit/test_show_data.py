@@ -42,7 +42,7 @@ def test_examples_are_told_and_shown(model, tmp_path, capsys):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages, "id": n} for n in range(5)])
     config = load_data_of_model(str(model), str(path))
-    show_data(config.model, config.data, examples=2)
+    print(*show_data(config.model, config.data, examples=2), sep="\n")
     out = capsys.readouterr().out
     assert f"{path}: 5 rows, chat messages (messages; not read: id)" in out
     assert "template: the tokenizer's chat template; loss on " in out
@@ -53,7 +53,7 @@ def test_examples_are_told_and_shown(model, tmp_path, capsys):
 def test_long_examples_are_cut_for_the_terminal(model, tmp_path, capsys):
     path = write_jsonl(tmp_path / "text.jsonl", [{"text": "one two three " * 300}])
     config = load_data_of_model(str(model), str(path), ["data.max_length=1000"])
-    show_data(config.model, config.data)
+    print(*show_data(config.model, config.data), sep="\n")
     out = capsys.readouterr().out
     assert "example 0 (00000000-" in out and "1,000 tokens, 999 with a loss" in out
     assert "... 600 more tokens, 600 with a loss" in out and "template: none (text as it is)" in out
@@ -63,7 +63,7 @@ def test_errors_come_as_from_training(model, tmp_path):
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     config = load_data_of_model(str(model), str(path))
     with pytest.raises(UserError, match="preference pairs"):
-        show_data(config.model, config.data)
+        print(*show_data(config.model, config.data), sep="\n")
     with pytest.raises(UserError, match="data.maxlength: unknown key.*did you mean"):
         load_data_of_model(str(model), str(path), ["data.maxlength=3"])
 

@@ -39,4 +39,5 @@ def check(args: argparse.Namespace) -> DataOfModel:
 def run(args: argparse.Namespace, config: DataOfModel) -> None:
     from tokenseek.runs.data import show_data  # late: mistakes are told before transformers is imported
 
-    show_data(config.model, config.data, args.examples, color=sys.stdout.isatty() and not args.no_color)
+    for line in show_data(config.model, config.data, args.examples, color=sys.stdout.isatty() and not args.no_color):
+        print(line)

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace, config: RunConfig | None) -> None:
 
     if config is not None:
         color = sys.stdout.isatty() and not args.no_color
-        show(config, args.row or [], args.random, html=args.html, figures=args.figures, color=color)
+        for line in show(config, args.row or [], args.random, html=args.html, figures=args.figures, color=color):
+            print(line)
     if args.run_folder:
-        show_runs(args.run_folder, args.figures)
+        for line in show_runs(args.run_folder, args.figures):
+            print(line)

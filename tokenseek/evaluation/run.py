@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -29,6 +30,8 @@ from tokenseek.launching.sequence import launched_sp_size
 from tokenseek.models.loading import load_model, load_tokenizer, require_decoder
 from tokenseek.training import GroupTrainer, PaddingCollator
 from tokenseek.training.metrics import held_out_loss
+
+_log = logging.getLogger(__name__)
 
 # Processes with longer examples finish later than others, which wait for them; the launcher ends all when one dies.
 _PATIENCE = timedelta(days=7)
@@ -135,7 +138,7 @@ def evaluate(
 def evaluate_subject(
     subject: Subject, tasks: str, *, json: Path | None = None, samples: Path | None = None, **settings: Any
 ) -> None:
-    """:func:`evaluate`, and then print its table and write its files; every process of a launch calls this.
+    """:func:`evaluate`, and then log its table and write its files; every process of a launch calls this.
 
     Args:
         json: the file for the scores; ``evaluation.json`` in the folder of a run by default.
@@ -152,13 +155,13 @@ def evaluate_subject(
         **settings,
     )
     if PartialState().is_main_process:
-        print(f"\n{result.table()}")
+        _log.info("\n%s", result.table())
         if json := json or (subject.run and subject.run / "evaluation.json"):
             result.save(json)
-            print(f"\nscores: {json}")
+            _log.info("\nscores: %s", json)
         if samples:
             result.save_samples(samples)
-            print(f"prompts and answers: {samples}")
+            _log.info("prompts and answers: %s", samples)
 
 
 def _load(model: ModelConfig, adapter: str | Path | None, state: PartialState) -> PreTrainedModel | PeftModel:

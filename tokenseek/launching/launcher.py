@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 
 from tokenseek.config.resources import find_resource, resolve_accelerate_config
 from tokenseek.errors import USAGE_ERROR
+
+_log = logging.getLogger(__name__)
 
 
 def launch_script(
@@ -41,7 +43,7 @@ def accelerate_launch(words: Sequence[str]) -> int:
     if USAGE_ERROR in statuses:
         return USAGE_ERROR  # the others were ended because of it
     if killed := [-status for status in statuses if status < 0]:
-        print(f"tokenseek: error: a process was ended by signal {killed[0]} ({_signal(killed[0])}).", file=sys.stderr)
+        _log.error("tokenseek: error: a process was ended by signal %d (%s).", killed[0], _signal(killed[0]))
         return 128 + killed[0]
     return statuses[0]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,12 @@ def join_processes(patience: timedelta | None = None) -> PartialState:
             "without GPUs."
         )
     return state
+
+
+def log_once(log: logging.Logger, state: PartialState, message: str) -> None:
+    """Log at level INFO, in one process of every node."""
+    if state.is_local_main_process:
+        log.info(message)
 
 
 def leave_launch() -> int:

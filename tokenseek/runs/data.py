@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tokenseek.config import DataConfig, ModelConfig
 from tokenseek.data import PreparedData, prepare_dataset
@@ -14,8 +14,8 @@ from tokenseek.reporting import render_labels
 _TOKENS_SHOWN = 400
 
 
-def show_data(model: ModelConfig, data: DataConfig, examples: int = 3, *, color: bool = False) -> None:
-    """Print what the sources are recognised as, what becomes of them, and their first examples as tokens.
+def show_data(model: ModelConfig, data: DataConfig, examples: int = 3, *, color: bool = False) -> Iterator[str]:
+    """What the sources are recognised as, what becomes of them, and their first examples as tokens.
 
     Args:
         examples: how many to show.
@@ -26,17 +26,17 @@ def show_data(model: ModelConfig, data: DataConfig, examples: int = 3, *, color:
     """
     tokenizer = load_tokenizer(model, weights=False)
     prepared = prepare_dataset(data, tokenizer)
-    print("\n".join(describe_data(prepared, data)))
+    yield from describe_data(prepared, data)
     mark = "black on green" if color else "in [[ ]]"
     for row, example in enumerate(prepared.dataset.select(range(min(examples, len(prepared.dataset))))):
         ids, labels = example["input_ids"], example["labels"]
-        print(
+        yield (
             f"\nexample {row} ({example['example_id']}): {len(ids):,} tokens, {_learned(labels):,} with a loss ({mark})"
         )
-        print(render_labels(tokenizer, ids[:_TOKENS_SHOWN], labels[:_TOKENS_SHOWN], color))
+        yield render_labels(tokenizer, ids[:_TOKENS_SHOWN], labels[:_TOKENS_SHOWN], color)
         if len(ids) > _TOKENS_SHOWN:
             left = _learned(labels) - _learned(labels[:_TOKENS_SHOWN])
-            print(f"... {len(ids) - _TOKENS_SHOWN:,} more tokens, {left:,} with a loss")
+            yield f"... {len(ids) - _TOKENS_SHOWN:,} more tokens, {left:,} with a loss"
 
 
 def _learned(labels: Sequence[int]) -> int:

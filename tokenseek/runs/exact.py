@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 from accelerate import PartialState
 
 from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
 from tokenseek.launching import environment
 from tokenseek.launching.engine import launched_engine
+from tokenseek.launching.processes import log_once
+
+_log = logging.getLogger(__name__)
 
 
 def settle_exact_layers(config: RunConfig, state: PartialState) -> RunConfig:
@@ -26,5 +31,5 @@ def settle_exact_layers(config: RunConfig, state: PartialState) -> RunConfig:
         )
     if config.selection.exact_layers != "auto":
         return config
-    state.print("selection.exact_layers: auto: 1.")
+    log_once(_log, state, "selection.exact_layers: auto: 1.")
     return config.model_copy(update={"selection": config.selection.model_copy(update={"exact_layers": 1})})

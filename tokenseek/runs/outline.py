@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -13,11 +15,13 @@ from tokenseek.planning import launched_engine, method_of, plan_memory
 from tokenseek.reporting import render_labels
 from tokenseek.runs.inputs import RunInputs
 
+_log = logging.getLogger(__name__)
+
 _TOKENS_SHOWN = 120
 
 
-def print_outline(config: RunConfig, inputs: RunInputs, training: Dataset, model: nn.Module, tokens: int) -> None:
-    """The main process prints it; every process may call this, before any weight is loaded.
+def log_outline(config: RunConfig, inputs: RunInputs, training: Dataset, model: nn.Module, tokens: int) -> None:
+    """The main process logs it; every process may call this, before any weight is loaded.
 
     Args:
         model: on the meta device, with the run's adapter.
@@ -25,12 +29,10 @@ def print_outline(config: RunConfig, inputs: RunInputs, training: Dataset, model
     """
     if not inputs.state.is_main_process:
         return
-    print(_example(inputs.tokenizer, training))
-    print(_trained(config, model, inputs.state.num_processes))
-    print(_memory(config, inputs, tokens))
-    print(
-        f"writes to: {config.output_dir} (checkpoints, metrics.jsonl, summary.json; the result in final/)", flush=True
-    )
+    _log.info(_example(inputs.tokenizer, training))
+    _log.info(_trained(config, model, inputs.state.num_processes))
+    _log.info(_memory(config, inputs, tokens))
+    _log.info(f"writes to: {config.output_dir} (checkpoints, metrics.jsonl, summary.json; the result in final/)")
 
 
 def _example(tokenizer: PreTrainedTokenizerBase, training: Dataset) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tokenseek.index.positions import SelectedPositions
 from tokenseek.models.loading import load_tokenizer
 from tokenseek.runs.inputs import run_fingerprints
 from tokenseek.training import TokenSeekCollator
+
+_log = logging.getLogger(__name__)
 
 
 def export_positions(config: RunConfig, output: Path | None = None) -> SelectedPositions:
@@ -37,5 +40,5 @@ def export_positions(config: RunConfig, output: Path | None = None) -> SelectedP
     path = output or Path(config.output_dir) / "positions.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     positions.save(path)
-    print(f"{len(positions):,} examples, {sum(lengths):,} tokens, {positions.nbytes:,} bytes of bits: {path}")
+    _log.info(f"{len(positions):,} examples, {sum(lengths):,} tokens, {positions.nbytes:,} bytes of bits: {path}")
     return positions

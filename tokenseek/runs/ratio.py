@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from accelerate import PartialState
@@ -11,8 +12,10 @@ from tokenseek.config import RunConfig, load_config
 from tokenseek.config.sizes import format_size, parse_size
 from tokenseek.errors import UserError
 from tokenseek.launching.memory import free_memory_bytes
-from tokenseek.launching.processes import first_on_main
+from tokenseek.launching.processes import first_on_main, log_once
 from tokenseek.planning import Engine, describe_choice, largest_ratio, launched_engine
+
+_log = logging.getLogger(__name__)
 
 # What the plan does not know of: gaps in the allocator, memory inside kernels.
 SHARE_OF_FREE_MEMORY = 0.9
@@ -45,7 +48,7 @@ def settle_ratio(config: RunConfig, checkpoint: str | None, tokens: int, state: 
         (planned,) = broadcast_object_list([planned])
         ratio, peak = planned
         told = f"r = {{}} is the largest share that fits into {format_size(budget)}; planned peak {format_size(peak)}"
-    state.print(f"selection.ratio: auto: {told.format(f'{ratio:g}')}.")
+    log_once(_log, state, f"selection.ratio: auto: {told.format(f'{ratio:g}')}.")
     selection = config.selection.model_copy(update={"ratio": ratio})
     training = config.training.model_copy(update={"memory_budget": None})
     return config.model_copy(update={"selection": selection, "training": training})

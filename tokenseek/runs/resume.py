@@ -7,6 +7,7 @@ so that no weights were made by other settings than those of the `config.yaml` b
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from tokenseek.errors import UserError
 from tokenseek.runs.inputs import RunInputs
 from tokenseek.runs.summary import TrainingSummary
 from tokenseek.training.checkpoints import writing
+
+_log = logging.getLogger(__name__)
 
 FINGERPRINT_NAME, CONFIG_NAME, SUMMARY_NAME, METRICS_NAME = (
     "fingerprint.json",
@@ -264,7 +267,7 @@ def _move_away(files: Sequence[Path], output: Path) -> None:
     for name in (CONFIG_NAME, FINGERPRINT_NAME):  # a result that this run makes longer keeps what tells of it
         if (output / name).exists():
             shutil.copy(output / name, earlier / name)
-    print(f"Moved to {earlier}: {', '.join(path.name for path in files)} of an earlier run.", flush=True)
+    _log.info("Moved to %s: %s of an earlier run.", earlier, ", ".join(path.name for path in files))
 
 
 def _without_effect(config: RunConfig) -> dict[str, Any]:

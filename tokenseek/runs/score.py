@@ -21,7 +21,7 @@ from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
 from tokenseek.index import IndexHeader, ShardStore, TokenIndex, merge_shards
 from tokenseek.index.schema import differences
-from tokenseek.launching.processes import join_processes, whole_models
+from tokenseek.launching.processes import join_processes, log_once, whole_models
 from tokenseek.models.loading import load_model
 from tokenseek.parallel import sequence_group
 from tokenseek.runs.allocation import Allocation
@@ -86,7 +86,7 @@ def score(
     path, options = config.index_path, _options(config)
     if path.exists():
         _require_same_scoring(path, inputs.fingerprints, options)
-        state.print(f"{path} holds the scores of this data already.")
+        log_once(_log, state, f"{path} holds the scores of this data already.")
         return path
 
     plan = plan_batches(
@@ -106,7 +106,7 @@ def score(
     run_id = broadcast_object_list([uuid.uuid4().hex])[0]
     began, loading, kept = time.perf_counter(), 0.0, store.finished() & set(shards)
     if kept:
-        state.print(f"{len(kept)} of {len(shards)} shards were finished before and are kept.")
+        log_once(_log, state, f"{len(kept)} of {len(shards)} shards were finished before and are kept.")
     with SeekingProgress(store, plan, shards, disable=not state.is_main_process) as progress:
         if len(kept) < len(shards):
             loading = _seek(config, inputs, store, plan, run_id, shards, progress, team, cost)
@@ -117,13 +117,15 @@ def score(
     seconds = time.perf_counter() - began - loading
     if cost:
         cost.seconds = seconds
-    state.print(
+    log_once(
+        _log,
+        state,
         f"Scored {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s), after {loading:.1f} s of "
-        "loading the model."
+        "loading the model.",
     )
     if part is None:
         merge(path)
-        state.print(f"Index: {path} ({path.stat().st_size:,} bytes).")
+        log_once(_log, state, f"Index: {path} ({path.stat().st_size:,} bytes).")
     return path
 
 
@@ -148,7 +150,7 @@ def shard_folder(path: Path) -> Path:
 def _read_inputs(config: RunConfig) -> RunInputs:
     state = join_processes()
     inputs = read_inputs(config, state, sequence_group(state.device.type))
-    state.print(f"Data to score: {inputs.data.report}")
+    log_once(_log, state, f"Data to score: {inputs.data.report}")
     return inputs
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenseek.config import RunConfig
@@ -28,8 +28,8 @@ def show(
     html: Path | None = None,
     figures: Path | None = None,
     color: bool = False,
-) -> None:
-    """Print the index of a run and its examples; with `html` or `figures` write those of them instead.
+) -> Iterator[str]:
+    """The index of a run and its examples, as lines; with `html` or `figures` writes those of them instead.
 
     Args:
         rows: which examples; the first where neither `rows` nor `drawn` is given.
@@ -41,7 +41,7 @@ def show(
     index = TokenIndex.open(config.index_path)
     rule = config.selection.to_rule()
     collator = TokenSeekCollator(index, rule=rule)
-    print(describe_index(index))
+    yield describe_index(index)
     for row in rows:
         if not 0 <= row < len(index):
             raise UserError(f"row {row}: the index has rows 0 to {len(index) - 1}.")
@@ -58,26 +58,26 @@ def show(
         if not isinstance(rule.definition, Top):
             subtitle += f'; the run itself selects by rule "{rule.rule}", this page by rule "top"'
         html.write_text(render_page(examples, rule, subtitle), encoding="utf-8")
-        print(f"\npage: {html}")
+        yield f"\npage: {html}"
     if figures:
         for path in _figures_of_examples(config, prepared, rows[:_EXAMPLES_IN_A_FIGURE], figures):
-            print(f"figure: {path}")
+            yield f"figure: {path}"
     if not (html or figures):
         for row in rows:
             example = prepared.dataset[row]
             selected = collator.select(example)
-            print(f"\nrow {row}, {len(example['input_ids'])} tokens, {len(selected)} selected")
-            print(render_example(tokenizer, example["input_ids"], example["labels"], selected, color))
+            yield f"\nrow {row}, {len(example['input_ids'])} tokens, {len(selected)} selected"
+            yield render_example(tokenizer, example["input_ids"], example["labels"], selected, color)
 
 
-def show_runs(folders: Sequence[Path], figures: Path) -> None:
-    """Write the figures that compare training runs: loss against r, training curves, memory."""
+def show_runs(folders: Sequence[Path], figures: Path) -> Iterator[str]:
+    """Writes the figures that compare training runs, loss against r, training curves and memory; yields their names."""
     from tokenseek.reporting.figures import RunMetrics, figure_curves, figure_memory, figure_ratio, save_figure
 
     runs = [RunMetrics(folder) for folder in folders]
     for name, draw in (("loss-by-ratio", figure_ratio), ("training-curves", figure_curves), ("memory", figure_memory)):
         for path in save_figure(draw(runs), figures / name):
-            print(f"figure: {path}")
+            yield f"figure: {path}"
 
 
 def _figures_of_examples(config: RunConfig, prepared: PreparedData, rows: Sequence[int], folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.launching.memory import peak_memory_bytes
-from tokenseek.launching.processes import first_on_main, join_processes, require_engine
+from tokenseek.launching.processes import first_on_main, join_processes, log_once, require_engine
 from tokenseek.models.checks import require_adapter, require_fitting_data
 from tokenseek.models.kernels import apply_liger, compile_regions, require_kernels
 from tokenseek.models.loading import add_adapter, load_model, model_folder, revision_of
@@ -33,7 +34,7 @@ from tokenseek.runs.allocation import StepAllocation
 from tokenseek.runs.exact import settle_exact_layers
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.inputs import RunInputs, read_inputs
-from tokenseek.runs.outline import print_outline
+from tokenseek.runs.outline import log_outline
 from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.resume import (
     METRICS_NAME,
@@ -53,13 +54,15 @@ from tokenseek.training.checkpoints import Resumed, fit_checkpoint
 from tokenseek.training.checks import make_output, require_a_batch, require_arguments
 from tokenseek.training.metrics import MetricsFile, held_out_loss
 
+_log = logging.getLogger(__name__)
+
 
 def train(config: RunConfig, loss_before: float | None = None, *, outlined: bool = False) -> TrainingSummary:
     """Fine-tune as configured; every process of a run calls this. A run that is finished is told to be, and not run.
 
     Args:
         loss_before: the held-out loss of the model as it is, where it was measured before.
-        outlined: print an example, what is trained, the planned memory and the output folder before it starts.
+        outlined: log an example, what is trained, the planned memory and the output folder before it starts.
 
     Raises:
         UserError: before the model is loaded, for a configuration, data or an index that does not fit.
@@ -127,23 +130,23 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     training, held_out = _split(config, inputs)
     groups = state.num_processes // (group.size() if group else 1)
     require_a_batch(config.training, len(training), groups)
-    state.print(f"Training data: {inputs.data.report}")
+    log_once(_log, state, f"Training data: {inputs.data.report}")
     packed, longest = None, max(map(len, inputs.data.dataset["input_ids"]))
     if config.training.packing == "bins":
         packed, longest = PackedDataset(training, config.data.max_length), config.data.max_length
-        state.print(f"Packed: {packed}.")
+        log_once(_log, state, f"Packed: {packed}.")
     config = settle_ratio(config, start.settled_by, longest, state)
     fingerprint = fingerprint_run(config, inputs, training, groups)
     start = require_same_inputs(start, fingerprint)
     if told := describe_start(start, fingerprint):
-        state.print(told)
+        log_once(_log, state, told)
     arguments = training_arguments(config.training, output, config.seed)
     if arguments.world_size != state.num_processes:
         raise RuntimeError(f"Trainer sees {arguments.world_size} processes of the {state.num_processes} launched.")
     if start.finished:
         return Run(config, inputs, training, held_out, packed, None, arguments, output, start)
     if outlined:
-        print_outline(config, inputs, training, planned_model, longest)
+        log_outline(config, inputs, training, planned_model, longest)
     index = _index(config, inputs) if config.needs_index else None
     if start.checkpoint:
         fit_checkpoint(Path(start.checkpoint), arguments, state)
@@ -178,10 +181,12 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
         online=online,
     )
     if online:
-        inputs.state.print(f"Selection in each step, rule {rule.rule}: {rule.ratio:g} of the tokens, no index.")
+        log_once(
+            _log, inputs.state, f"Selection in each step, rule {rule.rule}: {rule.ratio:g} of the tokens, no index."
+        )
     else:
         selected = Selected.among(collator, run.training)
-        inputs.state.print(selected.report())
+        log_once(_log, inputs.state, selected.report())
     return TokenSeekTrainer(model, data_collator=collator, **options), selected
 
 
@@ -272,7 +277,7 @@ def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedMode
 def _index(config: RunConfig, inputs: RunInputs) -> TokenIndex:
     path, state = config.index_path, inputs.state
     if not path.exists():
-        state.print(f"There is no index at {path}: scoring the data first.")
+        log_once(_log, state, f"There is no index at {path}: scoring the data first.")
         score(config, inputs)
 
     def open_index() -> TokenIndex:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from tokenseek.sweeps.paper import PaperTable, TableRow, row_settings
 from tokenseek.sweeps.sweep import Measure, Row, Sweep, Trial
 from tokenseek.sweeps.tables import Group, gibibytes, grouped, markdown
 from tokenseek.sweeps.tune import short_runs
+
+_log = logging.getLogger(__name__)
 
 _PEAK = "Max. mem. %"
 _AVERAGE_MEMORY = "Ave. mem. %"
@@ -36,7 +39,7 @@ def reproduce(
     data: Sequence[Path] = (),
     eval_limit: int | None = None,
 ) -> Path | None:
-    """Run what is missing of a table, print it and write it; every process of a launch calls this.
+    """Run what is missing of a table, log it and write it; every process of a launch calls this.
 
     Args:
         name: of the folder, ``output_dir/table-NAME``.
@@ -58,13 +61,13 @@ def reproduce(
         config = override_config(config, {"scoring.index": str(folder / "index.arrow")})
     measure = _evaluation(tasks, data, eval_limit) if tasks else None
     sweep = Sweep(folder, short_runs(config, steps, hold_out), trials, measure)
-    sweep.run(lambda line: print(line, flush=True))
+    sweep.run()
     if number:
         return None
     text = render(table, rows, sweep.rows(), paper or table.paper[0])
     path = sweep.folder / "table.md"
     path.write_text(f"# Table {name}: {table.title}\n\n{text}\n", encoding="utf-8")
-    print(f"\n{text}\n\nTable: {path}; rows: {sweep.rows_file}")
+    _log.info(f"\n{text}\n\nTable: {path}; rows: {sweep.rows_file}")
     return path
 
 

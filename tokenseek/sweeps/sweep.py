@@ -13,6 +13,7 @@ import fcntl
 import gc
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from tokenseek.errors import UserError
 from tokenseek.runs.score import ScoringCost, score
 from tokenseek.runs.summary import TrainingSummary
 from tokenseek.runs.train import train
+
+_log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Measure = Callable[[RunConfig, TrainingSummary], Mapping[str, Any]]
@@ -95,7 +98,7 @@ class Sweep:
     def rows_file(self) -> Path:
         return self.folder / "rows.jsonl"
 
-    def run(self, tell: Callable[[str], None] = print) -> list[Row]:
+    def run(self, tell: Callable[[str], None] = _log.info) -> list[Row]:
         """Run trials until all are finished, by this process or by others; every process calls this.
 
         A trial that another process has is waited for, and run here should that process die.

@@ -6,6 +6,7 @@ seeing what a smaller one costs, and `tolerance` says how much of the loss it ma
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from tokenseek.launching.processes import leave_launch
 from tokenseek.selection import rule_named
 from tokenseek.sweeps.sweep import Sweep, Trial
 from tokenseek.sweeps.tables import Group, gibibytes, grouped, markdown
+
+_log = logging.getLogger(__name__)
 
 PAPER_WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (5.0, 5.0), (7.0, 3.0), (3.0, 7.0))
 _GRID = ("alpha", "beta", "ratio")
@@ -128,21 +131,21 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def report(config: RunConfig, sweep: Sweep, grid: Grid, preset: Path | None = None) -> Path:
-    """Print the table of a finished sweep and write the chosen preset, by default ``tune/preset.yaml``."""
+    """Log the table of a finished sweep and write the chosen preset, by default ``tune/preset.yaml``."""
     groups = groups_of(sweep)
-    print(f"\n{table(groups)}")
+    _log.info(f"\n{table(groups)}")
     chosen = choose(groups, grid.tolerance)
     alpha, beta, ratio = chosen.values
     before = chosen.mean("loss_before")
-    print(f"\nHeld-out loss before training: {before:.4f} nats per token. Runs of {grid.steps} steps.")
-    print(f"Chosen: alpha {alpha:g}, beta {beta:g}, r {ratio:g}.")
+    _log.info(f"\nHeld-out loss before training: {before:.4f} nats per token. Runs of {grid.steps} steps.")
+    _log.info(f"Chosen: alpha {alpha:g}, beta {beta:g}, r {ratio:g}.")
     path = preset or sweep.folder / "preset.yaml"
     settings = {f"selection.{name}": value for name, value in zip(_GRID, chosen.values, strict=True)}
     values = override_config(config, {**settings, "scoring.index": str(config.index_path)}).model_dump(mode="json")
     head = f"# Chosen by `tokenseek tune` with a held-out loss of {chosen.spread('loss_after')} nats per token.\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    print(f"Preset: {path} (tokenseek train --preset {path})")
+    _log.info(f"Preset: {path} (tokenseek train --preset {path})")
     return path
 
 
@@ -154,5 +157,5 @@ def tune(config: RunConfig, grid: Grid, preset: Path | None = None) -> Path | No
     """
     number = leave_launch()
     sweep = tune_sweep(config, grid)
-    sweep.run(lambda line: print(line, flush=True))
+    sweep.run()
     return report(config, sweep, grid, preset) if number == 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from tokenseek.errors import UserError
+from tokenseek.launching.processes import log_once
+
+_log = logging.getLogger(__name__)
 
 # Of DeepSpeed: the file that names the folder of a converted checkpoint, written last, and the setting to load it.
 _UNIVERSAL = "latest_universal"
@@ -69,8 +73,10 @@ def fit_checkpoint(checkpoint: Path, arguments: TrainingArguments, state: Partia
         return
     done = checkpoint / _UNIVERSAL
     if not done.exists():
-        state.print(
-            f"{checkpoint} was written by {len(parts)} processes, these are {state.num_processes}: converting it."
+        log_once(
+            _log,
+            state,
+            f"{checkpoint} was written by {len(parts)} processes, these are {state.num_processes}: converting it.",
         )
         if state.is_main_process:
             _make_universal(parts[0].parent)
@@ -94,7 +100,7 @@ class Resumed(TrainerCallback):
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         before, now = (round(s.max_steps / s.num_train_epochs) for s in (self.before, state))
         if before != now and args.max_steps <= 0 and state.is_world_process_zero:
-            print(
+            _log.warning(
                 f"WARNING: an epoch had {before} steps when the checkpoint was written, and now it has {now}: other "
                 "batches follow than in the interrupted run. For the same, keep the data and the product of "
                 "per_device_train_batch_size, gradient_accumulation_steps and the number of processes."
