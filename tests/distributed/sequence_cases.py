@@ -15,6 +15,7 @@ from tiny_models import VOCAB, computed_in, tiny_model
 
 import tokenseek
 from tokenseek.parallel import enable_sequence_parallelism
+from tokenseek.ulysses.layout import LAYOUTS, Layout, Shards
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
 
@@ -43,6 +44,15 @@ class Case:
     @property
     def computed_in(self) -> torch.dtype:
         return computed_in(self.kind, self.model.get("attn", "sdpa"))
+
+
+def in_blocks(positions_BA: torch.Tensor, ranks: int, tokens: int) -> Shards:
+    """The layout of docs/extending.md."""
+    padded = torch.nn.functional.pad(positions_BA, (0, -positions_BA.shape[1] % ranks), value=-1)
+    return Shards(padded.unflatten(1, (ranks, -1)), interleaved=False)
+
+
+LAYOUTS["blocks"] = Layout(in_blocks)
 
 
 def make_inputs(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -105,6 +105,7 @@ LAYOUTS = {
     for name, case in (TWO_RANKS | FOUR_RANKS).items()
     if ":" not in name or name.startswith(("all", "packed", "gpt2", "opt", "mistral"))
 }
+LAYOUTS["from outside"] = Case(layout="blocks")
 GROUPS = {
     "2": (2, TWO_RANKS),
     "3": (3, THREE_RANKS),

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from tokenseek.config.section import CellValue, NonNegativeInt, PositiveInt, Section
+from tokenseek.imported import import_named
 
 
 class Columns(Section):
@@ -44,7 +45,8 @@ class SourceConfig(Section):
 
     `kind` says what a row is: an `instruction` (with an input or without) and its response; a `chat`, as messages or in
     ShareGPT's form; a prompt and its `completion`, of text or of messages; or `text`. With `auto`, kind and columns are
-    recognised from the first rows.
+    recognised from the first rows. `convert`, the import path of a function (`my_package.my_module:my_format`), makes
+    such rows of others: it takes a row behind the filters, a dict of its columns, and returns the one that is read.
     """
 
     path: str | None = None
@@ -52,6 +54,7 @@ class SourceConfig(Section):
     config_name: str | None = None
     split: str = "train"
     kind: Literal["auto", "instruction", "chat", "completion", "text"] = "instruction"
+    convert: str | None = None
     columns: Columns = Columns()
     drop: dict[str, list[CellValue]] = {}
     keep: dict[str, list[CellValue]] = {}
@@ -70,6 +73,8 @@ class SourceConfig(Section):
             raise ValueError("give either weight or rows, not both")
         if self.config_name is not None and self.name is None:
             raise ValueError("config_name belongs to a data set of the hub; a local path has none")
+        if self.convert is not None:
+            import_named(self.convert, "convert")
         read = _COLUMNS_OF_KIND[self.kind]
         if surplus := [
             name for name, column in self.columns if name not in read and column != getattr(Columns(), name)

@@ -20,6 +20,7 @@ from datasets.table import MemoryMappedTable
 from datasets.utils.logging import get_logger
 
 from tokenseek.config import SourceConfig
+from tokenseek.data.outside import converted
 from tokenseek.data.reading import READERS, RawRow, arrow_rows, parse_row, read_file
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
@@ -50,7 +51,7 @@ class LoadedSource:
 
 
 def load_source(source: SourceConfig, key: str) -> LoadedSource:
-    """The rows of one source after its filters.
+    """The rows of one source after its filters, and after its `convert`.
 
     Args:
         key: the source's dotted path in the configuration (`data.sources.0`), with which errors begin.
@@ -73,6 +74,9 @@ def load_source(source: SourceConfig, key: str) -> LoadedSource:
     if not len(rows):
         filtered = f": its filters drop all {loaded.rows_read} rows" if loaded.rows_read else ""
         raise UserError(f"{key}: no rows in {source.path or source.name}{filtered}; give data with at least one row")
+    if source.convert:
+        rows, columns = converted(rows, source.convert, key)
+        return LoadedSource(rows, columns, loaded.rows_read, loaded.notes)
     return LoadedSource(rows, loaded.columns, loaded.rows_read, loaded.notes)
 
 

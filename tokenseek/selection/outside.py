@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from tokenseek.errors import UserError
+from tokenseek.imported import import_named
 from tokenseek.selection.contract import Candidates, Definition, Picked, Settings
 from tokenseek.selection.rules import SHIPPED
 from tokenseek.spelling import did_you_mean
@@ -85,20 +85,9 @@ class OutsideRule:
 
 @cache
 def _imported(path: str) -> OutsideRule:
-    module_name, _, attribute = path.partition(":")
+    found = import_named(path, "selection.rule")
+    attribute = path.partition(":")[2]
     where = f"selection.rule is {path!r}, and"
-    if not module_name or not attribute:
-        raise UserError(f"{where} an import path is written my_package.my_module:my_rule.")
-    try:
-        module = import_module(module_name)
-    except Exception as error:  # importing runs code that is not ours: whatever it raises is told with the path
-        raise UserError(
-            f"{where} importing {module_name} fails: {type(error).__name__}: {error}. It must be installed, or its "
-            "folder be on PYTHONPATH."
-        ) from error
-    if not hasattr(module, attribute):
-        raise UserError(f"{where} {module_name} has no {attribute}{did_you_mean(attribute, dir(module))}.")
-    found = getattr(module, attribute)
     if isinstance(found, type):
         try:
             found = found()
