@@ -27,6 +27,7 @@ from tokenseek.commands.arguments import add_launch_arguments, without_launch_ar
 from tokenseek.commands.terminal import log_to_terminal
 from tokenseek.errors import USAGE_ERROR, UserError
 from tokenseek.launching.launcher import launch_script
+from tokenseek.quiet import hide_known_warnings
 from tokenseek.versions import tell_of_untested
 
 COMMANDS: dict[str, Command] = {
@@ -87,6 +88,7 @@ def run_script(name: str) -> int:
 def guarded(run: Callable[[], int | None]) -> int:
     """Run, with what is logged on the terminal; a :class:`UserError` becomes its message and exit status 2."""
     log_to_terminal()
+    hide_known_warnings()
     try:
         return run() or 0
     except UserError as error:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "tokenseek"
 
 # From the ground up. Rooms of one floor do not import each other.
 FLOORS = (
-    {"errors", "labels", "spelling", "versions"},
+    {"errors", "labels", "quiet", "spelling", "versions"},
     {"imported"},
     {"decoder", "index", "selection"},
     {"config", "ulysses"},

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tokenseek.config import ModelConfig, PeftSettings
@@ -299,6 +300,9 @@ def add_adapter(
             options[name] = value
     if unknown := set(options) - known:
         raise UserError(f"peft.extra: {settings.method} takes no {sorted(unknown)}; it takes {sorted(known)}.")
+    # GPT-2's layers are of this kind, whose weights are transposed; PEFT finds out too, and warns.
+    if "fan_in_fan_out" in known and any(isinstance(module, Conv1D) for module in model.modules()):
+        options.setdefault("fan_in_fan_out", True)
     if settings.method == "ia3" and "feedforward_modules" not in options:
         options["feedforward_modules"] = _feed_forward_among(model, target_modules)
     try:

@@ -70,6 +70,8 @@ class GroupTrainer(Trainer):
                 "model's examples. Call tokenseek.parallel.enable_sequence_parallelism(model, "
                 "tokenseek.parallel.sequence_group(device_type)) before making the Trainer."
             )
+        if not torch.accelerator.is_available():
+            args.dataloader_pin_memory = False  # torch would warn that there is nothing to pin it for
         super().__init__(model, args, **kwargs)
         self._blanks: list[int] = []  # the blank examples of the batch at hand, by their tokens
         self.new_epoch = NewEpoch()
