@@ -80,6 +80,12 @@ class _Replacement:
         return self.replace(original)(module, *args, **kwargs)
 
 
+def replacement_in_force(model: PreTrainedModel) -> Replace | None:
+    """What :func:`attention_replaced` has been given, inside of its block."""
+    now = ALL_ATTENTION_FUNCTIONS.get(model.config.get_text_config()._attn_implementation)
+    return now.replace if isinstance(now, _Replacement) else None
+
+
 @contextmanager
 def attention_replaced(model: PreTrainedModel, replace: Replace) -> Iterator[None]:
     """Inside the block, attention runs ``replace(original)`` instead of the `original` function of the model's backend.

@@ -5,9 +5,13 @@ Shapes: B batch, T tokens, R rows handed to the head, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 
 from tokenseek.decoder.device import kind_of
@@ -18,6 +22,8 @@ from tokenseek.labels import IGNORED
 # head's weights, and few rows keep a GPU from its peak: there a chunk takes a fortieth of the memory, up to a GiB.
 CHUNK_BYTES = 64 * 2**20
 MOST_CHUNK_BYTES, CHUNKS_IN_MEMORY = 2**30, 40
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class BodyOutput(Protocol):
@@ -54,9 +60,44 @@ def head_logits(decoder: Decoder, body_output: BodyOutput, hidden_RD: torch.Tens
     hidden_1RD = hidden_RD[None]
     fields: Any = body_output
     of_rows = type(body_output)(**{**fields, "last_hidden_state": hidden_1RD})
-    with forward_replaced(decoder.body, lambda *args, **kwargs: of_rows):
+    # Engines that watch the body would take this for one of its calls.
+    with unwatched(decoder.body), forward_replaced(decoder.body, lambda *args, **kwargs: of_rows):
         output = type(decoder.causal_lm).forward(decoder.causal_lm, inputs_embeds=hidden_1RD, use_cache=False)
     return output.logits.squeeze(0)  # unlike [0], no copy among zeros in the backward pass
+
+
+def in_one_call(head: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], hidden_RD: torch.Tensor) -> torch.Tensor:
+    """``run(hidden_RD)``, which calls the head once for each chunk of rows, inside of one call of the head.
+
+    ZeRO-3 and FSDP2 watch the head from outside and gather its weights with the other ranks, which may have another
+    number of chunks: they see one call. What `run` puts off to the backward pass has to be :func:`unwatched` itself.
+    """
+    if not _is_split(head):
+        return run(hidden_RD)
+    forward = head.forward
+
+    def run_inside(hidden_RD: torch.Tensor) -> torch.Tensor:
+        with forward_replaced(head, forward), unwatched(head):
+            return run(hidden_RD)
+
+    with forward_replaced(head, run_inside):
+        return head(hidden_RD)
+
+
+@contextmanager
+def unwatched(module: nn.Module) -> Iterator[None]:
+    """In the block, calls of `module` run none of its hooks."""
+    before = {name: module.__dict__[name] for name in _HOOKS}
+    module.__dict__.update({name: type(hooks)() for name, hooks in before.items()})
+    try:
+        yield
+    finally:
+        module.__dict__.update(before)
+
+
+def _is_split(module: nn.Module) -> bool:
+    """By ZeRO-3 or FSDP2, whose hooks gather its weights for the length of a call."""
+    return isinstance(module, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

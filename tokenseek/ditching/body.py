@@ -58,6 +58,8 @@ def body_forward(self, *args, selected_positions: torch.Tensor | None = None, **
             output = original_forward(self)(**{name: value for name, value in arguments.items() if value is not None})
     finally:
         ditching.step = None
+    if ditching.recorded is not None and ditching.recorded.top is not None:
+        return output  # of all rows
     rows = reach.parts.selected
     if ditching.returns_all_rows:
         output.last_hidden_state = rows.take(output.last_hidden_state, 1)

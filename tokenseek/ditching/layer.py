@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tokenseek.decoder.attention import replacement_in_force
 from tokenseek.decoder.names import without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.autocast import autocast_cache
@@ -38,6 +39,9 @@ def layer_forward(self, *args, **kwargs):
 
     step, reach = ditching.step, ditching.step.reach
     parts = reach.parts
+    top = step.recording and step.recording.top
+    if top is not None and top.reached:
+        return top.run(self, hidden, self in step.recomputed)
     if not step.started:
         step.started = True
         step.unselected_BUD = parts.unselected and parts.unselected.take(hidden.detach(), 1)
@@ -46,6 +50,8 @@ def layer_forward(self, *args, **kwargs):
         hidden = reach.enter_layer(parts.selected, hidden)
         if parts.unselected is not None:
             step.unselected_BUD = reach.enter_layer(parts.unselected, step.unselected_BUD)
+    if top is not None and top.holds(self):
+        return top.run(self, top.cross_border(hidden), self in step.recomputed)
     is_last = self is ditching.decoder.layers[-1]
     if step.recording is not None and self in step.recording.unrecorded:
         output = step.recording.beyond_border(hidden)
@@ -65,20 +71,27 @@ def _recorded_layer(layer: nn.Module, ditching: Ditching, args: tuple, kwargs: d
     """The layer over all tokens, as it is; its keys and values are kept."""
     names, recorder = argument_names(type(layer)), ditching.recorder
     arguments = dict(zip(names, args, strict=False)) | kwargs
-    cache = RecordingCache(recorder.exchange)
-    arguments[ditching.decoder.cache_argument] = cache
+    arguments.pop(ditching.decoder.cache_argument, None)
+    hidden = arguments.pop(names[0])
 
+    def call(hidden: torch.Tensor, cache: RecordingCache):
+        return original_forward(layer)(hidden, **arguments, **{ditching.decoder.cache_argument: cache})
+
+    cache = RecordingCache(recorder.exchange)
     if layer in recorder.scored:
         outputs = []
 
         def run(leaf: torch.Tensor) -> torch.Tensor:
-            outputs.append(original_forward(layer)(**{**arguments, names[0]: leaf}))
+            outputs.append(call(leaf, cache))
             return _hidden_states(outputs[0])
 
-        hidden = recorder.run_scored(layer, run, arguments[names[0]])
+        if recorder.top is not None:
+            replace = replacement_in_force(ditching.decoder.causal_lm)
+            recorder.top.put(layer, hidden, lambda hidden: call(hidden, RecordingCache(recorder.exchange)), replace)
+        hidden = recorder.run_scored(layer, run, hidden)
         output = (hidden, *outputs[0][1:]) if isinstance(outputs[0], tuple) else hidden
     else:
-        output = original_forward(layer)(**arguments)
+        output = call(hidden, cache)
     _require_updated(cache, layer, ditching)
     recorder.put(layer, cache.keys, cache.values)
     recorder.returns_tuple = isinstance(output, tuple)

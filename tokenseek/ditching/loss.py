@@ -8,16 +8,15 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from tokenseek.decoder.find import Decoder, forward_replaced
-from tokenseek.decoder.head import at_least_float32, head_logits, rows_per_chunk
+from tokenseek.decoder.head import at_least_float32, head_logits, in_one_call, rows_per_chunk, unwatched
 from tokenseek.ditching.planned import supervised_rows
-from tokenseek.ditching.zero3 import head_in_one_call, is_partitioned
+from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.labels import IGNORED
 
 
@@ -71,6 +70,9 @@ def supervised_loss(
     called_once = is_partitioned(head) and "forward" not in head.__dict__
     called_once = called_once and (_is_constant(head) or is_plain_trained(head))
 
+    def chunks_of(hidden_RD: torch.Tensor) -> list[tuple]:
+        return [tuple(x if x is None else x[i : i + rows] for x in (hidden_RD, targets_R, weights_R)) for i in starts]
+
     def chunk_loss(hidden_CD, targets_C, weights_C):
         losses_C = _CrossEntropy.apply(head_logits(decoder, body_output, hidden_CD), targets_C, once)
         # Not `@`, which autocast would compute in 16 bits.
@@ -80,9 +82,7 @@ def supervised_loss(
 
     def total_loss(hidden_RD: torch.Tensor) -> torch.Tensor:
         nonlocal once
-        chunks = [tuple(x if x is None else x[i : i + rows] for x in (hidden_RD, targets_R, weights_R)) for i in starts]
-        if not called_once and (more := most_chunks(head, len(chunks)) - len(chunks)):
-            chunks += [(hidden_RD[:1], torch.full_like(targets_R[:1], IGNORED), None)] * more
+        chunks = chunks_of(hidden_RD)
         if has_gradient and _is_constant(head):
             return sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
         if not (recompute or len(chunks) > 1):
@@ -90,24 +90,20 @@ def supervised_loss(
             return chunk_loss(*chunks[0])
         if has_gradient and is_plain_trained(head):
             return _LossWithHeadGradient.apply(chunk_loss, head, starts, hidden_RD, targets_R, weights_R, head.weight)
-        return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+        return in_one_call(head, recomputed_loss, hidden_RD)
 
-    total = head_in_one_call(decoder, total_loss, hidden_RD) if called_once else total_loss(hidden_RD)
+    def recomputed_loss(hidden_RD: torch.Tensor) -> torch.Tensor:
+        def run(*chunk):
+            with unwatched(head):  # in the backward pass too
+                return chunk_loss(*chunk)
+
+        return sum(checkpoint(run, *chunk, use_reentrant=False) for chunk in chunks_of(hidden_RD))
+
+    total = in_one_call(head, total_loss, hidden_RD) if called_once else total_loss(hidden_RD)
     if num_items_in_batch is None:
         carries_loss_R = targets_R.ne(IGNORED)
         num_items_in_batch = (carries_loss_R if weights_R is None else weights_R[carries_loss_R]).sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
-
-
-def most_chunks(head: nn.Module, own: int) -> int:
-    """How many chunks this process runs, where ZeRO-3 gathers the head's weights for each: a gather needs all
-    processes, and those with fewer chunks join in.
-    """
-    if not is_partitioned(head):
-        return own
-    most = torch.tensor(own, device=next(head.parameters()).device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
 
 
 class _CrossEntropy(torch.autograd.Function):

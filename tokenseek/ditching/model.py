@@ -150,10 +150,15 @@ def _online_forward(
     else:
         reach = reach_of(ditching, arguments, seen.selection.positions, recorded=True)
     rows, weights_BS = reach.parts.selected, seen.selection.weights
+    top = seen.recording.top
     # What the loss asks of a selected row: its target or, at the border of exact layers, its position.
-    asked_BS = rows.index_BR.masked_fill(~rows.valid_BR, IGNORED) if seen.exact else _labels_of(rows, labels, None)
+    by_position = seen.exact or top
+    asked_BS = rows.index_BR.masked_fill(~rows.valid_BR, IGNORED) if by_position else _labels_of(rows, labels, None)
     if sequence:
         arguments, reach, asked_BS, weights_BS = sequence.share(decoder, arguments, reach.parts, asked_BS, weights_BS)
+    if top is not None:
+        top.selected = asked_BS, weights_BS
+        asked_BS, weights_BS = top.targets_BT, None
     with one_gradient_of_tied_weights(decoder), ditching.replaying(seen.recording), ditching.handing(reach):
         body_output = decoder.body(**arguments)
     if num_items_in_batch is None:

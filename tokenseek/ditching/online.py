@@ -27,6 +27,7 @@ from tokenseek.ditching.packing import every_example_alone
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.seeking import Seeking
 from tokenseek.ditching.state import Ditching
+from tokenseek.ditching.top import Top, seeds
 from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
@@ -80,10 +81,7 @@ class ExactTop:
             positions_BS: theirs in the text, negative where a slot is empty.
             weights_BS: one over the probability of each.
         """
-        index_BSD = positions_BS.clamp(min=0)[..., None].expand(*positions_BS.shape, self.gradient.shape[-1])
-        weights_BS = weights_BS.masked_fill(positions_BS < 0, 0)
-        seeds_BSD = at_least_float32(self.gradient.gather(1, index_BSD)) * weights_BS[..., None]
-        surrogate = (seeds_BSD * at_least_float32(selected_BSD)).sum()
+        surrogate = (seeds(self.gradient, positions_BS, weights_BS) * at_least_float32(selected_BSD)).sum()
         return self.loss_sum + (surrogate - surrogate.detach())
 
 
@@ -94,7 +92,7 @@ class Seen:
     Attributes:
         loss_sum: of the cross-entropies of all supervised tokens, without a graph.
         supervised: the number of these tokens, at least 1; on the device, for which nobody has to wait.
-        exact: with exact layers, what they leave.
+        exact: with exact layers, what they leave, unless the second pass runs them once more.
     """
 
     selection: Selection
@@ -126,7 +124,6 @@ def see_all_tokens(
     if selection_keys is None:
         raise UserError("selection is given without selection_keys: one int64 for each example, which keys its draws.")
     is_split = _is_split(decoder)
-    _require_two_passes(decoder, seeking, is_split)
     mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
     targets_BT = _targets(labels_BT, mask)
     supervised_BT = targets_BT.ne(IGNORED)
@@ -138,7 +135,10 @@ def see_all_tokens(
     run = _all_rows_arguments(arguments, mask, position_ids) if text is None else text.arguments(arguments["input_ids"])
 
     wanted = _Wanted.by(rule, seeking)
-    recording = _recording(ditching, wanted, text)
+    top = None
+    if seeking.exact_layers and is_split:
+        top = Top(decoder, own_targets, text and text.gathered)
+    recording = _recording(ditching, wanted, text, top)
     attention = _attention_of(ditching, examples, len(targets_BT), mask) if text is None else text.shared_attention
     valid_BT = torch.ones_like(supervised_BT) if mask is None else mask.bool()
     with (
@@ -147,7 +147,7 @@ def see_all_tokens(
         _attention_watched(decoder, wanted, valid_BT, attention) as received,
     ):
         output = decoder.body(**run, use_cache=False, return_dict=True)
-        if seeking.exact_layers:
+        if seeking.exact_layers and top is None:
             exact, gradient_BTD = _exact_top(output, own_targets, leaves[0], all_tokens_loss, text)
             loss_sum, scores_BT = exact.loss_sum.detach().clone(), REDUCTIONS[seeking.reduction](gradient_BTD)
         else:
@@ -190,29 +190,18 @@ def _is_split(decoder: Decoder) -> bool:
     return is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
 
 
-def _require_two_passes(decoder: Decoder, seeking: Seeking, is_split: bool) -> None:
-    """Raise UserError where an engine does not let the layers run twice before the backward pass."""
-    if _tail_is_a_unit(decoder):
-        raise UserError(
-            "this FSDP2 launch shards the final norm together with the head (accelerate does), which cannot run twice "
-            "before the backward pass. Select from an index (scoring.mode: index), or launch with DDP or ZeRO-2."
-        )
-    if seeking.exact_layers and is_split:
-        raise UserError(
-            "exact_layers is incompatible with ZeRO-3 and FSDP2, which let a layer's weights go between its two "
-            "backward passes; set it to 0, or train with DDP, ZeRO-1 or ZeRO-2."
-        )
-
-
-def _recording(ditching: Ditching, wanted: _Wanted, text: DealtText | None) -> Recording:
+def _recording(ditching: Ditching, wanted: _Wanted, text: DealtText | None, top: Top | None) -> Recording:
     """Where the first pass leaves keys and values: of all layers but the exact ones, and with a graph of the scored."""
     layers, exact = ditching.decoder.layers, ditching.seeking.exact_layers
     scored = ditching.seeking.gradient_layer if wanted.gradient else int(wanted.context)
+    if exact:
+        scored = 0 if top is None else exact
     return Recording(
         "host" if ditching.kv_storage == "host" else "device",
         unrecorded=tuple(layers[-exact:]) if exact else (),
-        scored=tuple(layers[-scored:]) if scored and not exact else (),
+        scored=tuple(layers[-scored:]) if scored else (),
         exchange=text and text.share_keys,
+        top=top,
     )
 
 
@@ -226,7 +215,7 @@ def _graph(
         A list that holds the graph's leaf once it was reached: the input of the lowest exact layer, or the output of
         the last layer. It stays empty where no gradient is taken, and where an engine counts on passes without one.
     """
-    if seeking.exact_layers:
+    if seeking.exact_layers and not is_split:
         with gradient_from(decoder.layers[-seeking.exact_layers]) as leaves:
             yield leaves
     elif wanted.gradient and not is_split:
@@ -290,7 +279,6 @@ def _head_scores(
         losses=True,
         errors=wanted.error,
         gradient=wanted.gradient,
-        chunks=ditching.even_chunks,
     )
     loss_sum = cast(torch.Tensor, head.losses).sum()
     if head.gradient is None:
@@ -301,12 +289,6 @@ def _head_scores(
     if leaves:  # what comes after the layers has a graph of its own
         (gradient_BTD,) = torch.autograd.grad(output.last_hidden_state, leaves[0], gradient_BTD)
     return loss_sum, REDUCTIONS[ditching.seeking.reduction](recording.gradient_through_scored(gradient_BTD))
-
-
-def _tail_is_a_unit(decoder: Decoder) -> bool:
-    """Whether a module behind the layers is an FSDP2 unit of its own, or with the head."""
-    embeddings = decoder.causal_lm.get_input_embeddings()
-    return any(isinstance(m, FSDPModule) for m in decoder.body.children() if m is not embeddings)
 
 
 def _attention_of(

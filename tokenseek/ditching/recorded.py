@@ -23,6 +23,7 @@ from tokenseek.ditching.cache import _OnceCache
 from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.storage import Kept
+from tokenseek.ditching.top import Top
 from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.errors import UserError
 
@@ -35,6 +36,7 @@ class Recording:
         unrecorded: layers that the second pass leaves out.
         scored: the last layers, through which a gradient is taken before the second pass.
         exchange: from keys and values of the rows of this process to those of all tokens, where ranks share a text.
+        top: the scored layers, where the second pass runs them once more over all tokens.
 
     Attributes:
         returns_tuple: whether layers return their hidden states in a tuple.
@@ -47,7 +49,9 @@ class Recording:
         unrecorded: tuple[nn.Module, ...] = (),
         scored: tuple[nn.Module, ...] = (),
         exchange: Callable[..., tuple] | None = None,
+        top: Top | None = None,
     ):
+        self.top = top
         self.storage, self.unrecorded, self.scored, self.exchange = storage, unrecorded, scored, exchange
         self._graphs: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
         self._kept: dict[nn.Module, tuple[Kept, Kept]] = {}

@@ -20,7 +20,6 @@ from tokenseek.decoder.attention import has_attention_interface
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.names import checkpoints, without_checkpointing
 from tokenseek.ditching.autocast import autocast_cache
-from tokenseek.ditching.loss import most_chunks
 from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.rows import Partition
@@ -119,11 +118,6 @@ class Ditching:
             yield
         finally:
             self.handed = before
-
-    def even_chunks(self, own: int) -> int:
-        """How many chunks of the head all processes run, where each has to gather its weights with the others."""
-        head = self.decoder.causal_lm.get_output_embeddings()
-        return most_chunks(head, own)
 
     @property
     def attention_is_ours(self) -> bool:

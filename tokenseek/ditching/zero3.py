@@ -7,16 +7,13 @@ layers are gathered and released whole, and their submodules have no hooks.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from tokenseek.decoder.find import Decoder, forward_replaced
+from tokenseek.decoder.find import Decoder
 
 # Of the numbers of the largest layer, fetched ahead: it should be there when the layer before it is done.
 LAYERS_AHEAD = 1.2
@@ -33,6 +30,9 @@ def gather_layers_once(decoder: Decoder) -> None:
 
     for layer in decoder.layers:
         set_z3_leaf_module(layer, True)
+    head: nn.Module = decoder.causal_lm.get_output_embeddings()
+    if any(head.children()):  # of an adapter; gathered for every chunk of rows, of which ranks have different numbers
+        set_z3_leaf_module(head, True)
     # DeepSpeed reduces a leaf's gradients when those of its inputs are known. Inputs without gradient, as frozen
     # embeddings give, count as known from the start: the first layer's gradients would be reduced before they exist.
     embeddings: nn.Module = decoder.causal_lm.get_input_embeddings()
@@ -42,8 +42,8 @@ def gather_layers_once(decoder: Decoder) -> None:
 
 def ungather_layers(decoder: Decoder) -> None:
     """Undo :func:`gather_layers_once`; of no effect on a model that DeepSpeed has initialised already."""
-    for layer in decoder.layers:
-        layer.__dict__.pop("_z3_leaf", None)
+    for module in (*decoder.layers, decoder.causal_lm.get_output_embeddings()):
+        module.__dict__.pop("_z3_leaf", None)
     embeddings = decoder.causal_lm.get_input_embeddings()
     if hook := embeddings.__dict__.pop("_gives_gradient", None):
         hook.remove()
@@ -57,36 +57,6 @@ def fetch_a_layer_ahead(decoder: Decoder, zero_optimization: dict[str, Any]) -> 
     if zero_optimization.get("stage3_prefetch_bucket_size") == "auto":
         largest = max(sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in decoder.layers)
         zero_optimization["stage3_prefetch_bucket_size"] = int(LAYERS_AHEAD * largest)
-
-
-def head_in_one_call(
-    decoder: Decoder, run: Callable[[torch.Tensor], torch.Tensor], hidden_RD: torch.Tensor
-) -> torch.Tensor:
-    """``run(hidden_RD)`` inside one call of the head, which `run` may call as often as it likes.
-
-    The head's parameters are gathered once, and once more in the backward pass. However many calls there are, ZeRO-3
-    sees one: it fetches ahead by the order of modules, which it records anew, for two micro-batches, if that changes.
-    """
-    head = decoder.causal_lm.get_output_embeddings()
-    own = head.forward
-
-    def forward(hidden_RD: torch.Tensor) -> torch.Tensor:
-        # The head's code is that of the causal LM, which calls the body, standing still, before the head.
-        with forward_replaced(head, own), _without_hooks(head), _without_hooks(decoder.body):
-            return run(hidden_RD)
-
-    with forward_replaced(head, forward):
-        return head(hidden_RD)
-
-
-@contextmanager
-def _without_hooks(module: nn.Module) -> Iterator[None]:
-    before = module._forward_pre_hooks, module._forward_hooks
-    module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        module._forward_pre_hooks, module._forward_hooks = before
 
 
 def is_partitioned(module: nn.Module) -> bool:

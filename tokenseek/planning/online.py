@@ -11,7 +11,6 @@ from tokenseek.config import RunConfig
 from tokenseek.ditching import Seeking
 from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.state import Decided
-from tokenseek.launching.engine import Engine
 from tokenseek.planning.method import Method
 from tokenseek.selection.batched import Selection
 
@@ -21,13 +20,13 @@ def is_online(config: RunConfig, method: Method) -> bool:
     return config.scoring.mode == "online" and method.ratio is not None
 
 
-def seeking_of(config: RunConfig, engine: Engine) -> Seeking | None:
+def seeking_of(config: RunConfig) -> Seeking | None:
     """How its tokens are scored; None where an index has them."""
     if config.scoring.mode != "online":
         return None
     exact = config.selection.exact_layers
     if exact == "auto":  # as `tokenseek.runs.exact` settles it
-        exact = 0 if engine.shards_parameters else 1
+        exact = 1
     return Seeking(config.scoring.reduction, config.scoring.gradient_layer, exact)
 
 

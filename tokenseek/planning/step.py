@@ -250,7 +250,7 @@ def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, en
                 parameter.data = parameter.data.to(precision)
     if method.ratio is not None:
         options = dict(kv_storage=config.training.kv_storage, tile_rows=config.training.tile_rows)
-        enable_token_ditching(model, recompute=method.recompute, seeking=seeking_of(config, engine), **options)
+        enable_token_ditching(model, recompute=method.recompute, seeking=seeking_of(config), **options)
     elif method.recompute:
         enable_checkpointing(model)
     return model.train()

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.head import BodyOutput, at_least_float32, head_logits, rows_per_chunk
+from tokenseek.decoder.head import BodyOutput, at_least_float32, head_logits, in_one_call, rows_per_chunk
 from tokenseek.labels import IGNORED
 
 # Logits are held of this share of a batch's tokens at once, but of so many at least: every chunk reads all weights of
@@ -98,14 +98,12 @@ def head_scores(
     losses: bool = False,
     errors: bool = False,
     gradient: bool = False,
-    chunks: Callable[[int], int] = lambda own: own,
 ) -> HeadScores:
     """Run the head over all supervised positions, a few rows at a time, without a graph.
 
     Args:
         body_output: what the decoder's body returned.
         targets_BT: the token that each position predicts, -100 where it carries no loss.
-        chunks: from this process's number of chunks to how many are run; further ones have no supervised row.
     """
     hidden_BTD = body_output.last_hidden_state.detach()
     zeros_BT = at_least_float32(hidden_BTD.new_zeros(targets_BT.shape))
@@ -117,13 +115,15 @@ def head_scores(
     # The head is the widest part of the model, so it is taken a few rows at a time down to its input.
     rows = min(rows_per_chunk(decoder, hidden_BTD.device), max(FEWEST_ROWS, int(SHARE_OF_ROWS * targets_BT.numel())))
     found = []
-    for chunk in zip(hidden_RD.split(rows), targets_R.split(rows), strict=True):
-        if len(chunk[1]):
-            found.append(_head_chunk(decoder, body_output, *chunk, losses, errors, gradient))
-    # Once at least: engines that gather its weights with other modules' count on every module's turn.
-    for _ in range(max(1, chunks(len(found))) - len(found)):
-        first = hidden_BTD.flatten(0, 1)[:1], flat_targets[:1].clamp(min=0)
-        _head_chunk(decoder, body_output, *first, losses, errors, gradient)
+
+    def run(hidden_RD: torch.Tensor) -> torch.Tensor:
+        for chunk in zip(hidden_RD.split(rows), targets_R.split(rows), strict=True):
+            if len(chunk[1]):
+                found.append(_head_chunk(decoder, body_output, *chunk, losses, errors, gradient))
+        return hidden_RD
+
+    with torch.no_grad():
+        in_one_call(decoder.causal_lm.get_output_embeddings(), run, hidden_RD)
     if found:
         of_chunks, norms, gradients = zip(*found, strict=True)
         if losses_BT is not None:
