@@ -70,6 +70,8 @@ def fsdp(rank: int, rule: SelectionRule, seeking: Seeking, kind: str = "llama") 
     mesh = init_device_mesh("cpu", (RANKS,))
     plain = tiny_model(kind, dtype=torch.float64).train()
     expected = expected_gradients(plain, rule, seeking)
+    # Weights of draws are float32; Transformers' norms round to it too, and gradients through them decide the draws.
+    computed_in = torch.float32 if seeking.exact_layers else torch.float64
     for shard_model in (shard, shard_with_tail):
         for reshard in (True, False):
             model = tokenseek.enable_token_ditching(copy.deepcopy(plain), seeking=seeking, recompute=not reshard)
@@ -77,7 +79,8 @@ def fsdp(rank: int, rule: SelectionRule, seeking: Seeking, kind: str = "llama") 
             for _ in range(2):  # the second step finds what the first has left
                 model.zero_grad()
                 (model(**batch(rank, rule)).loss * RANKS).backward()  # FSDP divides by the number of ranks
-            assert_close({name: p.grad.full_tensor() for name, p in model.named_parameters()}, expected)
+            got = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+            assert_close(got, expected, computed_in)
 
 
 def zero(rank: int, stage: int, rule: SelectionRule, seeking: Seeking, share: bool = False) -> None:
