@@ -1,6 +1,7 @@
 """Runs whose steps select their own tokens: no index, `loss_all` in the log, repeatable when resumed; settings."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -99,7 +100,8 @@ def test_the_collator_leaves_the_selection_to_the_model():
 
 
 @pytest.mark.parametrize("asked,settled", [("auto", 1), (2, 2), (0, 0)])
-def test_exact_layers_are_settled(tmp_path, capsys, asked, settled):
+def test_exact_layers_are_settled(tmp_path, caplog, asked, settled):
     config = tiny_preset(tmp_path, *ONLINE, f"selection.exact_layers={asked}")
-    assert settle_exact_layers(config, PartialState(cpu=True)).selection.exact_layers == settled
-    assert ("auto" in capsys.readouterr().out) == (asked == "auto")
+    with caplog.at_level(logging.INFO, logger="tokenseek"):
+        assert settle_exact_layers(config, PartialState(cpu=True)).selection.exact_layers == settled
+    assert ("auto" in caplog.text) == (asked == "auto")
