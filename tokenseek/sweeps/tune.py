@@ -1,4 +1,4 @@
-"""`tokenseek tune`: alpha, beta and r by validation, in short runs that reuse one index.
+"""`tokenseek tune`: the learning rate, alpha, beta, r and other settings by validation, in short runs.
 
 The held-out loss decides. As r grows it falls, more often than not, and memory and time rise: several ratios are for
 seeing what a smaller one costs, and `tolerance` says how much of the loss it may cost.
@@ -6,9 +6,13 @@ seeing what a smaller one costs, and `tolerance` says how much of the loss it ma
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 PAPER_WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (5.0, 5.0), (7.0, 3.0), (3.0, 7.0))
 _GRID = ("alpha", "beta", "ratio")
+_RATIO = "selection.ratio"
 
 
 @dataclass(frozen=True)
@@ -32,20 +37,46 @@ class Grid:
     """What is tried, and for how long.
 
     Attributes:
-        weights: pairs of alpha and beta.
+        weights: pairs of alpha and beta; the paper's where nothing else is tried.
         ratios: shares of the tokens; that of the configuration where empty.
+        settings: values to try, by dotted path (`{"training.learning_rate": [1e-3, 2e-3]}`).
         seeds: how many runs of each setting, of the seeds 0, 1, ...
         steps: optimizer steps of a run.
         hold_out: training examples that decide, where the configuration has no eval_data.
         tolerance: nats per token by which the loss of a smaller ratio may be above the least.
     """
 
-    weights: Sequence[tuple[float, float]] = PAPER_WEIGHTS
+    weights: Sequence[tuple[float, float]] = ()
     ratios: Sequence[float] = ()
+    settings: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     seeds: int = 1
     steps: int = 50
     hold_out: int = 100
     tolerance: float = 0.0
+
+    @property
+    def tries_weights(self) -> bool:
+        """Whether alpha, beta and r are tried as the paper does; else what `settings` names, and r where given."""
+        return bool(self.weights) or not self.settings
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is tried: `alpha`, `beta`, `ratio`, and dotted paths."""
+        own = _GRID if self.tries_weights else ("ratio",) if self.ratios else ()
+        return (*own, *self.settings)
+
+    def points(self, config: RunConfig) -> list[tuple[Any, ...]]:
+        """The values of every setting, in the order of `columns`."""
+        values: list[list[tuple[Any, ...]]] = [[(value,) for value in tried] for tried in self.settings.values()]
+        shares: Sequence[Any] = self.ratios or [config.selection.ratio]
+        ratios: list[tuple[Any, ...]] = [(ratio,) for ratio in shares]
+        if self.tries_weights:
+            weights: list[tuple[Any, ...]] = list(self.weights or PAPER_WEIGHTS)
+            values = [ratios, weights, *values]
+        elif self.ratios:
+            values = [ratios, *values]
+        points: list[tuple[Any, ...]] = [tuple(itertools.chain(*point)) for point in itertools.product(*values)]
+        return [(*p[1:3], p[0], *p[3:]) for p in points] if self.tries_weights else points
 
 
 def tune_sweep(config: RunConfig, grid: Grid) -> Sweep:
@@ -54,23 +85,40 @@ def tune_sweep(config: RunConfig, grid: Grid) -> Sweep:
     Raises:
         UserError: for a value that no run can have.
     """
-    if not config.training.ditching or not rule_named(config.selection.rule).needs_scores:
+    columns = [_path_of(column) for column in grid.columns]
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise UserError(f"{twice[0]} is tried by --grid and by --weights or --ratios; leave one out")
+    scores = rule_named(config.selection.rule).needs_scores
+    if grid.tries_weights and not (config.training.ditching and scores):
         raise UserError(
             f"tune chooses how tokens are scored, and training.ditching={str(config.training.ditching).lower()} with "
-            f"selection.rule={config.selection.rule} does not; set training.ditching=true and a rule such as top."
+            f"selection.rule={config.selection.rule} does not; set training.ditching=true and a rule such as top, or "
+            "name what is to be tried (--grid training.learning_rate=1e-3,2e-3)."
         )
-    ratios: Sequence[float | str] = grid.ratios or [config.selection.ratio]
-    if "auto" in ratios:
+    if config.selection.ratio == "auto" and not grid.ratios and _RATIO not in grid.settings:
         raise UserError("selection.ratio is auto, which no short run settles; give --ratios or set a number")
     trials = []
     for seed in range(grid.seeds):
-        for ratio in ratios:
-            for alpha, beta in grid.weights:
-                labels = {"alpha": alpha, "beta": beta, "ratio": ratio, "seed": seed}
-                settings = {f"selection.{name}": labels[name] for name in (*_GRID, "seed")} | {"seed": seed}
-                name = f"alpha-{alpha:g}-beta-{beta:g}-r-{ratio:g}-seed-{seed}"
-                trials.append(Trial(name, settings, labels))
+        for point in grid.points(config):
+            labels = dict(zip(grid.columns, point, strict=True)) | {"seed": seed}
+            settings = dict(zip(columns, point, strict=True)) | {"selection.seed": seed, "seed": seed}
+            trials.append(Trial("-".join(_word(*label) for label in labels.items()), settings, labels))
     return Sweep(Path(config.output_dir) / "tune", short_runs(config, grid.steps, grid.hold_out), trials)
+
+
+def _path_of(column: str) -> str:
+    return f"selection.{column}" if column in _GRID else column
+
+
+def _word(column: str, value: Any) -> str:
+    """A part of a trial's name, which is a folder's."""
+    name = "r" if column == "ratio" else column.removeprefix("training.").removeprefix("selection.")
+    return re.sub(r"[^\w.,-]+", "_", f"{name}-{_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """As `--set` takes it."""
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value) if not isinstance(value, str) else value
 
 
 def short_runs(config: RunConfig, steps: int | None, hold_out: int) -> RunConfig:
@@ -83,7 +131,6 @@ def short_runs(config: RunConfig, steps: int | None, hold_out: int) -> RunConfig
         "training.eval_strategy": "no",
         "training.resume": "never",
         "training.report_to": [],
-        "scoring.index": str(config.index_path),
     }
     if steps is not None:
         settings["training.max_steps"] = steps
@@ -93,11 +140,11 @@ def short_runs(config: RunConfig, steps: int | None, hold_out: int) -> RunConfig
     return override_config(config, settings)
 
 
-def groups_of(sweep: Sweep) -> list[Group]:
-    return sorted(grouped(sweep.rows(), *_GRID), key=lambda group: group.mean("loss_after") or float("inf"))
+def groups_of(sweep: Sweep, columns: Sequence[str] = _GRID) -> list[Group]:
+    return sorted(grouped(sweep.rows(), *columns), key=lambda group: group.mean("loss_after") or float("inf"))
 
 
-def choose(groups: Sequence[Group], tolerance: float) -> Group:
+def choose(groups: Sequence[Group], tolerance: float, columns: Sequence[str] = _GRID) -> Group:
     """The setting with the least mean loss; or of those within `tolerance` of it, the one with the smallest ratio.
 
     Raises:
@@ -107,20 +154,24 @@ def choose(groups: Sequence[Group], tolerance: float) -> Group:
     if not losses:
         raise UserError(f"no run finished: {groups[0].error}")
     least = min(loss for loss, _ in losses)
-    near = [(group.values[2], loss, group) for loss, group in losses if loss <= least + tolerance]
+    ratio = next((number for number, column in enumerate(columns) if _path_of(column) == _RATIO), None)
+    near = [
+        (0 if ratio is None else group.values[ratio], loss, group)
+        for loss, group in losses
+        if loss <= least + tolerance
+    ]
     return min(near, key=lambda found: found[:2])[2]
 
 
-def table(groups: Sequence[Group]) -> str:
-    titles = ["alpha, beta", "r", "held-out loss", "selected with a loss", "seconds", "peak memory"]
+def table(groups: Sequence[Group], columns: Sequence[str] = _GRID) -> str:
+    tried = ["r" if column == "ratio" else column for column in columns]
+    titles = [*tried, "held-out loss", "selected with a loss", "seconds", "peak memory"]
     lines = []
     for group in groups:
-        alpha, beta, ratio = group.values
         supervised, seconds = group.mean("supervised_share"), group.mean("seconds")
         lines.append(
             [
-                f"{alpha:g}, {beta:g}",
-                f"{ratio:g}",
+                *map(_shown, group.values),
                 group.spread("loss_after"),
                 "" if supervised is None else f"{supervised:.0%}",
                 "" if seconds is None else f"{seconds:.1f}",
@@ -132,19 +183,23 @@ def table(groups: Sequence[Group]) -> str:
 
 def report(config: RunConfig, sweep: Sweep, grid: Grid, preset: Path | None = None) -> Path:
     """Log the table of a finished sweep and write the chosen preset, by default ``tune/preset.yaml``."""
-    groups = groups_of(sweep)
-    _log.info(f"\n{table(groups)}")
-    chosen = choose(groups, grid.tolerance)
-    alpha, beta, ratio = chosen.values
-    before = chosen.mean("loss_before")
+    groups = groups_of(sweep, grid.columns)
+    _log.info(f"\n{table(groups, grid.columns)}")
+    best = choose(groups, grid.tolerance, grid.columns)
+    before = best.mean("loss_before")
     _log.info(f"\nHeld-out loss before training: {before:.4f} nats per token. Runs of {grid.steps} steps.")
-    _log.info(f"Chosen: alpha {alpha:g}, beta {beta:g}, r {ratio:g}.")
+    settings = {_path_of(name): value for name, value in zip(grid.columns, best.values, strict=True)}
+    _log.info(f"Chosen: {', '.join(f'{name} {_shown(value)}' for name, value in settings.items())}.")
+    words = [shlex.quote(f"{name}={_shown(value)}") for name, value in settings.items()]
+    _log.info("  " + " ".join(f"--set {word}" for word in words))
     path = preset or sweep.folder / "preset.yaml"
-    settings = {f"selection.{name}": value for name, value in zip(_GRID, chosen.values, strict=True)}
-    values = override_config(config, {**settings, "scoring.index": str(config.index_path)}).model_dump(mode="json")
-    head = f"# Chosen by `tokenseek tune` with a held-out loss of {chosen.spread('loss_after')} nats per token.\n"
+    chosen = override_config(config, settings)
+    if chosen.needs_index:
+        chosen = override_config(chosen, {"scoring.index": str(config.index_path)})
+    head = f"# Chosen by `tokenseek tune` with a held-out loss of {best.spread('loss_after')} nats per token.\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(head + text, encoding="utf-8")
     _log.info(f"Preset: {path} (tokenseek train --preset {path})")
     return path
 
