@@ -160,10 +160,10 @@ def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model
         enable_sequence_parallelism(model, group, layout=training.sequence_layout)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
-    inputs = _inputs(training.per_device_train_batch_size, config.data.max_length, shape.vocab_size, method.ratio)
+    inputs = _inputs(training.micro_batch, config.data.max_length, shape.vocab_size, method.ratio)
     if method.ratio is not None and config.scoring.mode == "online":
         del inputs["selected_positions"]
-        keys = torch.arange(training.per_device_train_batch_size)
+        keys = torch.arange(training.micro_batch)
         inputs |= {"selection": selection.to_rule(), "selection_keys": keys}
     bf16 = training.mixed_precision == "bf16"
 

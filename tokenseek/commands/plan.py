@@ -81,9 +81,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
         print(note)
     plans, status = [], 0
     for engine in engines:
-        print(
-            f"{engine}; {config.training.per_device_train_batch_size} x {args.tokens or config.data.max_length} tokens"
-        )
+        print(f"{engine}; {config.training.micro_batch} x {args.tokens or config.data.max_length} tokens")
         if budget:
             choice = largest_ratio(config, budget, engine, tokens=args.tokens)
             print(describe_choice(choice, budget))

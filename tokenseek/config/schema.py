@@ -143,8 +143,8 @@ class DitchingSettings(Section):
     - `sequence_layout`: which tokens of a text each rank holds where the accelerate config has ranks share texts
       (`sp_size`): `balanced`; `contiguous`, as stock Ulysses; or `regroup`, contiguous and regrouped in each layer as
       in the paper. Losses are the same in all three.
-    - `memory_budget`: what a process may take on its device with `selection.ratio: auto`, such as `8GiB`; left out,
-      nine tenths of what is free there.
+    - `memory_budget`: what a process may take on its device where `selection.ratio` or `per_device_train_batch_size` is
+      `auto`, such as `8GiB`; left out, nine tenths of what is free there.
     - `resume`: `auto` (from the newest checkpoint in output_dir, if any), `never` (what output_dir holds is moved to
       `earlier-1` in it), or the path of a checkpoint.
     """
@@ -165,9 +165,13 @@ class DitchingSettings(Section):
 
 
 class TrainingConfig(DitchingSettings):
-    """Training, in the names of `transformers.TrainingArguments`; `extra` forwards any other of its fields."""
+    """Training, in the names of `transformers.TrainingArguments`; `extra` forwards any other of its fields.
 
-    per_device_train_batch_size: PositiveInt = 1
+    `per_device_train_batch_size: auto` is the largest micro batch that fits into memory, by the planner's word.
+    `gradient_accumulation_steps` then says how many rows of a step are each process's, and is divided by it.
+    """
+
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = 1
     per_device_eval_batch_size: PositiveInt = 1
     gradient_accumulation_steps: PositiveInt = 1
     learning_rate: NonNegativeFloat = 4e-4
@@ -197,6 +201,20 @@ class TrainingConfig(DitchingSettings):
     eval_steps: Annotated[float, Field(gt=0)] | None = None
     dataloader_num_workers: NonNegativeInt = 0
     report_to: list[str] = ["tensorboard"]
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a micro batch.
+
+        Raises:
+            UserError: they are still to be settled.
+        """
+        if self.per_device_train_batch_size == "auto":
+            raise UserError(
+                "training.per_device_train_batch_size is auto, which is settled when training starts and saved in the "
+                "run's config.yaml. Give that file, or a number (--set training.per_device_train_batch_size=1)."
+            )
+        return self.per_device_train_batch_size
 
     @field_validator("memory_budget")
     @classmethod
@@ -315,8 +333,17 @@ class RunConfig(Section):
                     f"selection.exact_layers draws by the gradient and weighs: set selection.rule: sampled, alpha: 0 "
                     f"and beta: 1 (got rule {rule.rule}, alpha {rule.alpha:g})"
                 )
-        if self.training.memory_budget and not auto:
-            raise ValueError("training.memory_budget is for selection.ratio: auto; leave it out or set that")
+        auto_batch = self.training.per_device_train_batch_size == "auto"
+        if auto and auto_batch:
+            raise ValueError(
+                "selection.ratio and training.per_device_train_batch_size are both auto; each takes what memory is "
+                "free, so give a number for one of them"
+            )
+        if self.training.memory_budget and not (auto or auto_batch):
+            raise ValueError(
+                "training.memory_budget is for selection.ratio: auto and training.per_device_train_batch_size: auto; "
+                "leave it out or set one of them"
+            )
         if self.eval_data is not None and (self.data.hold_out or self.eval_data.hold_out):
             raise ValueError("data.hold_out keeps evaluation data back from training; with eval_data, set it to null")
         return self

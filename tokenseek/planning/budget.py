@@ -92,7 +92,7 @@ def _knobs(config: RunConfig, engine: Engine, tokens: int) -> Iterator[tuple[str
         yield "--set training.recompute=true", changed("training", recompute=True), engine, tokens
     if config.training.kv_storage == "device" and not engine.on_cpu:
         yield "--set training.kv_storage=host", changed("training", kv_storage="host"), engine, tokens
-    if (batch := config.training.per_device_train_batch_size) > 1:
+    if (batch := config.training.micro_batch) > 1:
         steps = config.training.gradient_accumulation_steps * batch
         one = changed("training", per_device_train_batch_size=1, gradient_accumulation_steps=steps)
         yield (

@@ -112,7 +112,7 @@ def plan_memory(
     if engine.shards_parameters:
         require_whole_weights(engine.kind, config.model.quantization)
     config.require_trainable()
-    shape = (config.training.per_device_train_batch_size, tokens or config.data.max_length)
+    shape = (config.training.micro_batch, tokens or config.data.max_length)
     model_config = model_config or load_model_config(config)
     make_optimizer = _optimizer(config, engine)
     # Which rows are selected is decided on real positions: the sizes of what follows depend on them.

@@ -49,7 +49,7 @@ def _trained(config: RunConfig, model: nn.Module, processes: int) -> str:
     how = f"{config.peft.method} adapters" if config.peft else "all weights"
     held = config.model.quantization or config.model.dtype
     settings = config.training
-    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    rows = settings.micro_batch * settings.gradient_accumulation_steps
     return (
         f"trains: {how}, {trained:,} of {all_of_them:,} parameters ({trained / all_of_them:.2%}), the model in {held}; "
         f"{rows} rows a step on each of {processes} process{'es' * (processes > 1)}, "

@@ -39,7 +39,7 @@ def settle_ratio(config: RunConfig, checkpoint: str | None, tokens: int, state: 
     if checkpoint:
         ratio, told = _ratio_of_run(Path(checkpoint).parent), f"r = {{}} as before in {checkpoint}"
     else:
-        budget = parse_size(config.training.memory_budget) if config.training.memory_budget else _free_everywhere(state)
+        budget = memory_budget(config, state)
         # One process plans, the others are told; an error of the first one is met by all.
         engine = launched_engine(on_cpu=state.device.type == "cpu")
         planned = first_on_main(
@@ -62,7 +62,10 @@ def _planned(config: RunConfig, budget: int, engine: Engine, tokens: int) -> tup
     return choice.ratio, choice.plan.peak
 
 
-def _free_everywhere(state: PartialState) -> int:
+def memory_budget(config: RunConfig, state: PartialState) -> int:
+    """Bytes that a step may take: `training.memory_budget`, or nine tenths of what is free for every process."""
+    if config.training.memory_budget:
+        return parse_size(config.training.memory_budget)
     return int(SHARE_OF_FREE_MEMORY * min(gather_object([free_memory_bytes(state)])))
 
 

@@ -137,7 +137,7 @@ def fingerprint_run(config: RunConfig, inputs: RunInputs, training: Dataset, gro
         "settings": settings,
         "content": {**inputs.fingerprints, "training examples": digest(*training["example_id"])},
         "names": dict(_flat(config.model_dump(mode="json", include=named))),
-        "batch": own.per_device_train_batch_size * own.gradient_accumulation_steps * groups,
+        "batch": own.micro_batch * own.gradient_accumulation_steps * groups,
         "length": {"max_steps": own.max_steps, "num_train_epochs": own.num_train_epochs},
     }
 

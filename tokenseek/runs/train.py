@@ -31,6 +31,7 @@ from tokenseek.models.kernels import apply_liger, compile_regions, require_kerne
 from tokenseek.models.loading import add_adapter, load_model, model_folder, revision_of
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.allocation import StepAllocation
+from tokenseek.runs.batch import settle_batch, with_batch
 from tokenseek.runs.exact import settle_exact_layers
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.inputs import RunInputs, read_inputs
@@ -125,17 +126,19 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
             "of them out."
         )
     inputs = read_inputs(config, state, group, packing=bool(config.training.packing))
-    require_arguments(config, inputs.skeleton)
+    auto_batch = config.training.per_device_train_batch_size == "auto"
+    require_arguments(with_batch(config, 1) if auto_batch else config, inputs.skeleton)
     planned_model = require_adapter(inputs.skeleton, config.peft) if config.peft else inputs.skeleton
     training, held_out = _split(config, inputs)
-    groups = state.num_processes // (group.size() if group else 1)
-    require_a_batch(config.training, len(training), groups)
     log_once(_log, state, f"Training data: {inputs.data.report}")
     packed, longest = None, max(map(len, inputs.data.dataset["input_ids"]))
     if config.training.packing == "bins":
         packed, longest = PackedDataset(training, config.data.max_length), config.data.max_length
         log_once(_log, state, f"Packed: {packed}.")
+    config = settle_batch(config, start.settled_by, longest, state)
     config = settle_ratio(config, start.settled_by, longest, state)
+    groups = state.num_processes // (group.size() if group else 1)
+    require_a_batch(config.training, len(training), groups)
     fingerprint = fingerprint_run(config, inputs, training, groups)
     start = require_same_inputs(start, fingerprint)
     if told := describe_start(start, fingerprint):

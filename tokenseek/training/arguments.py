@@ -14,6 +14,7 @@ from tokenseek.decoder.names import spelled_for_trainer
 def training_arguments(training: TrainingConfig, output: Path, seed: int) -> TrainingArguments:
     """Transformers' arguments of a run; what is not set here keeps Transformers' default."""
     own = training.model_dump(exclude=set(DitchingSettings.model_fields))
+    own["per_device_train_batch_size"] = training.micro_batch
     if own["optim"] == "adamw_torch" and torch.cuda.is_available():
         # torch's choice on a GPU allocates the square roots of all second moments at once.
         own["optim"] = "adamw_torch_fused"

@@ -80,11 +80,11 @@ def require_a_batch(training: TrainingConfig, examples: int, groups: int) -> Non
     Raises:
         UserError: with `dataloader_drop_last` there is no whole batch.
     """
-    per_round = training.per_device_train_batch_size * groups
+    per_round = training.micro_batch * groups
     if training.extra.get("dataloader_drop_last") and examples < per_round:
         raise UserError(
             f"training.extra.dataloader_drop_last: {examples} examples make no whole batch of {per_round} "
-            f"(training.per_device_train_batch_size {training.per_device_train_batch_size} x {groups} processes), so "
+            f"(training.per_device_train_batch_size {training.micro_batch} x {groups} processes), so "
             "that no step is left. Set it to false, or use smaller batches."
         )
 
