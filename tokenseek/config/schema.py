@@ -145,6 +145,10 @@ class DitchingSettings(Section):
       in the paper. Losses are the same in all three.
     - `memory_budget`: what a process may take on its device where `selection.ratio` or `per_device_train_batch_size` is
       `auto`, such as `8GiB`; left out, nine tenths of what is free there.
+    - `early_stopping_patience`: end the run after so many evaluations in a row without a lower held-out loss.
+    - `load_best`: `final/` is the checkpoint with the least held-out loss, and not the last.
+    - `sample_prompts`: at each evaluation the model continues these, into `metrics.jsonl` and the terminal. They are
+      rendered as instructions of the training data are; for data of kind `text` and `completion` they are texts.
     - `resume`: `auto` (from the newest checkpoint in output_dir, if any), `never` (what output_dir holds is moved to
       `earlier-1` in it), or the path of a checkpoint.
     """
@@ -160,6 +164,9 @@ class DitchingSettings(Section):
     compile: bool = False
     liger: bool = False
     on_nan: Literal["stop", "continue"] = "stop"
+    early_stopping_patience: PositiveInt | None = None
+    load_best: bool = False
+    sample_prompts: list[str] = []
     resume: str = "auto"
     extra: dict[str, Any] = {}
 

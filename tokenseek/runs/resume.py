@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tokenseek.config import RunConfig, save_resolved
+from tokenseek.config import RunConfig, TrainingConfig, save_resolved
 from tokenseek.data.encoding import digest
 from tokenseek.errors import UserError
 from tokenseek.runs.inputs import RunInputs
@@ -50,7 +50,7 @@ _WITHOUT_EFFECT: dict[str, Any] = {
         *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),  # as `batch`
         *("num_train_epochs", "max_steps"),  # as `length`
         *("logging_steps", "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps"),
-        *("dataloader_num_workers", "report_to"),
+        *("dataloader_num_workers", "report_to", "sample_prompts"),
     },
 }
 _EXTRA_WITHOUT_EFFECT = (
@@ -116,12 +116,14 @@ def find_start(resume: str, output: Path) -> Start:
     return Start(output, str(newest) if newest else None, True, known, summary)
 
 
-def fingerprint_run(config: RunConfig, inputs: RunInputs, training: Dataset, groups: int) -> dict[str, Any]:
+def fingerprint_run(
+    config: RunConfig, inputs: RunInputs, training: Dataset, held_out: Dataset | None, groups: int
+) -> dict[str, Any]:
     """Everything that the weights of a run depend on.
 
     Args:
         config: without `auto`.
-        training: the examples to train on.
+        training, held_out: the examples to train on, and those of the held-out loss.
         groups: processes, or groups of those that share texts.
 
     Returns:
@@ -131,11 +133,14 @@ def fingerprint_run(config: RunConfig, inputs: RunInputs, training: Dataset, gro
     settings = dict(_flat(config.model_dump(mode="json", exclude=_without_effect(config))))
     extra = "training.extra."
     settings = {k: v for k, v in settings.items() if not k.removeprefix(extra).startswith(_EXTRA_WITHOUT_EFFECT)}
+    evaluated = {}
+    if held_out is not None and _goes_by_held_out(config.training):
+        evaluated = {"held-out examples": digest(*held_out["example_id"])}
     named: dict[str, Any] = {"model": {"name_or_path", "revision"}, "data": True}
     own = config.training
     return {
         "settings": settings,
-        "content": {**inputs.fingerprints, "training examples": digest(*training["example_id"])},
+        "content": {**inputs.fingerprints, "training examples": digest(*training["example_id"])} | evaluated,
         "names": dict(_flat(config.model_dump(mode="json", include=named))),
         "batch": own.micro_batch * own.gradient_accumulation_steps * groups,
         "length": {"max_steps": own.max_steps, "num_train_epochs": own.num_train_epochs},
@@ -274,11 +279,19 @@ def _without_effect(config: RunConfig) -> dict[str, Any]:
     without, training = dict(_WITHOUT_EFFECT), config.training
     more = {name for name, same in (("kv_storage", "int8"), ("packing", "bins")) if getattr(training, name) != same}
     without["training"] = without["training"] | more
+    if _goes_by_held_out(training):
+        without["training"] -= {"eval_strategy", "eval_steps"}
     if not training.ditching:
         without |= {"selection": True, "scoring": True}
     elif config.scoring.mode == "index" and not config.needs_index:
         without["scoring"] = True
     return without
+
+
+def _goes_by_held_out(training: TrainingConfig) -> bool:
+    """Whether evaluations decide on weights."""
+    by_loss = training.lr_scheduler_type == "reduce_lr_on_plateau"
+    return training.load_best or training.early_stopping_patience is not None or by_loss
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, set_seed
 
@@ -36,6 +43,7 @@ from tokenseek.runs.exact import settle_exact_layers
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.inputs import RunInputs, read_inputs
 from tokenseek.runs.outline import log_outline
+from tokenseek.runs.prompts import render_prompts, require_samples
 from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.resume import (
     METRICS_NAME,
@@ -52,8 +60,10 @@ from tokenseek.runs.summary import Selected, TrainingSummary, card_rows
 from tokenseek.training import GroupTrainer, PaddingCollator, TokenSeekCollator, TokenSeekTrainer
 from tokenseek.training.arguments import training_arguments
 from tokenseek.training.checkpoints import Resumed, fit_checkpoint
-from tokenseek.training.checks import make_output, require_a_batch, require_arguments
+from tokenseek.training.checks import make_output, require_a_batch, require_arguments, require_reports
 from tokenseek.training.metrics import MetricsFile, held_out_loss
+from tokenseek.training.progress import ProgressLine
+from tokenseek.training.samples import Samples
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +135,8 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
             "training.packing with scoring.mode: online is incompatible with sequence parallelism (sp_size); leave one "
             "of them out."
         )
+    require_reports(config.training.report_to)
+    require_samples(config, state, shares_texts=group is not None)
     inputs = read_inputs(config, state, group, packing=bool(config.training.packing))
     auto_batch = config.training.per_device_train_batch_size == "auto"
     require_arguments(with_batch(config, 1) if auto_batch else config, inputs.skeleton)
@@ -139,7 +151,7 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     config = settle_ratio(config, start.settled_by, longest, state)
     groups = state.num_processes // (group.size() if group else 1)
     require_a_batch(config.training, len(training), groups)
-    fingerprint = fingerprint_run(config, inputs, training, groups)
+    fingerprint = fingerprint_run(config, inputs, training, held_out, groups)
     start = require_same_inputs(start, fingerprint)
     if told := describe_start(start, fingerprint):
         log_once(_log, state, told)
@@ -169,8 +181,23 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
         train_dataset=run.training if run.packed is None else run.packed,
         eval_dataset=run.held_out,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(run.output / METRICS_NAME)],
+        callbacks=[metrics := MetricsFile(run.output / METRICS_NAME), ProgressLine()],
     )
+    trainer, selected = _trainer(run, model, options)
+    for printed in (PrinterCallback, ProgressCallback):  # whose place the progress line has
+        trainer.remove_callback(printed)
+    if patience := config.training.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    if prompts := config.training.sample_prompts:
+        texts = render_prompts(config.data, prompts, tokenizer)
+        trainer.add_callback(Samples(trainer, tokenizer, prompts, texts, metrics))
+    return trainer, selected
+
+
+def _trainer(
+    run: Run, model: PreTrainedModel | PeftModel, options: dict[str, Any]
+) -> tuple[GroupTrainer, Selected | None]:
+    config, inputs, tokenizer = run.config, run.inputs, run.inputs.tokenizer
     selected: Selected | None = None
     if not config.training.ditching:
         selected = Selected.among(TokenSeekCollator(None, rule="all"), run.training)
@@ -207,6 +234,8 @@ def finish(
     average, step_peak = (int(max_over_processes(trainer, n)) or None for n in (allocation.average, allocation.peak))
     after = held_out_loss(trainer, run.held_out) if run.held_out else None
     selected = selected or Selected.by_steps(cast(TokenSeekTrainer, trainer))
+    if run.config.training.load_best and trainer.state.best_global_step:
+        log_once(_log, state, f"Least held-out loss at step {trainer.state.best_global_step:,}; its weights are kept.")
     final = run.output / "final"
     trainer.save_model(str(final))
     if state.is_main_process:

@@ -19,8 +19,12 @@ def training_arguments(training: TrainingConfig, output: Path, seed: int) -> Tra
         # torch's choice on a GPU allocates the square roots of all second moments at once.
         own["optim"] = "adamw_torch_fused"
     extra = dict(training.extra)
-    if training.save_strategy == "best":
+    if training.save_strategy == "best" or training.load_best or training.early_stopping_patience:
         extra.setdefault("metric_for_best_model", "loss")  # the held-out one
+    if training.load_best:
+        own["load_best_model_at_end"] = True
+    if training.early_stopping_patience:
+        own["restore_callback_states_from_checkpoint"] = True  # a resumed run goes on counting
     return TrainingArguments(
         output_dir=str(output),
         seed=seed,

@@ -49,7 +49,6 @@ def require_arguments(config: RunConfig, skeleton: PreTrainedModel) -> None:
         UserError: names the setting that is unknown, or lacks what it needs.
     """
     training = config.training
-    _require_reports(training.report_to)
     known = [name.value for name in OptimizerNames]
     if training.optim not in known:
         raise UserError(
@@ -89,7 +88,12 @@ def require_a_batch(training: TrainingConfig, examples: int, groups: int) -> Non
         )
 
 
-def _require_reports(names: list[str]) -> None:
+def require_reports(names: list[str]) -> None:
+    """Refuse logging back ends that are unknown or not installed.
+
+    Raises:
+        UserError: names `training.report_to`.
+    """
     for name in names:
         if name in ("none", "all"):
             if len(names) > 1:
@@ -111,10 +115,19 @@ def _require_reports(names: list[str]) -> None:
 
 def _require_evaluation(config: RunConfig) -> None:
     training = config.training
+    if training.load_best and training.save_strategy not in ("best", training.eval_strategy):
+        raise UserError(
+            f"training.load_best takes the best of the checkpoints: save one at each evaluation, with "
+            f"training.save_strategy={training.eval_strategy} and equal save_steps and eval_steps, or at each better "
+            f"one, with training.save_strategy=best (got {training.save_strategy})."
+        )
     if training.eval_strategy != "no":
         return
     needs = {
+        "training.load_best": training.load_best,
         "training.save_strategy=best": training.save_strategy == "best",
+        "training.early_stopping_patience": training.early_stopping_patience is not None,
+        "training.sample_prompts": bool(training.sample_prompts),
         "training.lr_scheduler_type=reduce_lr_on_plateau": training.lr_scheduler_type == "reduce_lr_on_plateau",
         "training.extra.load_best_model_at_end": bool(training.extra.get("load_best_model_at_end")),
     }
@@ -123,7 +136,7 @@ def _require_evaluation(config: RunConfig) -> None:
             "" if config.eval_data or config.data.hold_out else " and held-out data (data.hold_out=100, or eval_data)"
         )
         raise UserError(
-            f"{found[0]} goes by the held-out loss during training: give training.eval_strategy=steps, "
+            f"{found[0]} goes by evaluation during training: give training.eval_strategy=steps, "
             f"training.eval_steps{data}."
         )
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -36,10 +37,14 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            seconds = round(time.perf_counter() - self.started, 3)
-            line = {"step": state.global_step, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **logs}
-            with writing(self.path.parent), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.write(state.global_step, logs)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append a line; the main process alone does."""
+        seconds = round(time.perf_counter() - self.started, 3)
+        line = {"step": step, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **values}
+        with writing(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _lines_up_to(self, last_step: int) -> Iterator[str]:
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
