@@ -43,6 +43,9 @@ class SourceConfig(Section):
     the sources that have a `weight`, the largest share that keeps the proportion of the weights without repeating a
     row. Drawn rows are chosen with `seed` and stay in the data's order.
 
+    `streaming` reads rows while a run trains on them, pass after pass: no data set is made before, and none is kept. It
+    needs `training.max_steps`, and a way to select without an index. `data.shuffle` shuffles in a buffer of 10,000.
+
     `kind` says what a row is: an `instruction` (with an input or without) and its response; a `chat`, as messages or in
     ShareGPT's form; a prompt and its `completion`, of text or of messages; or `text`. With `auto`, kind and columns are
     recognised from the first rows. `convert`, the import path of a function (`my_package.my_module:my_format`), makes
@@ -61,6 +64,7 @@ class SourceConfig(Section):
     weight: Annotated[float, Field(gt=0)] | None = None
     rows: PositiveInt | None = None
     seed: NonNegativeInt = 0
+    streaming: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -71,6 +75,12 @@ class SourceConfig(Section):
             )
         if self.weight is not None and self.rows is not None:
             raise ValueError("give either weight or rows, not both")
+        if self.streaming and (self.weight is not None or self.rows is not None):
+            raise ValueError(
+                "streaming: true reads a source as it comes; leave weight and rows out, which need all of it"
+            )
+        if self.streaming and self.path is not None and "[" in self.split:
+            raise ValueError(f"streaming: true reads a file from its beginning; split {self.split!r} needs all of it")
         if self.config_name is not None and self.name is None:
             raise ValueError("config_name belongs to a data set of the hub; a local path has none")
         if self.convert is not None:
@@ -113,11 +123,20 @@ class DataConfig(Section):
     seed: NonNegativeInt = 0
     num_proc: PositiveInt | None = None
 
+    @property
+    def is_streamed(self) -> bool:
+        return any(source.streaming for source in self.sources)
+
     @model_validator(mode="after")
     def _check_mixing(self) -> Self:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(w or s.rows is not None for w, s in zip(weighted, self.sources, strict=True)):
             raise ValueError("one source has a weight, so every source needs a weight or rows")
+        streamed = [source.streaming for source in self.sources]
+        if any(streamed) and not all(streamed):
+            raise ValueError("one source is streamed, so every source needs streaming: true")
+        if any(streamed) and self.hold_out is not None:
+            raise ValueError("hold_out draws from all rows, and these are streamed; give an eval_data section instead")
         if self.labels == "sequence" and self.loss_on == "last":
             raise ValueError(
                 "labels: sequence puts the loss on every token, and loss_on: last on one turn; leave one out"

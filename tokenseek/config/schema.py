@@ -351,9 +351,30 @@ class RunConfig(Section):
                 "training.memory_budget is for selection.ratio: auto and training.per_device_train_batch_size: auto; "
                 "leave it out or set one of them"
             )
+        if self.eval_data is not None and self.eval_data.is_streamed:
+            raise ValueError("eval_data is measured again and again and cannot be streamed: set its streaming to false")
+        if self.data.is_streamed:
+            self._check_streaming()
         if self.eval_data is not None and (self.data.hold_out or self.eval_data.hold_out):
             raise ValueError("data.hold_out keeps evaluation data back from training; with eval_data, set it to null")
         return self
+
+    def _check_streaming(self) -> None:
+        training = self.training
+        if training.ditching and self.scoring.mode == "index" and rule_named(self.selection.rule).needs_scores:
+            raise ValueError(
+                "data.sources: streaming: true has no index, which is made of all data before training: set "
+                "scoring.mode: online"
+            )
+        if training.max_steps < 1:
+            raise ValueError("data.sources: streaming: true has no end: set training.max_steps")
+        if training.packing == "bins":
+            raise ValueError("training.packing: bins packs all data before training; with streaming: true set true")
+        if training.dataloader_num_workers > 1:
+            raise ValueError(
+                f"data.sources: a stream is read by one worker, got training.dataloader_num_workers: "
+                f"{training.dataloader_num_workers}; set 0 or 1"
+            )
 
     @property
     def needs_index(self) -> bool:

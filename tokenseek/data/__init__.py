@@ -1,6 +1,24 @@
 """Data: from files and data sets of the hub to token ids, labels and stable example ids."""
 
 from tokenseek.data.formats import Format, recognise
-from tokenseek.data.preparation import DataReport, PreparedData, hold_out, prepare_dataset, require_supervised
+from tokenseek.data.preparation import (
+    DataReport,
+    PreparedData,
+    hold_out,
+    prepare_dataset,
+    require_supervised,
+    stream_examples,
+)
+from tokenseek.data.streaming import StreamedExamples
 
-__all__ = ["DataReport", "Format", "PreparedData", "hold_out", "prepare_dataset", "recognise", "require_supervised"]
+__all__ = [
+    "DataReport",
+    "Format",
+    "PreparedData",
+    "StreamedExamples",
+    "hold_out",
+    "prepare_dataset",
+    "recognise",
+    "require_supervised",
+    "stream_examples",
+]

@@ -26,6 +26,7 @@ from tokenseek.data.formats import Format, recognise_rows
 from tokenseek.data.reading import parse_row
 from tokenseek.data.rows import RowRenderer, read_columns, settled_template
 from tokenseek.data.sources import LoadedSource, cache_error, draw_rows, load_source
+from tokenseek.data.streaming import StreamedExamples, load_head, stream_rows
 from tokenseek.data.templates import Ends
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
@@ -119,7 +120,7 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
     """
     require_usable(tokenizer, data.append_eos)
     keys = [f"{section}.sources.{number}" for number in range(len(data.sources))]
-    loaded = [load_source(source, key) for source, key in zip(data.sources, keys, strict=True)]
+    loaded = [_load(source, key) for source, key in zip(data.sources, keys, strict=True)]
     formats = [_format(source, part, key) for source, part, key in zip(data.sources, loaded, keys, strict=True)]
     sources = [
         f.of(source) if source.kind == "auto" else source for f, source in zip(formats, data.sources, strict=True)
@@ -188,6 +189,49 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
     return PreparedData(examples.remove_columns(["num_cut", "num_unread"]), fingerprints, report)
 
 
+def stream_examples(
+    data: DataConfig, tokenizer: Any, *, part: int = 0, parts: int = 1, skip: int = 0, section: str = "data"
+) -> StreamedExamples:
+    """The examples of streamed sources, rendered and tokenised one by one as they are asked for.
+
+    They are those of :func:`prepare_dataset` for the same sources, in their order, with the same ids.
+
+    Args:
+        part, parts, skip: as in :class:`~tokenseek.data.streaming.StreamedExamples`.
+
+    Raises:
+        UserError: as :func:`prepare_dataset`, when the row at fault is met; or a row becomes several examples.
+    """
+    keys = [f"{section}.sources.{number}" for number in range(len(data.sources))]
+    heads = [_load(source, key) for source, key in zip(data.sources, keys, strict=True)]
+    formats = [_format(source, head, key) for source, head, key in zip(data.sources, heads, keys, strict=True)]
+    sources = [
+        f.of(source) if source.kind == "auto" else source for f, source in zip(formats, data.sources, strict=True)
+    ]
+    template, ends = settled_template(data, tokenizer), Ends.of(tokenizer, data.append_eos)
+    chat = ChatRenderer(
+        tokenizer, data.loss_on, data.rewritten_turns, data.template_options, section, data.labels == "sequence"
+    )
+    renderers = [
+        RowRenderer(source, head, template, ends, chat, key)
+        for source, head, key in zip(sources, heads, keys, strict=True)
+    ]
+    encoder = Encoder(tokenizer, data.max_length, data.labels)
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        rendered = renderers[row["source"]]({"row": [row["row"]], "place": [row["place"]]})
+        columns = encode_batch(rendered, [row["position"]], encoder=encoder)
+        if len(columns["example_id"]) != 1:
+            raise UserError(
+                f"{row['place']}: the chat template renders turns of this conversation differently once others follow. "
+                f"With {section}.rewritten_turns: separate it becomes {len(columns['example_id'])} examples, which a "
+                f"stream cannot count; set {section}.loss_on=last, or streaming=false"
+            )
+        return {name: columns[name][0] for name in ("example_id", "input_ids", "labels")}
+
+    return StreamedExamples(stream_rows(data, section), encode, part, parts, skip)
+
+
 def hold_out(dataset: Dataset, examples: int, seed: int) -> tuple[Dataset, Dataset]:
     """A data set without `examples` of its rows, drawn with `seed`, and these rows; both keep its order.
 
@@ -226,6 +270,10 @@ def require_supervised(dataset: Dataset, section: str) -> None:
         f"{'learn' if section == 'data' else 'measure'}. Prompts may be longer than max_length, which cuts off the "
         f"responses (raise {section.split('.')[0]}.max_length), or the responses are empty"
     )
+
+
+def _load(source: SourceConfig, key: str) -> LoadedSource:
+    return load_head(source, key) if source.streaming else load_source(source, key)
 
 
 def _format(source: SourceConfig, loaded: LoadedSource, key: str) -> Format:

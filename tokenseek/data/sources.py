@@ -139,6 +139,19 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
+def is_kept(source: SourceConfig, row: str) -> bool:
+    """Whether the filters of a source keep a row, the text of a JSON object."""
+    if not source.drop and not source.keep:
+        return True
+    cells = parse_row(row)
+
+    def is_named(column: str, values: Sequence[Any]) -> bool:
+        return any(_is_meant(cells.get(column), value) for value in values)
+
+    dropped = any(is_named(column, values) for column, values in source.drop.items())
+    return not dropped and all(is_named(column, values) for column, values in source.keep.items())
+
+
 def _is_meant(cell: Any, value: Any) -> bool:
     """Whether a cell is what a filter names. Where one of them is text, as all cells of a CSV are, texts decide."""
     if isinstance(cell, bool) or isinstance(value, bool):

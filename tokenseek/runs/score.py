@@ -80,6 +80,11 @@ def score(
     Raises:
         UserError: before the model is loaded, where an index or shards of other data or settings are in the way.
     """
+    if config.data.is_streamed:
+        raise UserError(
+            "data.sources: streaming: true has no end, and an index is of all data; set streaming to false, or train "
+            "with scoring.mode: online, which scores in its steps."
+        )
     if inputs is None:
         inputs = _read_inputs(config)
     state, team, dataset = inputs.state, Team(inputs.group), inputs.data.dataset

@@ -87,9 +87,10 @@ class Selected:
         return report
 
 
-def card_rows(summary: TrainingSummary, examples: int) -> dict[str, str]:
+def card_rows(summary: TrainingSummary, examples: int | None) -> dict[str, str]:
+    """Rows of the model card; `examples` is None where they were streamed."""
     rows = {
-        "examples": f"{examples:,}",
+        "examples": "streamed" if examples is None else f"{examples:,}",
         "optimizer steps": f"{summary.steps:,}",
         "trainable parameters": f"{summary.trainable_parameters:,}",
         "tokens per second": f"{summary.tokens_per_second:,.0f}",

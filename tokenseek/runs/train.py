@@ -19,13 +19,15 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import TrainOutput, set_seed
 
 from tokenseek.config import RunConfig
-from tokenseek.data import hold_out, prepare_dataset, require_supervised
+from tokenseek.data import StreamedExamples, hold_out, prepare_dataset, require_supervised, stream_examples
 from tokenseek.data.packing import PackedDataset
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import Seeking, enable_token_ditching
@@ -101,6 +103,7 @@ class Run:
         config: with a number for `selection.ratio`.
         training: the examples to train on, without those that are held out.
         packed: the same as rows of several examples, where the run packs them.
+        stream: the examples to train on where they are streamed; `training` then holds the first of them.
         index: None where no score is needed before training.
         start: what is left to do, and from where.
     """
@@ -110,6 +113,7 @@ class Run:
     training: Dataset
     held_out: Dataset | None
     packed: PackedDataset | None
+    stream: StreamedExamples | None
     index: TokenIndex | None
     arguments: TrainingArguments
     output: Path
@@ -147,6 +151,8 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     if config.training.packing == "bins":
         packed, longest = PackedDataset(training, config.data.max_length), config.data.max_length
         log_once(_log, state, f"Packed: {packed}.")
+    if config.data.is_streamed:
+        longest = config.data.max_length
     config = settle_batch(config, start.settled_by, longest, state)
     config = settle_ratio(config, start.settled_by, longest, state)
     groups = state.num_processes // (group.size() if group else 1)
@@ -159,14 +165,29 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     if arguments.world_size != state.num_processes:
         raise RuntimeError(f"Trainer sees {arguments.world_size} processes of the {state.num_processes} launched.")
     if start.finished:
-        return Run(config, inputs, training, held_out, packed, None, arguments, output, start)
+        return Run(config, inputs, training, held_out, packed, None, None, arguments, output, start)
     if outlined:
         log_outline(config, inputs, training, planned_model, longest)
     index = _index(config, inputs) if config.needs_index else None
     if start.checkpoint:
         fit_checkpoint(Path(start.checkpoint), arguments, state)
     write_start(start, config, fingerprint, state)
-    return Run(config, inputs, training, held_out, packed, index, arguments, output, start)
+    stream = _stream(config, inputs, arguments, start, groups) if config.data.is_streamed else None
+    return Run(config, inputs, training, held_out, packed, stream, index, arguments, output, start)
+
+
+def _stream(
+    config: RunConfig, inputs: RunInputs, arguments: TrainingArguments, start: Start, groups: int
+) -> StreamedExamples:
+    """The examples of this process from where the run starts. Trainer and accelerate leave them as they come."""
+    cast(AcceleratorConfig, arguments.accelerator_config).dispatch_batches = False
+    arguments.ignore_data_skip = True
+    training, state, taken = config.training, inputs.state, 0
+    if start.checkpoint:
+        steps = TrainerState.load_from_json(str(Path(start.checkpoint) / TRAINER_STATE_NAME)).global_step
+        taken = steps * training.micro_batch * training.gradient_accumulation_steps * groups
+    part = state.process_index // (state.num_processes // groups)
+    return stream_examples(config.data, inputs.tokenizer, part=part, parts=groups, skip=taken)
 
 
 def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
@@ -178,7 +199,7 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
     options: dict[str, Any] = dict(
         args=run.arguments,
         on_nan=config.training.on_nan,
-        train_dataset=run.training if run.packed is None else run.packed,
+        train_dataset=next(data for data in (run.stream, run.packed, run.training) if data is not None),
         eval_dataset=run.held_out,
         processing_class=tokenizer,
         callbacks=[metrics := MetricsFile(run.output / METRICS_NAME), ProgressLine()],
@@ -258,7 +279,7 @@ def finish(
     )
     if state.is_main_process:
         (run.output / SUMMARY_NAME).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
-        write_model_card(final, run.config, card_rows(summary, len(run.training)))
+        write_model_card(final, run.config, card_rows(summary, None if run.stream else len(run.training)))
     state.wait_for_everyone()
     return summary
 

@@ -165,9 +165,12 @@ class TokenSeekCollator(PaddingCollator):
         input_ids = [f["input_ids"] for f in features]
         labels = [np.append(IGNORED, f["labels"][1:]) for f in features]
         batch: dict[str, Any] = pack_rows(input_ids, labels) if self.packing else self.pad(input_ids, labels)
-        visit = int(self._epoch)
-        keys = [draw_key(zlib.crc32(_example_id(f).encode()), visit) for f in features]
+        keys = [draw_key(zlib.crc32(_example_id(f).encode()), self._visit(f)) for f in features]
         return {**batch, "selection": self.rule, "selection_keys": torch.tensor(keys, dtype=torch.int64)}
+
+    def _visit(self, feature: Mapping[str, Any]) -> int:
+        """Number of the pass over the data; an example of a stream brings its own."""
+        return int(feature.get("visit", self._epoch))
 
     def select(self, feature: Mapping[str, Any]) -> np.ndarray:
         """Selected positions of one example, int64 [S], ascending."""
@@ -190,7 +193,7 @@ class TokenSeekCollator(PaddingCollator):
             self.rule,
             *scores,
             row=row,
-            visit=int(self._epoch),
+            visit=self._visit(feature),
             supervised=supervised_positions(feature["labels"]),
             num_tokens=len(input_ids),
         )

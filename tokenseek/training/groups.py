@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from tokenseek.data.packing import unpacked
+from tokenseek.data.streaming import StreamedExamples
 from tokenseek.ditching import ditching_of
 from tokenseek.errors import UserError
 from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
@@ -139,6 +140,14 @@ class GroupTrainer(Trainer):
 
     def _get_dataloader(self, *args, **kwargs) -> DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
+        shard = loader.dataset
+        stream = shard.dataset if isinstance(shard, IterableDatasetShard) else shard
+        if isinstance(stream, StreamedExamples):
+            if shard is not stream:
+                shard.num_processes, shard.process_index = 1, 0  # the stream gives each group its own examples
+            # An iterator begins by a draw, which a resumed run makes again: not from the state that dropout draws from.
+            loader.base_dataloader.generator = torch.Generator()
+            return loader
         if self.group_size > 1:
             dealt = [
                 part
