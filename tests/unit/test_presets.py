@@ -23,7 +23,7 @@ PAPER_MODELS = {
 
 def test_all_presets_are_there():
     paper = {name + form for name in PAPER_MODELS for form in ("", "-loha", "-qlora")}
-    assert set(list_resources("preset")) == paper | {"gsm8k", "quickstart"}
+    assert set(list_resources("preset")) == paper | {"gsm8k", "here", "llama-2-7b-translation", "quickstart"}
 
 
 @pytest.mark.parametrize("name", list_resources("preset"))

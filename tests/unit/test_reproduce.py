@@ -1,5 +1,9 @@
 """The paper's tables: their files, what a row changes, and the table that is made of its rows."""
 
+import importlib.util
+import json
+from pathlib import Path
+
 import pytest
 from tiny_preset import tiny_preset
 
@@ -10,7 +14,9 @@ from tokenseek.sweeps.paper import PaperTable, TableRow, load_table, row_setting
 from tokenseek.sweeps.reproduce import render, reproduce
 from tokenseek.sweeps.sweep import Sweep, Trial, read_rows
 
-TABLES = ["1", "2", "S10", "S11", "S12", "S13", "S14", "S3", "S4", "S5", "S6", "S8", "S9"]
+TABLES = [
+    "1", "2", "Fig3", "Fig5", "Fig6", "S10", "S11", "S12", "S13", "S14", "S3", "S4", "S5", "S6", "S7", "S8", "S9",
+]  # fmt: skip
 
 
 def test_every_table_of_the_paper_is_there():
@@ -21,11 +27,11 @@ def test_every_table_of_the_paper_is_there():
 def test_every_row_is_a_run_of_every_model_of_its_table(name, tmp_path):
     table = load_table(name)
     for paper in table.paper:
-        config = table_config(table, None, paper=paper, limit=500)
+        config = table_config(table, None, paper=paper, limit=None if name == "S7" else 500)
         trials = [Trial(row.name, row_settings(row, config)) for row in table.rows]
         configs = [Sweep(tmp_path, config, [trial]).config(trial) for trial in trials]
         # These compare methods, data or costs, not selections.
-        same_selection = ("S3", "S6", "S8", "S9", "S12")
+        same_selection = ("S3", "S6", "S7", "S8", "S9", "S12")
         assert len({run.selection.model_dump_json() for run in configs if run.peft}) > 1 or name in same_selection
         for row, run in zip(table.rows, configs, strict=True):
             assert (run.model.quantization, run.peft and run.peft.method) == {
@@ -85,6 +91,55 @@ def test_a_file_with_a_wrong_number_of_figures_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match="row r: a has 1 figures, not 2"):
         load_table(str(path))
+
+
+def translation_script():
+    path = Path(__file__).resolve().parents[2] / "launch" / "translation.py"
+    spec = importlib.util.spec_from_file_location("translation", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_translation_needs_its_task_and_its_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = translation_script()
+    table = load_table("S7")
+    config = table_config(table, None)
+    with pytest.raises(UserError, match="the table shows BLEU: give --tasks translation and --data FOLDER"):
+        table.require_measurable(table.rows, config, 1, None)
+    with pytest.raises(UserError, match="there is no multi-domain/medical.jsonl, .*launch/translation.py"):
+        table.require_measurable(table.rows, config, 1, "translation")
+    for domain in script.DOMAINS:
+        (tmp_path / domain).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / domain / f"{split}.de").write_text("eins\nzwei\n")
+            (tmp_path / domain / f"{split}.en").write_text("one\ntwo\n")
+    script.convert(tmp_path, tmp_path / "multi-domain", tests=1)
+    table.require_measurable(table.rows, config, 1, "translation")
+    first = json.loads((tmp_path / "multi-domain" / "it.jsonl").read_text().splitlines()[0])
+    assert first == {"prompt": "German phrase: eins\nEnglish phrase:", "completion": " one"}
+    tests = [json.loads(line) for line in (tmp_path / "multi-domain" / "translation.jsonl").read_text().splitlines()]
+    assert len(tests) == 4 and tests[0]["source_language"] == "German"
+    (tmp_path / "law" / "train.en").write_text("one\n")
+    with pytest.raises(SystemExit, match="train.de has 2 lines, train.en 1"):
+        script.convert(tmp_path, tmp_path / "multi-domain", tests=1)
+
+
+@pytest.mark.parametrize("name", ["Fig3", "Fig5", "Fig6"])
+def test_figures_are_drawn_of_rows(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    from tokenseek.sweeps.reproduce_figures import draw_table
+
+    table = load_table(name)
+    rows = [
+        {"row": row.name, "seed": seed, "settings": row.settings, "loss_after": 1 - seed / 10,
+         "losses": [[1, 2.0], [2, 1.0]], "average_memory_bytes": 2**28, "step_peak_bytes": 2**29}
+        for row in table.rows for seed in (0, 1)
+    ]  # fmt: skip
+    assert draw_table(table, rows, tmp_path / "figure") == tmp_path / "figure"
+    assert (tmp_path / "figure.png").stat().st_size > 5000 and "<svg" in (tmp_path / "figure.svg").read_text()
+    assert draw_table(table, [{**rows[0], "error": "no memory"}], tmp_path / "none") is None
 
 
 ROWS = [

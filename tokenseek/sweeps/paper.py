@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,16 @@ from tokenseek.spelling import did_you_mean
 
 # Rows of Open-Platypus that the paper trains on: shares of other data are kept when fewer are used.
 _PAPER_EXAMPLES = 21_221
+
+
+# What `--here` leaves out, and what each needs: another model, other data, leave to run programs or an idle machine.
+NOT_HERE = {
+    "S3": "hours of training: `tokenseek reproduce S3`, on a machine that does nothing else",
+    "S4": "Llama-2 7B; its rows are those of Table 1 here",
+    "S6": "100,000 texts of MiniPile: `tokenseek reproduce S6 --extra-data FILE`",
+    "S7": "German and English texts of four domains: `tokenseek reproduce S7`",
+    "S10": "programs that the model writes are run: `tokenseek reproduce S10`",
+}
 
 
 class TableRow(BaseModel):
@@ -44,15 +55,23 @@ class PaperTable(BaseModel):
         paper: presets of the models whose figures it has.
         columns: what the paper reports.
         shows: what is measured beside it: scores (or a held-out loss), their variance over seeds, training time, or the
-            cost of scoring.
+            cost of scoring; or what a figure draws of them: scores by ratio, curves of the training loss, or memory.
+        tasks: benchmarks that its columns need.
+        needs: files that the presets name, and how to get them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     title: str
     paper: list[str]
     columns: list[str]
-    shows: Literal["scores", "variance", "time", "scoring"] = "scores"
+    shows: Literal["scores", "variance", "time", "scoring", "ratio", "curves", "memory"] = "scores"
+    tasks: str | None = None
+    needs: str | None = None
     rows: list[TableRow]
+
+    @property
+    def is_drawn(self) -> bool:
+        return self.shows in ("ratio", "curves", "memory")
 
     @model_validator(mode="after")
     def _check(self) -> PaperTable:
@@ -73,6 +92,13 @@ class PaperTable(BaseModel):
 
     def require_measurable(self, rows: Sequence[TableRow], config: RunConfig, seeds: int, tasks: str | None) -> None:
         """Raise UserError unless runs of `rows` can be compared as the table does."""
+        if self.is_drawn and importlib.util.find_spec("matplotlib") is None:
+            raise UserError("figures need matplotlib: pip install 'tokenseek[report]'.")
+        if self.tasks and not tasks:
+            raise UserError(f"the table shows {', '.join(self.columns)}: give --tasks {self.tasks} and --data FOLDER")
+        missing = [source.path for source in config.data.sources if source.path and not Path(source.path).exists()]
+        if self.needs and missing:
+            raise UserError(f"data.sources: there is no {', '.join(missing)}. The table needs {self.needs}")
         if self.shows == "variance" and seeds < 2:
             raise UserError("the table shows a variance over seeds: give --seeds 2 or more")
         if any(row.extra_data for row in rows) and config.eval_data is None and not tasks:
@@ -88,6 +114,13 @@ def load_table(name: str) -> PaperTable:
         return PaperTable.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
     except ValidationError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def require_here(name: str) -> None:
+    """Raise UserError unless there is such a table and `--here` runs it."""
+    if name in NOT_HERE:
+        raise UserError(f"--tables {name}: --here does not run it, as it needs {NOT_HERE[name]}")
+    load_table(name)
 
 
 def table_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenseek.config import RunConfig, override_config
+from tokenseek.evaluation.benchmarks import BENCHMARKS
 from tokenseek.launching.processes import leave_launch
 from tokenseek.runs.summary import TrainingSummary
 from tokenseek.sweeps.paper import PaperTable, TableRow, row_settings
@@ -21,6 +23,10 @@ _log = logging.getLogger(__name__)
 _PEAK = "Max. mem. %"
 _AVERAGE_MEMORY = "Ave. mem. %"
 _LOSS = "Held-out loss"
+_TIMES = {"Seconds", "Hours", "Training seconds"}
+_BENCHMARKS = {benchmark.column for benchmark in BENCHMARKS.values()}
+# Tables whose rows are drawn, too.
+FIGURES = ("Fig3", "Fig5", "Fig6")
 _AVERAGE = "Average"
 
 
@@ -59,7 +65,12 @@ def reproduce(
     folder = Path(config.output_dir) / f"table-{Path(name).stem}"
     if table.shows == "scoring":  # which is measured, so that an index made before is of no use
         config = override_config(config, {"scoring.index": str(folder / "index.arrow")})
-    measure = _evaluation(tasks, data, eval_limit) if tasks else None
+    scores = evaluation(tasks, data, eval_limit) if tasks else None
+
+    def measure(run: RunConfig, summary: TrainingSummary) -> dict[str, Any]:
+        losses = {"losses": training_losses(run)} if table.shows == "curves" else {}
+        return {**(scores(run, summary) if scores else {}), **losses}
+
     sweep = Sweep(folder, short_runs(config, steps, hold_out), trials, measure)
     sweep.run()
     if number:
@@ -68,10 +79,17 @@ def reproduce(
     path = sweep.folder / "table.md"
     path.write_text(f"# Table {name}: {table.title}\n\n{text}\n", encoding="utf-8")
     _log.info(f"\n{text}\n\nTable: {path}; rows: {sweep.rows_file}")
+    if table.is_drawn:
+        from tokenseek.sweeps.reproduce_figures import draw_table  # late: matplotlib is an extra
+
+        if figure := draw_table(table, sweep.rows(), sweep.folder / "figure"):
+            _log.info(f"Figure: {figure}.png, {figure}.svg")
     return path
 
 
-def _evaluation(tasks: str, data: Sequence[Path], limit: int | None) -> Measure:
+def evaluation(tasks: str, data: Sequence[Path], limit: int | None) -> Measure:
+    """Scores of a trained model, for a sweep's rows."""
+
     def measure(config: RunConfig, summary: TrainingSummary) -> dict[str, Any]:
         from tokenseek.evaluation import evaluate  # late: lm-eval is an extra
 
@@ -85,33 +103,51 @@ def _evaluation(tasks: str, data: Sequence[Path], limit: int | None) -> Measure:
     return measure
 
 
+def training_losses(config: RunConfig) -> list[list[float]]:
+    """(step, training loss) of a finished run, from its metrics."""
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [[line["step"], round(line["loss"], 4)] for line in map(json.loads, lines) if "loss" in line]
+
+
 def render(table: PaperTable, rows: Sequence[TableRow], results: Sequence[Row], paper: str) -> str:
     """A Markdown table: every column of the paper with its own figure beside the measured one, then what else is."""
+    several = len({row["seed"] for row in results}) > 1
+    seeds = "Mean (least to greatest) over seeds." if several else "One seed."
+    return f"Figures of the paper: {paper}. {seeds}\n\n" + markdown(*cells(table, rows, results, [paper]))
+
+
+def cells(
+    table: PaperTable, rows: Sequence[TableRow], results: Sequence[Row], papers: Sequence[str], brief: bool = False
+) -> tuple[list[str], list[list[str]]]:
+    """The titles and lines of :func:`render`.
+
+    Args:
+        papers: of the first of these models that a row has figures for, they stand in it.
+        brief: without seconds, and without single benchmarks that were not run.
+    """
     groups = {group.values[0]: group for group in grouped(map(_flat, results), "row")}
     full = groups.get("full")
     columns = {row.name: _measured(table, groups[row.name], full) for row in rows if row.name in groups}
     own = dict.fromkeys(title for measured in columns.values() for title in measured)
-    pairs = [(title, f"{title} (paper)") for title in table.columns]
+    if brief:
+        own = {title: None for title in own if title not in _TIMES}
+    shown = [title for title in table.columns if title in own or not brief or title not in _BENCHMARKS]
     titles = ["setting"]
-    for title, of_paper in pairs:
-        titles += [of_paper, title] if title in own else [of_paper]
+    for title in shown:
+        titles += [f"{title} (paper)", title] if title in own else [f"{title} (paper)"]
     others = [title for title in own if title not in table.columns]
     lines = []
     for row in rows:
         measured = columns.get(row.name, {})
-        figures = row.paper.get(paper, [None] * len(table.columns))
+        found = next((row.paper[model] for model in papers if model in row.paper), [None] * len(table.columns))
+        figures = dict(zip(table.columns, found, strict=True))
         line = [row.label]
-        for title, figure in zip(table.columns, figures, strict=True):
-            line.append("" if figure is None else f"{figure:g}")
+        for title in shown:
+            line.append("" if figures[title] is None else f"{figures[title]:g}")
             if title in own:
                 line.append(measured.get(title, ""))
         lines.append([*line, *(measured.get(title, "") for title in others)])
-    return f"Figures of the paper: {paper}. {_seeds(groups)}\n\n" + markdown([*titles, *others], lines)
-
-
-def _seeds(groups: dict[str, Group]) -> str:
-    counts = {len(group.rows) for group in groups.values()}
-    return "Mean (least to greatest) over seeds." if counts - {1} else "One seed."
+    return [*titles, *others], lines
 
 
 def _flat(row: Row) -> Row:
@@ -127,7 +163,7 @@ def _measured(table: PaperTable, group: Group, full: Group | None) -> dict[str, 
     full_peak = full.mean("step_peak_bytes") if full else None
     found = {title: group.spread(title, 2) for title in group.rows[0].get("scores", {})}
     loss = _AVERAGE if _AVERAGE in found else "loss_after"
-    if table.shows == "variance":
+    if table.shows == "variance" and len(group.rows) > 1:
         found["Variance"] = f"{statistics.variance(group.numbers(loss)):.5f}"
     if table.shows == "scoring":
         scoring = group.mean("scoring_average_memory_bytes")

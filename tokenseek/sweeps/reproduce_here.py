@@ -1,0 +1,195 @@
+"""`tokenseek reproduce --here`: the paper's tables and figures on a small model and the data of this machine.
+
+Rows of all tables are trials of one sweep, so that rows of different tables that are the same run are run once, and
+what was stopped goes on. What is most needed for the paper's claims comes first, the first seed before the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenseek.config import RunConfig, override_config
+from tokenseek.config.resources import list_resources
+from tokenseek.data.toy import make_word_problems
+from tokenseek.errors import UserError
+from tokenseek.launching.processes import leave_launch
+from tokenseek.planning import method_of, plan_memory
+from tokenseek.runs.summary import TrainingSummary
+from tokenseek.sweeps.paper import NOT_HERE, load_table, row_settings, table_config
+from tokenseek.sweeps.reproduce import evaluation, training_losses
+from tokenseek.sweeps.sweep import Row, Sweep, Trial, append_row, read_rows
+from tokenseek.sweeps.tune import short_runs
+
+GSM8K = {"train": "gsm8k_train.jsonl", "heldout": "gsm8k_test.jsonl"}
+MOST_CHARACTERS = 250  # of question and answer
+# Rows that answer the paper's claims, the most needed first, and whether with every seed; all others follow.
+FIRST = (
+    ("1", ("qlora", "qlora-tokenseek", "qlora-random", "full", "full-tokenseek"), False),
+    ("2", ("alpha-1-beta-0", "alpha-0-beta-1", "r-50"), False),
+    ("1", ("qlora-random", "qlora-tokenseek"), True),
+    ("S14", ("layer-2", "layer-3"), False),
+    ("S11", ("random", "top", "bands"), False),
+    ("2", ("r-30", "alpha-3-beta-7", "alpha-7-beta-3", "r-40"), False),
+    ("Fig3", ("random-50", "random-30", "random-40"), False),
+    ("1", ("full-random",), False),
+    ("1", ("qlora",), True),
+)
+PLANNED_MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b")
+# The paper's texts are of unknown length: usual ones make its averages, the longest its peaks.
+LENGTHS = {"average_tokens": 512, "peak_tokens": 2048}
+# Weights of 4 bits are slow on a CPU: QLoRA is LoRA on float32 weights here.
+_WHOLE_WEIGHTS = {"model.quantization": None, "model.double_quantization": False}
+
+
+@dataclass(frozen=True)
+class HereOptions:
+    """How much is run.
+
+    Attributes:
+        folders: with GSM8K's files, and with the evaluation sets that `tasks` needs.
+        limit: training examples.
+        hold_out: problems that decide, from GSM8K's test set.
+        tables: names of those to run; all that can be run here where empty.
+    """
+
+    folders: Sequence[Path] = ()
+    limit: int = 320
+    hold_out: int = 48
+    seeds: int = 3
+    steps: int | None = None
+    tasks: str | None = None
+    eval_limit: int | None = None
+    tables: Sequence[str] = ()
+
+
+def tables_here() -> list[str]:
+    """Names of the tables and figures that can be run here."""
+    return [name for name in list_resources("table") if name not in NOT_HERE]
+
+
+def here_config(config: RunConfig, options: HereOptions) -> tuple[RunConfig, str]:
+    """The configuration that all runs share, with its data written into its folder; and what the data are.
+
+    Raises:
+        UserError: there are too few problems.
+    """
+    folder = Path(config.output_dir) / "data"
+    counts = {"train": options.limit, "heldout": options.hold_out}
+    files = {split: _find(options.folders, name) for split, name in GSM8K.items()}
+    if None in files.values():
+        told = "made-up word problems"
+        problems = make_word_problems(sum(counts.values()))
+        chosen = {"train": problems[: options.limit], "heldout": problems[options.limit :]}
+    else:
+        told = f"GSM8K's problems of at most {MOST_CHARACTERS} characters"
+        chosen = {split: _short_problems(path)[: counts[split]] for split, path in files.items() if path}
+    for split, problems in chosen.items():
+        if len(problems) < counts[split]:
+            raise UserError(f"{files[split]} has {len(problems)} short problems; give --limit or --hold-out up to that")
+        _write(folder / f"{split}.jsonl", problems)
+    settings = {
+        "data.sources.0.path": str(folder / "train.jsonl"),
+        "eval_data.sources.0.path": str(folder / "heldout.jsonl"),
+    }
+    return short_runs(override_config(config, settings), options.steps, options.hold_out), told
+
+
+def here_trials(config: RunConfig, seeds: int, tables: Sequence[str]) -> list[Trial]:
+    """Every row of `tables` with every seed, in the order in which they are run."""
+    order: dict[tuple[str, str, int], None] = {}
+    for table, names, with_every_seed in FIRST:
+        for number in range(seeds if with_every_seed else 1):
+            order |= {(table, name, number): None for name in names}
+    for number in range(seeds):
+        order |= {(table, row.name, number): None for table in tables for row in load_table(table).rows}
+    return [_trial(config, *place) for place in order if place[0] in tables]
+
+
+def _trial(config: RunConfig, table: str, name: str, seed: int) -> Trial:
+    (row,) = (row for row in load_table(table).rows if row.name == name)
+    settings = {**row_settings(row, config), **_WHOLE_WEIGHTS, "seed": seed, "selection.seed": seed}
+    if row.method == "full":
+        settings["training.learning_rate"] = config.training.learning_rate / 10
+    return Trial(f"{table}-{name}-seed-{seed}", settings, {"table": table, "row": name, "seed": seed})
+
+
+def list_here(config: RunConfig, options: HereOptions) -> list[str]:
+    """A line for each run, in order."""
+    trials = here_trials(config, options.seeds, options.tables or tables_here())
+    return [f"{trial.name}: {dict(trial.settings)}" for trial in trials]
+
+
+def run_here(config: RunConfig, options: HereOptions, run: bool = True) -> Path | None:
+    """Run what is missing, and write the rows of all tables; every process calls this.
+
+    Args:
+        run: False writes the rows that are there.
+
+    Returns:
+        The file of the rows and plans, ``here.jsonl``, in a launch's first process.
+    """
+    number = leave_launch()
+    base, told = here_config(config, options)
+    scores = evaluation(options.tasks, options.folders, options.eval_limit) if options.tasks else None
+
+    def measure(run: RunConfig, summary: TrainingSummary) -> dict[str, Any]:
+        size = {"examples": options.limit, "held_out": options.hold_out, "data": told}
+        return {**(scores(run, summary) if scores else {}), "losses": training_losses(run), **size}
+
+    folder = Path(config.output_dir)
+    tables = options.tables or tables_here()
+    sweep = Sweep(folder, base, here_trials(base, options.seeds, tables), measure)
+    if run:
+        sweep.run()
+    if number:
+        return None
+    planned = folder / "plans.jsonl"
+    plans = plan_table_1(planned) if run and "1" in tables else read_rows(planned)
+    file = folder / "here.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*_slim(sweep.rows()), *plans]), encoding="utf-8")
+    return file
+
+
+def plan_table_1(file: Path, models: Sequence[str] = PLANNED_MODELS) -> list[Row]:
+    """The planned memory of Table 1 at the sizes of the paper's models; what `file` has is not planned again."""
+    table, rows = load_table("1"), read_rows(file)
+    done = {(row["model"], row["row"], row["lengths"]) for row in rows}
+    for model in models:
+        base = table_config(table, None, paper=model)
+        for row in table.rows:
+            if row.method not in ("full", "loha", "qlora") or row.name.endswith("-random"):
+                continue
+            config = override_config(base, row_settings(row, base))
+            for lengths, tokens in LENGTHS.items():
+                if (model, row.name, lengths) not in done:
+                    plan = plan_memory(config, method_of(config), tokens=tokens)
+                    sizes = {"tokens": tokens, "average": plan.average, "peak": plan.peak}
+                    append_row(file, {"model": model, "row": row.name, "lengths": lengths, **sizes})
+    return read_rows(file)
+
+
+def _slim(rows: Sequence[Row]) -> Iterator[Row]:
+    """Rows as they are kept beside the page: without what a run's own folder is needed for."""
+    for row in rows:
+        yield {name: value for name, value in row.items() if name not in ("before", "key", "trial", "train_loss")}
+
+
+def _find(folders: Sequence[Path], name: str) -> Path | None:
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _short_problems(path: Path) -> list[dict[str, str]]:
+    problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [problem for problem in problems if len(problem["question"] + problem["answer"]) <= MOST_CHARACTERS]
+
+
+def _write(path: Path, problems: Sequence[dict[str, str]]) -> None:
+    """Unless it is there: another process may be reading it."""
+    text = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
