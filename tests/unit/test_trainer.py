@@ -132,6 +132,13 @@ def test_other_losses_are_refused(where, path, dataset, tmp_path):
         )
 
 
+@pytest.mark.parametrize("given,found", [(None, False), (True, True)])
+def test_ddp_looks_for_parameters_without_gradient_where_it_is_told_to(given, found, path, dataset, tmp_path):
+    arguments = tiny_arguments(tmp_path, ddp_find_unused_parameters=given)
+    trainer = TokenSeekTrainer(tiny_model("llama"), arguments, data_collator=TokenSeekCollator(path, 0.5))
+    assert trainer.args.ddp_find_unused_parameters is found
+
+
 def test_ditching_that_is_enabled_already_is_kept(path, dataset, tmp_path):
     model = tokenseek.enable_token_ditching(tiny_model("llama"), recompute=True)
     TokenSeekTrainer(model, tiny_arguments(tmp_path), data_collator=TokenSeekCollator(path), train_dataset=dataset)

@@ -131,6 +131,22 @@ def _cache_argument(name: str, layers: nn.ModuleList) -> str:
     return found
 
 
+def leaves_parameters_out(model: nn.Module) -> bool:
+    """Whether a step may leave some trained parameter without a gradient, by the look of the modules.
+
+    Every row runs through all of a dense decoder. Where a layer holds a list of modules (experts), the rows may choose,
+    and what is neither in the body nor the head may not run at all.
+    """
+    decoder = find_decoder(model)
+    chooses = any(
+        isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1
+        for layer in decoder.layers
+        for module in layer.modules()
+    )
+    reached = {id(p) for part in (decoder.body, decoder.causal_lm.get_output_embeddings()) for p in part.parameters()}
+    return chooses or any(p.requires_grad and id(p) not in reached for p in model.parameters())
+
+
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Calls of `module` run `forward` inside the block; its hooks still fire, whatever else replaced it before."""

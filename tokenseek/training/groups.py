@@ -22,6 +22,7 @@ from transformers.trainer_utils import has_length
 
 from tokenseek.data.packing import unpacked
 from tokenseek.data.streaming import StreamedExamples
+from tokenseek.decoder.find import leaves_parameters_out
 from tokenseek.ditching import ditching_of
 from tokenseek.errors import UserError
 from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
@@ -51,6 +52,8 @@ class GroupTrainer(Trainer):
         if on_nan not in ("stop", "continue"):
             raise UserError(f"on_nan is {on_nan!r}; it must be 'stop' or 'continue'.")
         args.logging_nan_inf_filter = False  # would log such a loss as the mean of those before
+        if args.ddp_find_unused_parameters is None:  # DDP then goes through the graph of every step
+            args.ddp_find_unused_parameters = leaves_parameters_out(model)
         if ditching_of(model) is not None and (args.label_smoothing_factor or kwargs.get("compute_loss_func")):
             raise UserError(
                 "label_smoothing_factor and compute_loss_func are incompatible with token ditching and sequence "
