@@ -6,7 +6,8 @@ On a GPU short steps wait for the host to launch kernels (5 to 10 microseconds e
 can be counted without a GPU: every operation below autograd that is neither a view nor an allocation. Two models, of
 3 and 4 layers, tell what a layer costs from what comes once (embeddings, the partition, masks, the head, the loss; and
 the last layer, whose unselected rows end early). "host ms" is the time of a forward and a backward pass with tensors so
-small that nothing but the host counts; "syncs" are the moments when the host waits for the device.
+small that nothing but the host counts; "syncs" are the moments when the host waits for the device, before it reads what
+a step or a batch of scores comes to.
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ def _passes(method: str, layers: int) -> tuple[Callable[[], torch.Tensor], Calla
     model = make_model(f"tiny:num_hidden_layers={layers}")
     if method == "score":
         scorer, batch = TokenScorer(model), _batch(False)
-        ones = torch.ones_like(batch["input_ids"])
-        return lambda: scorer.score(batch["input_ids"], ones, batch["labels"]), lambda _: None
+        # As scoring a data set does: a batch is prepared on the host.
+        prepared = scorer.prepare(batch["input_ids"], torch.ones_like(batch["input_ids"]), batch["labels"])
+        return lambda: torch.stack(scorer.run(prepared)), lambda _: None
     ditching = method != "full"
     if ditching:
         enable_token_ditching(model, recompute=method.endswith("recompute"))

@@ -22,7 +22,7 @@ from tokenseek.seeking import (
     seek_abandoned,
     wait_for_shards,
 )
-from tokenseek.seeking.run import _score_rows as score_rows
+from tokenseek.seeking.run import _score_batches as score_batches
 
 
 class CountingScorer:
@@ -32,12 +32,15 @@ class CountingScorer:
         self.scorer, self.limit, self.examples = scorer, limit, 0
         self.device, self.dtype = scorer.device, scorer.dtype
 
-    def score(self, input_ids, attention_mask, labels):
+    def prepare(self, *batch):
+        return self.scorer.prepare(*batch)
+
+    def run(self, batch):
         if self.limit == 0:
             raise KeyboardInterrupt
         self.limit = self.limit and self.limit - 1
-        self.examples += len(input_ids)
-        return self.scorer.score(input_ids, attention_mask, labels)
+        self.examples += len(batch.input_ids)
+        return self.scorer.run(batch)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +222,7 @@ def test_a_process_that_was_believed_dead_does_no_harm(scorer, dataset, plan, ex
     slow, fast = make_store(tmp_path, plan), make_store(tmp_path, plan)
     seek(scorer, dataset, slow, plan, run_id="run", shards=range(1, len(plan.shards)))
     assert slow.claim(0, "run")
-    examples = [example for rows in plan.shards[0] for example in score_rows(scorer, dataset, rows)]
+    examples = [example for _, scored in score_batches(scorer, dataset, plan.shards[0]) for example in scored]
 
     def interrupted():
         yield examples[0]

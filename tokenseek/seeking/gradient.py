@@ -94,6 +94,7 @@ def head_scores(
     decoder: Decoder,
     body_output: BodyOutput,
     targets_BT: torch.Tensor,
+    supervised_R: torch.Tensor | None = None,
     *,
     losses: bool = False,
     errors: bool = False,
@@ -104,13 +105,15 @@ def head_scores(
     Args:
         body_output: what the decoder's body returned.
         targets_BT: the token that each position predicts, -100 where it carries no loss.
+        supervised_R: which of the B x T positions carry one; the host waits for the device to learn it otherwise.
     """
     hidden_BTD = body_output.last_hidden_state.detach()
     zeros_BT = at_least_float32(hidden_BTD.new_zeros(targets_BT.shape))
     losses_BT, errors_BT = zeros_BT if losses else None, torch.zeros_like(zeros_BT) if errors else None
     gradient_BTD = torch.zeros_like(hidden_BTD) if gradient else None
     flat_targets = targets_BT.flatten()
-    supervised_R = flat_targets.ne(IGNORED).nonzero().squeeze(1)  # the host waits for their number, once
+    if supervised_R is None:
+        supervised_R = flat_targets.ne(IGNORED).nonzero().squeeze(1)
     hidden_RD, targets_R = (x.index_select(0, supervised_R) for x in (hidden_BTD.flatten(0, 1), flat_targets))
     # The head is the widest part of the model, so it is taken a few rows at a time down to its input.
     rows = min(rows_per_chunk(decoder, hidden_BTD.device), max(FEWEST_ROWS, int(SHARE_OF_ROWS * targets_BT.numel())))

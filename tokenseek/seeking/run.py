@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from tokenseek.errors import UserError
 from tokenseek.index import ScoredExample, ShardStore, tokens_crc
 from tokenseek.labels import IGNORED
 from tokenseek.seeking.batching import ScoringPlan
-from tokenseek.seeking.scorer import TokenScorer
+from tokenseek.seeking.scorer import Prepared, Scores, TokenScorer
 
 if TYPE_CHECKING:  # scoring itself needs no data sets library
     from datasets import Dataset
@@ -201,8 +202,8 @@ def _score_shard(
     team: Team,
 ) -> None:
     examples: list[ScoredExample] = []
-    for rows in plan.shards[shard]:
-        examples += _score_rows(scorer, dataset, rows)
+    for rows, scored in _score_batches(scorer, dataset, plan.shards[shard]):
+        examples += scored
         store.renew(shard)  # of no effect but on the one that has claimed it
         if progress:
             progress.advance(int(plan.lengths[rows].sum()))
@@ -245,19 +246,41 @@ def wait_for_shards(
         time.sleep(poll_seconds)
 
 
-def _score_rows(scorer: TokenScorer, dataset: Dataset, rows: np.ndarray) -> Iterator[ScoredExample]:
+def _score_batches(
+    scorer: TokenScorer, dataset: Dataset, batches: Sequence[np.ndarray]
+) -> Iterator[tuple[np.ndarray, Iterator[ScoredExample]]]:
+    """The rows of each batch, and its examples; the next one is prepared while the device is at work."""
+    following = _prepare(scorer, dataset, batches[0])
+    for rows, after in zip_longest(batches, batches[1:]):
+        batch, scores = following, scorer.run(following.prepared)
+        if after is not None:
+            following = _prepare(scorer, dataset, after)
+        yield rows, _scored(scorer, batch, scores, rows)
+
+
+class _Batch(NamedTuple):
+    example_ids: list[str]
+    input_ids: list[torch.Tensor]
+    prepared: Prepared
+
+
+def _prepare(scorer: TokenScorer, dataset: Dataset, rows: np.ndarray) -> _Batch:
     batch = dataset[rows.tolist()]
     input_ids = [torch.as_tensor(ids, dtype=torch.int64) for ids in batch["input_ids"]]
     labels = [torch.as_tensor(labels, dtype=torch.int64) for labels in batch["labels"]]
-    scores = scorer.score(
-        pad_sequence(input_ids, batch_first=True).to(scorer.device),
-        pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True).to(scorer.device),
-        pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(scorer.device),
+    prepared = scorer.prepare(
+        pad_sequence(input_ids, batch_first=True),
+        pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     )
-    context, gradient = scores.context.cpu().numpy(), scores.gradient.cpu().numpy()
-    for i, (row, ids) in enumerate(zip(rows.tolist(), input_ids, strict=True)):
+    return _Batch(batch["example_id"], input_ids, prepared)
+
+
+def _scored(scorer: TokenScorer, batch: _Batch, scores: Scores, rows: np.ndarray) -> Iterator[ScoredExample]:
+    context, gradient = torch.stack(scores).cpu().numpy()  # for which the host waits, once a batch
+    for i, (row, ids) in enumerate(zip(rows.tolist(), batch.input_ids, strict=True)):
         example = ScoredExample(
-            example_id=batch["example_id"][i],
+            example_id=batch.example_ids[i],
             row=row,
             tokens_crc=tokens_crc(ids),
             context=context[i, : len(ids)].copy(),  # a copy, for a view would keep the padded batch alive

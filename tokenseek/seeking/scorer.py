@@ -6,7 +6,7 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
 from tokenseek.decoder.head import next_token_labels
+from tokenseek.decoder.masks import makes_masks_by_utils, whole_masks
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.seeking.context import attention_received
@@ -35,6 +36,28 @@ class Scores(NamedTuple):
 
     context: torch.Tensor
     gradient: torch.Tensor
+
+
+class Prepared(NamedTuple):
+    """A batch, with what the host has to know of it before the model sees it.
+
+    Attributes:
+        input_ids, attention_mask, labels, targets: int64 [B, T]; `labels` are -100 at padding, `targets` shifted.
+        supervised_B: how many positions of each example carry a loss.
+        supervised_R: which of the B x T positions these are.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    targets: torch.Tensor
+    supervised_B: torch.Tensor
+    supervised_R: torch.Tensor
+
+    def to(self, device: torch.device) -> Prepared:
+        if device.type == "cuda" and self.input_ids.device.type == "cpu":  # copied while the host goes on
+            return Prepared(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
+        return Prepared(*(tensor.to(device) for tensor in self))
 
 
 class TokenScorer:
@@ -101,22 +124,46 @@ class TokenScorer:
             UserError: padding that is not on the right; a model that computes attention in code of its own, or whose
                 layers pass on several hidden states per token; on all ranks of a group, other batches on some.
         """
+        return self.run(self.prepare(input_ids, attention_mask, labels))
+
+    def prepare(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Prepared:
+        """The first half of :meth:`score`: of a batch on the host, nothing waits for the device.
+
+        Raises:
+            UserError: padding that is not on the right.
+        """
         valid = attention_mask.bool()
         if (valid[:, 1:] > valid[:, :-1]).any():
             raise UserError("attention_mask has padding before or between tokens; pad on the right to score.")
         labels = (input_ids if self.loss_scope == "sequence" else labels).masked_fill(~valid, IGNORED)
         targets = next_token_labels(labels)
-        supervised = targets.ne(IGNORED).sum(1)
+        is_supervised = targets.ne(IGNORED)
+        supervised_R = is_supervised.flatten().nonzero().squeeze(1)
+        batch = Prepared(input_ids, attention_mask, labels, targets, is_supervised.sum(1), supervised_R)
+        return batch.to(self.device)
+
+    def run(self, batch: Prepared) -> Scores:
+        """The second half of :meth:`score`, for which the host waits nowhere, unless ranks share the batch."""
+        input_ids, attention_mask, labels, targets, supervised, _ = batch
+        own_R: torch.Tensor | None = batch.supervised_R
+        valid = attention_mask.bool()
         text, replaced = None, None
         # Causal attention never looks at padding on the right: without a mask, kernels for plain causality apply.
         arguments = dict(input_ids=input_ids)
+        masks: AbstractContextManager[None] = nullcontext()
+        if self.group is None and makes_masks_by_utils(self.decoder):
+            # Without one, Transformers would look for packed examples, for which the host waits for the device.
+            arguments["attention_mask"] = torch.ones_like(input_ids)
+            masks = whole_masks(self.decoder, input_ids.shape[1], None, None)
         if self.group is not None:
             text = DealtText(
                 self.decoder, self.group, input_ids=input_ids, attention_mask=attention_mask, labels=labels
             )
             arguments, targets, replaced = text.arguments(input_ids), text.mine(targets, IGNORED), text.attention
+            own_R = None
         layer = self.decoder.layers[-self.gradient_layer]
         with (
+            masks,
             _frozen(self.model),
             gradient_from(layer) as leaves,
             attention_received(self.decoder, valid, replaced) as received,
@@ -128,7 +175,8 @@ class TokenScorer:
                     f"{tuple(targets.shape)} tokens: several per token, of which Eq. 4 knows nothing. Use a model "
                     "whose layers pass on one, [B, T, D]."
                 )
-            head_gradient = cast(torch.Tensor, head_scores(self.decoder, output, targets, gradient=True).gradient)
+            scores = head_scores(self.decoder, output, targets, own_R, gradient=True)
+            head_gradient = cast(torch.Tensor, scores.gradient)
             gradient = REDUCTIONS[self.reduction](loss_gradient(output, leaves[0], head_gradient, supervised))
         context = received[0]
         if text is not None:
