@@ -7,12 +7,14 @@ Shapes: B batch, T tokens, S selected, U unselected, N query heads, K key/value 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 
+from tokenseek.decoder.attention import Attention, Replace
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.staircase import Span, is_served, make_spans, staircase_attention
 
@@ -22,15 +24,23 @@ _UNGROUPED = SimpleNamespace(is_causal=True)
 MOST_MASK_ENTRIES = 2**31 - 1
 
 
-def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Callable[[Callable], Callable]:
+def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Replace:
     """A replacement (see :func:`tokenseek.decoder.attention.attention_replaced`) for the unselected pass.
 
     Where the mask is plain causality (None), the queries are put back to their places among T, so that the causal
     flash kernels can be used: half the work of a masked kernel, and no [U, T] mask.
     """
 
-    def replace(original):
-        def attention(module: nn.Module, query_BNUH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs):
+    def replace(original: Attention) -> Attention:
+        def attention(
+            module: nn.Module,
+            query_BNUH: torch.Tensor,
+            key_BKTH: torch.Tensor,
+            value_BKTH: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
             on_call()
             if attention_mask is not None:
                 outputs = []
@@ -47,7 +57,7 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Callable[[C
     return replace
 
 
-def selected_attention(rows: Rows) -> Callable[[Callable], Callable]:
+def selected_attention(rows: Rows) -> Replace:
     """A replacement for the selected pass, in which keys and values are stored for the backward pass.
 
     Where the mask is plain causality (None) and rows are many, no mask of rows times keys is made
@@ -58,13 +68,21 @@ def selected_attention(rows: Rows) -> Callable[[Callable], Callable]:
     see few keys, are given no others.
     """
 
-    def replace(original):
-        def attention(module: nn.Module, query_BNSH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs):
+    def replace(original: Attention) -> Attention:
+        def attention(
+            module: nn.Module,
+            query_BNSH: torch.Tensor,
+            key_BKTH: torch.Tensor,
+            value_BKTH: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
             if attention_mask is None:
-                qkv = _as_autocast(query_BNSH, key_BKTH, value_BKTH)
-                spans = _staircase(rows, *qkv, *args, **kwargs)
+                query, key, value = _as_autocast(query_BNSH, key_BKTH, value_BKTH)
+                spans = _staircase(rows, query, key, value, *args, **kwargs)
                 if spans is not None:
-                    return staircase_attention(*qkv, spans, kwargs.get("scaling")), None
+                    return staircase_attention(query, key, value, spans, kwargs.get("scaling")), None
                 attention_mask = rows.causal_mask
             if attention_mask.shape[1] > 1 or kwargs.get("position_bias") is not None:
                 return original(module, query_BNSH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs)
@@ -87,7 +105,15 @@ def selected_attention(rows: Rows) -> Callable[[Callable], Callable]:
     return replace
 
 
-def _staircase(rows: Rows, query_BNSH, key_BKTH, value_BKTH, *args, dropout: float = 0.0, **kwargs):
+def _staircase(
+    rows: Rows,
+    query_BNSH: torch.Tensor,
+    key_BKTH: torch.Tensor,
+    value_BKTH: torch.Tensor,
+    *args: Any,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> list[list[Span]] | None:
     """The spans of these rows that need no mask; None where one masked call is faster, or the only way."""
     is_plain = not args and not dropout and kwargs.get("position_bias") is None
     if not is_plain or not is_served(query_BNSH, key_BKTH, value_BKTH):
@@ -110,7 +136,7 @@ def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _within_limit(spans, entries: int) -> Iterator[tuple[int, int, int]]:
+def _within_limit(spans: Sequence[tuple[int, int, int]], entries: int) -> Iterator[tuple[int, int, int]]:
     """`spans` (first row, last, keys), cut where the mask of one would have too many entries for a kernel.
 
     Args:

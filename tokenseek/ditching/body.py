@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, S selected, D hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tokenseek.decoder.names import CACHE_ARGUMENTS, OUTPUTS_OF_ALL_TOKENS, without_checkpointing
@@ -15,7 +17,9 @@ from tokenseek.ditching.state import Ditching, Step, argument_names, original_fo
 from tokenseek.errors import UserError
 
 
-def reach_of(ditching: Ditching, arguments: dict, selected_positions: torch.Tensor, recorded: bool = False) -> Reach:
+def reach_of(
+    ditching: Ditching, arguments: dict[str, Any], selected_positions: torch.Tensor | None, recorded: bool = False
+) -> Reach:
     """How the rows at `selected_positions` [B, S], and those that they attend to, reach attention in a batch.
 
     Args:
@@ -24,6 +28,8 @@ def reach_of(ditching: Ditching, arguments: dict, selected_positions: torch.Tens
     """
     if ditching.handed is not None:
         return ditching.handed
+    if selected_positions is None:
+        raise UserError("selected_positions are not given: pass int64 [B, S], or call the model without selection.")
     tokens = arguments.get("input_ids")
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
     selected_positions = selected_positions.to(tokens.device)
@@ -35,7 +41,7 @@ def reach_of(ditching: Ditching, arguments: dict, selected_positions: torch.Tens
     return PlainReach(partition(selected_positions, mask, tokens.shape[1], recorded))
 
 
-def body_forward(self, *args, selected_positions: torch.Tensor | None = None, **kwargs):
+def body_forward(self: Any, *args: Any, selected_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
     """The body's output with hidden states of the selected rows, [B, S, D]; of all rows, [B, T, D], without them."""
     ditching: Ditching = self._token_ditching
     if selected_positions is None and ditching.handed is None:

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, S selected, U unselected, N key/value heads, H head d
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -21,19 +22,20 @@ class KeysAndValuesSeen(Exception):
 class _OnceCache(Cache):
     """A cache that lives for one pass through one layer and is updated once in it."""
 
-    def __init__(self):  # the base class would build storage for every layer
+    def __init__(self) -> None:  # the base class would build storage for every layer
         self.layers = []
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
 
-    def _record(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> None:
+    def _record(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.keys is not None:
             raise UserError(
                 f"layer {layer_idx} updates its key/value cache more than once; this model is not supported."
             )
         self.keys, self.values = keys, values
+        return keys, values
 
-    def get_seq_length(self, *args, **kwargs) -> int:
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return 0
 
 
@@ -44,20 +46,21 @@ class SelectedCache(_OnceCache):
         unselected_keys, unselected_values: [B, N, U, H]; None where every token is selected.
     """
 
-    def __init__(self, reach: Reach, unselected_keys: torch.Tensor | None, unselected_values: torch.Tensor | None):
+    def __init__(
+        self, reach: Reach, unselected_keys: torch.Tensor | None, unselected_values: torch.Tensor | None
+    ) -> None:
         super().__init__()
         self.reach = reach
         self.unselected_keys, self.unselected_values = unselected_keys, unselected_values
 
-    def update(self, keys_BNSH, values_BNSH, layer_idx, *args, **kwargs):
+    def update(
+        self, keys_BNSH: torch.Tensor, values_BNSH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         keys_BNSH, values_BNSH = self.reach.exchange(keys_BNSH, values_BNSH)
         whole = self.reach.whole
-        self._record(
-            whole.assemble(self.unselected_keys, keys_BNSH),
-            whole.assemble(self.unselected_values, values_BNSH),
-            layer_idx,
-        )
-        return self.keys, self.values
+        keys_BNTH = whole.assemble(self.unselected_keys, keys_BNSH)
+        values_BNTH = whole.assemble(self.unselected_values, values_BNSH)
+        return self._record(keys_BNTH, values_BNTH, layer_idx)
 
 
 class UnselectedCache(_OnceCache):
@@ -72,13 +75,17 @@ class UnselectedCache(_OnceCache):
         stop: raise :class:`KeysAndValuesSeen` instead of going on.
     """
 
-    def __init__(self, run_selected: Callable[[torch.Tensor, torch.Tensor], tuple], stop: bool):
+    def __init__(
+        self, run_selected: Callable[[torch.Tensor, torch.Tensor], tuple[Any, torch.Tensor, torch.Tensor]], stop: bool
+    ) -> None:
         super().__init__()
         self.run_selected = run_selected
         self.stop = stop
-        self.selected_output = None
+        self.selected_output: Any = None
 
-    def update(self, keys_BNUH, values_BNUH, layer_idx, *args, **kwargs):
+    def update(
+        self, keys_BNUH: torch.Tensor, values_BNUH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._record(keys_BNUH, values_BNUH, layer_idx)
         self.selected_output, keys_BNTH, values_BNTH = self.run_selected(keys_BNUH, values_BNUH)
         if self.stop:

@@ -9,8 +9,9 @@ Shapes: N tokens looked up, D hidden, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,13 +29,13 @@ _EMBEDDING = inspect.signature(embedding)
 @contextmanager
 def one_gradient_of_tied_weights(decoder: Decoder) -> Iterator[None]:
     """For a forward pass whose output goes on through the head, without which the embedding's rows would be lost."""
-    table = decoder.causal_lm.get_input_embeddings()
+    table: Any = decoder.causal_lm.get_input_embeddings()
     if not (torch.is_grad_enabled() and _is_tied(table, decoder.causal_lm.get_output_embeddings())):
         yield
         return
     forward = table.forward
 
-    def lookup(*args, **kwargs):
+    def lookup(*args: Any, **kwargs: Any) -> torch.Tensor:
         with _TiedLookup(table.weight):
             return forward(*args, **kwargs)
 
@@ -62,11 +63,17 @@ def _is_tied(table: nn.Module, head: nn.Module) -> bool:
 class _TiedLookup(TorchFunctionMode):
     """Looks rows up in `weight` for whatever embedding layer does so, scaled or not."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if func is embedding:
             given = _EMBEDDING.bind(*args, **(kwargs or {})).arguments
             if given["weight"] is self.weight:
@@ -78,7 +85,7 @@ class _RowsOfTable(torch.autograd.Function):
     """`embedding`, whose gradient waits for that of the head."""
 
     @staticmethod
-    def forward(ctx, weight: torch.Tensor, ids: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
+    def forward(ctx: Any, weight: Any, ids: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
         ctx.ids, ctx.padding_idx = ids, padding_idx
         if not hasattr(weight, "_rows_to_add"):
             weight._rows_to_add = _RowsToAdd(weight)
@@ -88,7 +95,7 @@ class _RowsOfTable(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
         ids_N, gradient_ND = ctx.ids.flatten(), gradient.flatten(0, -2)
         if ctx.padding_idx is not None:
             gradient_ND = gradient_ND.masked_fill(ids_N.eq(ctx.padding_idx)[:, None], 0)
@@ -102,7 +109,7 @@ class _RowsToAdd:
     It stays on the weight, as hooks do, and like them is not copied with it.
     """
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: nn.Parameter) -> None:
         self.rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.hook = weight.register_hook(self._add)
 

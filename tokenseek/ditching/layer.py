@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenseek.decoder.attention import replacement_in_force
+from tokenseek.decoder.attention import Replace, replacement_in_force
 from tokenseek.decoder.names import without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.autocast import autocast_cache
-from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache
+from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache, _OnceCache
 from tokenseek.ditching.recorded import RecordedCache, RecordingCache
+from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.state import Ditching, argument_names, original_forward
 from tokenseek.ditching.storage import TakenOnce, saved_as_kept
 from tokenseek.ditching.tiles import TiledLayer, tiles_of
@@ -26,7 +28,7 @@ from tokenseek.errors import UserError
 from tokenseek.versions import what_to_install
 
 
-def layer_forward(self, *args, **kwargs):
+def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     ditching: Ditching = self._token_ditching
     if ditching.recorder is not None:
         return _recorded_layer(self, ditching, args, kwargs)
@@ -67,14 +69,14 @@ def layer_forward(self, *args, **kwargs):
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _recorded_layer(layer: nn.Module, ditching: Ditching, args: tuple, kwargs: dict):
+def _recorded_layer(layer: nn.Module, ditching: Ditching, args: tuple, kwargs: dict) -> Any:
     """The layer over all tokens, as it is; its keys and values are kept."""
     names, recorder = argument_names(type(layer)), ditching.recorder
     arguments = dict(zip(names, args, strict=False)) | kwargs
     arguments.pop(ditching.decoder.cache_argument, None)
     hidden = arguments.pop(names[0])
 
-    def call(hidden: torch.Tensor, cache: RecordingCache):
+    def call(hidden: torch.Tensor, cache: RecordingCache) -> Any:
         return original_forward(layer)(hidden, **arguments, **{ditching.decoder.cache_argument: cache})
 
     cache = RecordingCache(recorder.exchange)
@@ -98,21 +100,25 @@ def _recorded_layer(layer: nn.Module, ditching: Ditching, args: tuple, kwargs: d
     return output
 
 
-def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.Tensor, arguments: dict, is_last: bool):
+def _run_both_passes(
+    layer: nn.Module, ditching: Ditching, selected_BSD: torch.Tensor, arguments: dict, is_last: bool
+) -> Any:
     """The layer's output for the selected rows; moves ``step.unselected_BUD`` through the layer too."""
     step, reach = ditching.step, ditching.step.reach
     parts = reach.parts
     with_gradient, caches_casts = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
     checkpointing, attention_is_ours = layer in step.recomputed, ditching.attention_is_ours
 
-    def run(hidden, rows, cache, replace):
+    def run(hidden: torch.Tensor, rows: Rows, cache: _OnceCache, replace: Replace) -> Any:
         # Only an attention function of ours knows the rows; a model that has its own needs the mask in full.
         shrunk = {name: rows.shrink(name, value, attention_is_ours) for name, value in arguments.items()}
         attention = reach.attention(ditching.decoder, replace if attention_is_ours else None)
         with without_checkpointing(layer), attention:
             return original_forward(layer)(hidden, **shrunk, **{ditching.decoder.cache_argument: cache})
 
-    def run_selected(hidden, keys=None, values=None):
+    def run_selected(
+        hidden: torch.Tensor, keys: torch.Tensor | None = None, values: torch.Tensor | None = None
+    ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
         cache = (SelectedCache if step.recording is None else RecordedCache)(reach, keys, values)
         replace = reach.replacement(reach.whole.selected, selected_attention)
         # What is recomputed saves nothing until then.
@@ -122,7 +128,7 @@ def _run_both_passes(layer: nn.Module, ditching: Ditching, selected_BSD: torch.T
         _require_updated(cache, layer, ditching)
         return output, cache.keys, cache.values
 
-    def selected_pass(*keys_and_values):
+    def selected_pass(*keys_and_values: torch.Tensor) -> Any:
         with torch.set_grad_enabled(with_gradient), autocast_cache(caches_casts):
             if not (checkpointing and with_gradient):
                 return run_selected(selected_BSD, *keys_and_values)
@@ -181,5 +187,5 @@ def _attends_otherwise(layer: nn.Module, ditching: Ditching) -> UserError:
     )
 
 
-def _hidden_states(layer_output) -> torch.Tensor:
+def _hidden_states(layer_output: Any) -> torch.Tensor:
     return layer_output[0] if isinstance(layer_output, tuple) else layer_output

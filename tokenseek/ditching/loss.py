@@ -5,7 +5,9 @@ Shapes: B batch, T tokens, S selected, R supervised rows, D hidden, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,15 +16,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from tokenseek.decoder.find import Decoder, forward_replaced
-from tokenseek.decoder.head import at_least_float32, head_logits, in_one_call, rows_per_chunk, unwatched
+from tokenseek.decoder.head import BodyOutput, at_least_float32, head_logits, in_one_call, rows_per_chunk, unwatched
 from tokenseek.ditching.planned import supervised_rows
 from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.labels import IGNORED
 
+# The sum of the losses of a chunk of rows, from their hidden states [C, D], targets [C] and weights [C].
+ChunkLoss: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
 
 def selected_loss(
     decoder: Decoder,
-    body_output,
+    body_output: BodyOutput,
     hidden_BSD: torch.Tensor,
     labels_BS: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
@@ -48,7 +53,7 @@ def selected_loss(
 
 def supervised_loss(
     decoder: Decoder,
-    body_output,
+    body_output: BodyOutput,
     hidden_BSD: torch.Tensor,
     supervised_R: torch.Tensor,
     targets_R: torch.Tensor,
@@ -73,7 +78,7 @@ def supervised_loss(
     def chunks_of(hidden_RD: torch.Tensor) -> list[tuple]:
         return [tuple(x if x is None else x[i : i + rows] for x in (hidden_RD, targets_R, weights_R)) for i in starts]
 
-    def chunk_loss(hidden_CD, targets_C, weights_C):
+    def chunk_loss(hidden_CD: torch.Tensor, targets_C: torch.Tensor, weights_C: torch.Tensor | None) -> torch.Tensor:
         losses_C = _CrossEntropy.apply(head_logits(decoder, body_output, hidden_CD), targets_C, once)
         # Not `@`, which autocast would compute in 16 bits.
         return losses_C.sum() if weights_C is None else (losses_C * weights_C.to(losses_C)).sum()
@@ -93,7 +98,7 @@ def supervised_loss(
         return in_one_call(head, recomputed_loss, hidden_RD)
 
     def recomputed_loss(hidden_RD: torch.Tensor) -> torch.Tensor:
-        def run(*chunk):
+        def run(*chunk: Any) -> Any:
             with unwatched(head):  # in the backward pass too
                 return chunk_loss(*chunk)
 
@@ -114,7 +119,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_CV: torch.Tensor, labels_C: torch.Tensor, once: bool) -> torch.Tensor:
+    def forward(ctx: Any, logits_CV: torch.Tensor, labels_C: torch.Tensor, once: bool) -> torch.Tensor:
         floats_CV = at_least_float32(logits_CV)
         is_copy = floats_CV is not logits_CV  # else the head may need its logits again
         log_probs_CV = torch.log_softmax(floats_CV, -1, out=floats_CV) if is_copy else floats_CV.log_softmax(-1)
@@ -125,7 +130,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_C: torch.Tensor):
+    def backward(ctx: Any, gradient_C: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (log_probs_CV,) = ctx.saved_tensors
         gradient_C1 = gradient_C.masked_fill(ctx.is_ignored_C, 0)[:, None]
         gradient_CV = log_probs_CV.exp_() if ctx.once else log_probs_CV.exp()
@@ -137,7 +142,9 @@ class _LossWithGradient(torch.autograd.Function):
     """A chunk's loss and, at once, its gradient with respect to the hidden states: no logits are kept or recomputed."""
 
     @staticmethod
-    def forward(ctx, chunk_loss, hidden_CD, labels_C, weights_C) -> torch.Tensor:
+    def forward(
+        ctx: Any, chunk_loss: ChunkLoss, hidden_CD: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None
+    ) -> torch.Tensor:
         with torch.enable_grad():
             hidden_CD = hidden_CD.detach().requires_grad_()
             loss = chunk_loss(hidden_CD, labels_C, weights_C)
@@ -146,7 +153,7 @@ class _LossWithGradient(torch.autograd.Function):
         return loss.detach()
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_CD,) = ctx.saved_tensors
         return None, gradient_CD * gradient, None, None
 
@@ -159,7 +166,16 @@ class _LossWithHeadGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, chunk_loss, head, starts, hidden_RD, targets_R, weights_R, weight_VD) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        chunk_loss: ChunkLoss,
+        head: nn.Linear,
+        starts: list[int],
+        hidden_RD: torch.Tensor,
+        targets_R: torch.Tensor,
+        weights_R: torch.Tensor | None,
+        weight_VD: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.run = lambda hidden_RD: _loss_and_gradients(chunk_loss, head, starts, hidden_RD, targets_R, weights_R)
         total, gradient_RD, gradient_VD = ctx.run(hidden_RD)
         ctx.gradient_VD = gradient_VD
@@ -168,7 +184,7 @@ class _LossWithHeadGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_RD, gradient_RD = ctx.saved_tensors
         gradient_VD, ctx.gradient_VD = ctx.gradient_VD, None
         if gradient_VD is None:  # the graph is gone through once more
@@ -177,7 +193,14 @@ class _LossWithHeadGradient(torch.autograd.Function):
         return None, None, None, gradient_RD * gradient, None, None, gradient_VD.mul_(gradient)
 
 
-def _loss_and_gradients(chunk_loss, head: nn.Linear, starts: list[int], hidden_RD, targets_R, weights_R):
+def _loss_and_gradients(
+    chunk_loss: ChunkLoss,
+    head: nn.Linear,
+    starts: list[int],
+    hidden_RD: torch.Tensor,
+    targets_R: torch.Tensor,
+    weights_R: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of the chunks' losses, and its gradients: [R, D] of the hidden states, [V, D] of the head's weight."""
     weight_VD = head.weight.detach()
     gradient_VD = torch.zeros_like(weight_VD)
@@ -200,7 +223,7 @@ class _HeadProduct(torch.autograd.Function):
     """Logits; the backward pass adds the weight's gradient to `gradient_VD`."""
 
     @staticmethod
-    def forward(ctx, weight_VD, gradient_VD, hidden_1CD: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, weight_VD: torch.Tensor, gradient_VD: torch.Tensor, hidden_1CD: torch.Tensor) -> torch.Tensor:
         hidden_1CD = hidden_1CD.to(weight_VD.dtype)
         ctx.save_for_backward(hidden_1CD)
         ctx.weights = weight_VD, gradient_VD
@@ -208,7 +231,7 @@ class _HeadProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_1CV: torch.Tensor):
+    def backward(ctx: Any, gradient_1CV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden_1CD,), (weight_VD, gradient_VD) = ctx.saved_tensors, ctx.weights
         gradient_CV, hidden_CD = gradient_1CV.flatten(0, -2), hidden_1CD.flatten(0, -2)
         if gradient_VD.dtype == hidden_CD.dtype:

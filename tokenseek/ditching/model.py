@@ -6,13 +6,15 @@ Shapes: B batch, T tokens, S selected, D hidden, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tokenseek.decoder.head import head_logits, next_token_labels
+from tokenseek.decoder.head import BodyOutput, head_logits, next_token_labels
 from tokenseek.ditching.body import reach_of
 from tokenseek.ditching.embedding import one_gradient_of_tied_weights
 from tokenseek.ditching.loss import selected_loss, supervised_loss
@@ -29,7 +31,7 @@ from tokenseek.selection import SelectionRule
 class SelectedOutput(CausalLMOutputWithPast):
     """Of selected tokens; who asks for logits that are not there, a loss of a trainer's own, is told why."""
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         if key == "logits" and self.logits is None:
             raise UserError(
                 "logits of all tokens are asked for, and a model that trains on selected tokens makes none: "
@@ -39,23 +41,23 @@ class SelectedOutput(CausalLMOutputWithPast):
         return super().__getitem__(key)
 
 
-def make_causal_lm_forward(causal_lm: nn.Module):
+def make_causal_lm_forward(causal_lm: nn.Module) -> Callable[..., Any]:
     """A forward for a causal LM that also takes what :func:`tokenseek.enable_token_ditching` says."""
     names = list(inspect.signature(causal_lm.forward).parameters)
 
     def forward(
-        self,
-        *args,
-        selected_positions=None,
-        selected_weights=None,
+        self: Any,
+        *args: Any,
+        selected_positions: torch.Tensor | None = None,
+        selected_weights: torch.Tensor | None = None,
         planned_rows: PlannedRows | None = None,
-        selection=None,
-        selection_keys=None,
-        labels=None,
-        num_items_in_batch=None,
-        shift_labels=None,
-        **kwargs,
-    ):
+        selection: SelectionRule | None = None,
+        selection_keys: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         ditching: Ditching = self._token_ditching
         decoder, sequence = ditching.decoder, ditching.sequence
         arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -89,6 +91,7 @@ def make_causal_lm_forward(causal_lm: nn.Module):
         if has_labels and not planned:
             labels_BS = _labels_of(reach.parts.selected, labels, shift_labels)
         if sequence:
+            labels_BS = cast(torch.Tensor, labels_BS)  # without labels, `agreed_positions` has raised
             if num_items_in_batch is None:
                 counts_BS = labels_BS.ne(IGNORED)
                 num_items_in_batch = (counts_BS if selected_weights is None else counts_BS * selected_weights).sum()
@@ -101,17 +104,13 @@ def make_causal_lm_forward(causal_lm: nn.Module):
 
         loss = logits = None
         if has_labels:
-            # A loss of rows that the host knows, or of those that the labels tell.
-            rows = (planned.supervised_R, planned.targets_R) if planned else (labels_BS,)
-            loss = (supervised_loss if planned else selected_loss)(
-                decoder,
-                body_output,
-                hidden_BSD,
-                *rows,
-                num_items_in_batch,
-                recompute=ditching.recomputes(decoder.layers[-1]),
-                weights_BS=selected_weights,
-            )
+            options: Any = dict(recompute=ditching.recomputes(decoder.layers[-1]), weights_BS=selected_weights)
+            given: Any = (decoder, body_output, hidden_BSD)
+            if planned:  # rows that the host knows
+                rows = planned.supervised_R, planned.targets_R
+                loss = supervised_loss(*given, *rows, num_items_in_batch, **options)
+            else:
+                loss = selected_loss(*given, labels_BS, num_items_in_batch, **options)
             loss = sequence.total(loss) if sequence else loss
         else:
             logits = head_logits(decoder, body_output, hidden_BSD.flatten(0, 1))
@@ -124,8 +123,9 @@ def make_causal_lm_forward(causal_lm: nn.Module):
     names_added = ("selected_positions", "selected_weights", "planned_rows", "selection", "selection_keys")
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names_added]
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    forward.__signature__ = inspect.Signature([*parameters[:at], *added, *parameters[at:]])
-    return forward
+    signed: Any = forward
+    signed.__signature__ = inspect.Signature([*parameters[:at], *added, *parameters[at:]])
+    return signed
 
 
 def _online_forward(
@@ -141,7 +141,7 @@ def _online_forward(
     arguments = {name: value for name, value in arguments.items() if name not in ("return_dict", "logits_to_keep")}
     sequence = ditching.sequence
 
-    def all_tokens_loss(body_output, hidden_BTD, targets_BT):
+    def all_tokens_loss(body_output: BodyOutput, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return selected_loss(decoder, body_output, hidden_BTD, targets_BT, 1, recompute)
 
     seen = see_all_tokens(ditching, arguments, labels, rule, selection_keys, all_tokens_loss)
@@ -186,7 +186,7 @@ def _online_forward(
 def _labels_of(rows: Rows, labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:
     """[B, S]: the token that each selected row has to predict. `shift_labels` may be [B, T] or already [B, S]."""
     if shift_labels is None:
-        shift_labels = next_token_labels(labels)
+        shift_labels = next_token_labels(cast(torch.Tensor, labels))
     if shift_labels.shape != rows.index_BR.shape:
         shift_labels = rows.take(shift_labels, 1)
     return shift_labels.masked_fill(~rows.valid_BR, IGNORED)

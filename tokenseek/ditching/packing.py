@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 
-from tokenseek.decoder.attention import attention_replaced
+from tokenseek.decoder.attention import Attention, Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import begins_anew, whole_masks
 from tokenseek.decoder.names import MASK_ARGUMENTS
@@ -81,7 +82,9 @@ def _partition_row(positions_S: torch.Tensor, borders: list[int], recorded: bool
         borders: where examples begin, and the row's end.
     """
     positions_S = positions_S[positions_S >= 0]
-    examples, selected, unselected = [], [], []
+    examples: list[tuple[Rows, Rows | None] | None] = []
+    selected: list[torch.Tensor] = []
+    unselected: list[torch.Tensor] = []
     for first, end in pairwise(borders):
         own_1S = positions_S[(positions_S >= first) & (positions_S < end)][None] - first
         if not own_1S.numel():  # no row of this example is seen by a selected one
@@ -111,7 +114,7 @@ def _row(index_1R: list[torch.Tensor], tokens: int) -> PackedRows:
 class PackedRows(Rows):
     """The rows of one pass of all examples. Masks are left as they are: each example cuts them by its own rows."""
 
-    def shrink(self, name: str, value, keep_causality: bool = False):
+    def shrink(self, name: str, value: Any, keep_causality: bool = False) -> Any:
         if name.partition(".")[0] in MASK_ARGUMENTS and (value is None or isinstance(value, torch.Tensor)):
             return value
         return super().shrink(name, value, keep_causality)
@@ -130,14 +133,19 @@ class PackedPartition(Partition):
     examples: tuple[tuple[Rows, Rows | None] | None, ...]
 
     def _moved(self, move: Callable[[Rows], Rows]) -> PackedPartition:
-        examples = tuple(own and (move(own[0]), own[1] and move(own[1])) for own in self.examples)
+        examples = tuple(None if own is None else _moved_example(own, move) for own in self.examples)
         return replace(super()._moved(move), examples=examples)
+
+
+def _moved_example(example: tuple[Rows, Rows | None], move: Callable[[Rows], Rows]) -> tuple[Rows, Rows | None]:
+    selected, unselected = example
+    return move(selected), None if unselected is None else move(unselected)
 
 
 class MaskedReach(PlainReach):
     """Of rows whose examples a mask of the whole row tells apart: where attention is not sdpa's, or B > 1."""
 
-    def __init__(self, parts: Partition, position_ids_BT: torch.Tensor):
+    def __init__(self, parts: Partition, position_ids_BT: torch.Tensor) -> None:
         super().__init__(parts)
         self.position_ids_BT = position_ids_BT
 
@@ -157,15 +165,23 @@ class PackedReach(PlainReach):
         masks = whole_masks(decoder, max(self.parts.lengths), None, None)
         return arguments | {"attention_mask": self.parts.ones_BT}, masks
 
-    def replacement(self, rows: Rows, make: Callable[[Rows], Callable]) -> Callable[[Callable], Callable]:
+    def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         is_selected = rows is self.parts.selected
         own = [None if example is None else example[0 if is_selected else 1] for example in self.parts.examples]
         counts, lengths = [0 if rows is None else rows.index_BR.shape[1] for rows in own], self.parts.lengths
 
-        def replace(original):
-            attend = [rows and make(rows)(original) for rows in own]
+        def replace(original: Attention) -> Attention:
+            attend = [None if rows is None else make(rows)(original) for rows in own]
 
-            def attention(module: nn.Module, query_1NRH, key_1KTH, value_1KTH, attention_mask, *args, **kwargs):
+            def attention(
+                module: nn.Module,
+                query_1NRH: torch.Tensor,
+                key_1KTH: torch.Tensor,
+                value_1KTH: torch.Tensor,
+                attention_mask: torch.Tensor | None,
+                *args: Any,
+                **kwargs: Any,
+            ) -> tuple[torch.Tensor, torch.Tensor | None]:
                 if kwargs.get("position_bias") is not None:
                     raise UserError("attention with a position_bias cannot be kept inside packed examples; pad them.")
                 queries, keys, values = (
@@ -174,7 +190,7 @@ class PackedReach(PlainReach):
                 )
                 outputs = []
                 for rows, attend_one, *qkv in zip(own, attend, queries, keys, values, strict=True):
-                    if rows is not None:
+                    if rows is not None and attend_one is not None:
                         mask = _mask_of(rows, attention_mask)
                         outputs.append(attend_one(module, *qkv, mask, *args, **kwargs)[0])
                 return torch.cat(outputs, dim=1), None
@@ -184,13 +200,13 @@ class PackedReach(PlainReach):
         return replace
 
     @contextmanager
-    def attention(self, decoder: Decoder, replace: Callable[[Callable], Callable] | None) -> Iterator[None]:
-        called = []
+    def attention(self, decoder: Decoder, replace: Replace | None) -> Iterator[None]:
+        called: list[nn.Module] = []
 
-        def noted(original):
-            attend = replace(original)
+        def noted(original: Attention) -> Attention:
+            attend = original if replace is None else replace(original)
 
-            def attention(module: nn.Module, *args, **kwargs):
+            def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
                 called.append(module)
                 return attend(module, *args, **kwargs)
 
@@ -206,14 +222,22 @@ class PackedReach(PlainReach):
             )
 
 
-def every_example_alone(lengths: Sequence[int]) -> Callable[[Callable], Callable]:
+def every_example_alone(lengths: Sequence[int]) -> Replace:
     """A replacement for attention over all tokens of one row, in which examples of these lengths attend alone.
 
     The mask, if any, is that of the longest.
     """
 
-    def replace(original):
-        def attention(module: nn.Module, query_1NTH, key_1KTH, value_1KTH, attention_mask, *args, **kwargs):
+    def replace(original: Attention) -> Attention:
+        def attention(
+            module: nn.Module,
+            query_1NTH: torch.Tensor,
+            key_1KTH: torch.Tensor,
+            value_1KTH: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
             outputs = []
             for qkv in zip(*(x.split(lengths, dim=2) for x in (query_1NTH, key_1KTH, value_1KTH)), strict=True):
                 own = qkv[0].shape[2]
@@ -245,10 +269,11 @@ def require_packable(decoder: Decoder) -> None:
         UserError: it takes no position_ids, or makes its masks itself.
     """
     _require_position_ids(decoder)
-    weight = decoder.causal_lm.get_input_embeddings().weight
+    embeddings: Any = decoder.causal_lm.get_input_embeddings()
+    weight = embeddings.weight
     position_ids = torch.arange(2, device=weight.device)[None]
 
-    def stop(*args):
+    def stop(*args: Any) -> None:
         raise _FirstLayer
 
     hook = decoder.layers[0].register_forward_pre_hook(stop)

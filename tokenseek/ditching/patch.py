@@ -11,8 +11,10 @@ Shapes: B batch, T tokens, S selected, U unselected, D hidden, V vocabulary.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -84,7 +86,7 @@ def enable_token_ditching(
         disable_token_ditching(model)
     keep_4bit_differentiable(model)  # an evaluation before or during training would repack them
     ditching = Ditching(decoder, recompute, kv_storage, tile_rows, seeking or Seeking())
-    ditching.sequence = before and before.sequence
+    ditching.sequence = None if before is None else before.sequence
     _replace_forward(decoder.causal_lm, ditching, make_causal_lm_forward(decoder.causal_lm))
     _replace_forward(decoder.body, ditching, body_forward)
     for layer in decoder.layers:
@@ -98,7 +100,7 @@ def disable_token_ditching(model: nn.Module) -> nn.Module:
     decoder = find_decoder(model)
     if ditching_of(model) is None:
         raise UserError(f"token ditching is not enabled on this {decoder.name}.")
-    patched = (decoder.causal_lm, decoder.body, *decoder.layers)
+    patched: tuple[Any, ...] = (decoder.causal_lm, decoder.body, *decoder.layers)
     for module in patched:
         if getattr(module.__dict__.get("forward"), "__func__", None) is not module._token_ditching_forward:
             raise UserError(
@@ -115,7 +117,7 @@ def disable_token_ditching(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replace_forward(module: nn.Module, ditching: Ditching, forward) -> None:
+def _replace_forward(module: Any, ditching: Ditching, forward: Callable[..., Any]) -> None:
     module._forward_before_ditching = module.__dict__.get("forward")
     module._token_ditching, module._token_ditching_forward = ditching, forward
     # A bound method, unlike a closure, follows the module when it is copied.

@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, S selected, R supervised rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,11 +52,12 @@ class PlannedRows:
         return cls(reach, supervised, targets[supervised])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        rows = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.supervised_R, self.targets_R))
-        return PlannedRows(self.reach.to(device, non_blocking), *rows)
+        supervised_R, targets_R = (x.to(device, non_blocking=non_blocking) for x in (self.supervised_R, self.targets_R))
+        return replace(self, reach=self.reach.to(device, non_blocking), supervised_R=supervised_R, targets_R=targets_R)
 
     def pin_memory(self) -> Self:
-        return PlannedRows(self.reach.pin_memory(), self.supervised_R.pin_memory(), self.targets_R.pin_memory())
+        supervised_R, targets_R = self.supervised_R.pin_memory(), self.targets_R.pin_memory()
+        return replace(self, reach=self.reach.pin_memory(), supervised_R=supervised_R, targets_R=targets_R)
 
 
 def supervised_rows(targets: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from typing_extensions import Self
 
-from tokenseek.decoder.attention import attention_replaced, without_cudnn
+from tokenseek.decoder.attention import Replace, attention_replaced, without_cudnn
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import makes_masks_by_utils, whole_masks
 from tokenseek.ditching.rows import Partition, Rows
@@ -44,12 +44,10 @@ class Reach(Protocol):
     def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Keys and values of one pass, [B, N, R, H], as attention sees them."""
 
-    def replacement(self, rows: Rows, make: Callable[[Rows], Callable]) -> Callable[[Callable], Callable]:
+    def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         """What attention is replaced with in the pass of `rows` of `whole`, made by `make` of rows of one text."""
 
-    def attention(
-        self, decoder: Decoder, replace: Callable[[Callable], Callable] | None
-    ) -> AbstractContextManager[None]:
+    def attention(self, decoder: Decoder, replace: Replace | None) -> AbstractContextManager[None]:
         """What one pass of one layer runs in, with attention replaced unless `replace` is None."""
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
@@ -62,7 +60,7 @@ class Reach(Protocol):
 class PlainReach:
     """Of a batch of one text a row, on one process: rows are where attention looks for them."""
 
-    def __init__(self, parts: Partition):
+    def __init__(self, parts: Partition) -> None:
         self.parts = parts
 
     @property
@@ -94,12 +92,10 @@ class PlainReach:
     def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return rows_BNRH
 
-    def replacement(self, rows: Rows, make: Callable[[Rows], Callable]) -> Callable[[Callable], Callable]:
+    def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         return make(rows)
 
-    def attention(
-        self, decoder: Decoder, replace: Callable[[Callable], Callable] | None
-    ) -> AbstractContextManager[None]:
+    def attention(self, decoder: Decoder, replace: Replace | None) -> AbstractContextManager[None]:
         return without_cudnn() if replace is None else attention_replaced(decoder.causal_lm, replace)
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:

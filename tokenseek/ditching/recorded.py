@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ class Recording:
         scored: tuple[nn.Module, ...] = (),
         exchange: Callable[..., tuple] | None = None,
         top: Top | None = None,
-    ):
+    ) -> None:
         self.top = top
         self.storage, self.unrecorded, self.scored, self.exchange = storage, unrecorded, scored, exchange
         self._graphs: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
@@ -99,7 +100,7 @@ class Recording:
                 stack.enter_context(forward_replaced(module, partial(self._run_beyond, module, module.forward)))
             yield
 
-    def _run_beyond(self, module: nn.Module, forward: Callable, *args, **kwargs):
+    def _run_beyond(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if not self._graphs:
             return forward(*args, **kwargs)
         return self.run_scored(module, lambda leaf: forward(leaf, *args[1:], **kwargs), args[0])
@@ -112,7 +113,7 @@ class Recording:
                 (gradient_BTD,) = torch.autograd.grad(output, leaf, gradient_BTD.to(output.dtype))
         return gradient_BTD
 
-    def beyond_border(self, hidden_BSD: torch.Tensor):
+    def beyond_border(self, hidden_BSD: torch.Tensor) -> Any:
         """The output of a layer that is left out."""
         if self.border is None:
             self.border = hidden_BSD
@@ -122,11 +123,13 @@ class Recording:
 class RecordingCache(_OnceCache):
     """Hands a layer the keys and values of all tokens back as they are, and keeps them."""
 
-    def __init__(self, exchange: Callable[..., tuple] | None):
+    def __init__(self, exchange: Callable[..., tuple] | None) -> None:
         super().__init__()
         self.exchange = exchange
 
-    def update(self, keys_BNRH, values_BNRH, layer_idx, *args, **kwargs):
+    def update(
+        self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         whole = (keys_BNRH, values_BNRH) if self.exchange is None else self.exchange(keys_BNRH, values_BNRH)
         self._record(*whole, layer_idx)
         return whole
@@ -135,11 +138,13 @@ class RecordingCache(_OnceCache):
 class RecordedCache(_OnceCache):
     """Returns the recorded keys and values, with those of the selected rows, which carry gradient, in their places."""
 
-    def __init__(self, reach: Reach, keys: torch.Tensor, values: torch.Tensor):
+    def __init__(self, reach: Reach, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
         self.reach, self.recorded = reach, (keys, values)
 
-    def update(self, keys_BNSH, values_BNSH, layer_idx, *args, **kwargs):
+    def update(
+        self, keys_BNSH: torch.Tensor, values_BNSH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self.reach.whole.selected
         own = self.reach.exchange(keys_BNSH, values_BNSH)
         written = [_Written.apply(whole, mine, rows) for whole, mine in zip(self.recorded, own, strict=True)]
@@ -151,14 +156,14 @@ class _Written(torch.autograd.Function):
     """`whole` with `mine` written into its `rows`, in place; they alone have a gradient."""
 
     @staticmethod
-    def forward(ctx, whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def forward(ctx: Any, whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
         ctx.rows = rows.alone
         rows.overwrite(whole_BNTH, mine_BNRH)
         return whole_BNTH.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_BNTH: torch.Tensor):
+    def backward(ctx: Any, gradient_BNTH: torch.Tensor) -> tuple[None, torch.Tensor, None]:
         return None, ctx.rows.gradient_of(gradient_BNTH), None
 
 

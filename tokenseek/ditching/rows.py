@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -27,6 +28,9 @@ WHOLE_ARGUMENTS = (*KEY_ARGUMENTS, *CACHE_PLACES)
 # call (on a GPU, a launch), and kernels like numbers of keys that their blocks divide.
 MAX_SPANS, MIN_SPAN_ROWS, KEY_BLOCK = 4, {"cpu": 24}, 16
 _MIN_SPAN_ROWS = 256
+
+
+Made = TypeVar("Made")
 
 
 class Rows:
@@ -48,7 +52,7 @@ class Rows:
         tokens: int,
         padded: bool,
         spans: Sequence[tuple[int, int, int]] = (),
-    ):
+    ) -> None:
         self.tokens = tokens
         self.padded = padded
         if spans:
@@ -56,7 +60,7 @@ class Rows:
         if padded:
             self.valid_BR = positions_BR >= 0
         self.index_BR = torch.where(self.valid_BR, positions_BR, fallback_B1) if padded else positions_BR
-        self._made: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._made: dict[str, list[tuple[torch.Tensor, Any]]] = {}
 
     @cached_property
     def valid_BR(self) -> torch.Tensor:
@@ -100,7 +104,7 @@ class Rows:
     def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """With what is made of the positions made before, so that no kernel has to."""
         _ = self.on_host, self._slots, self._flat
-        moved, once = copy(self.alone), {}
+        moved, once = copy(self.alone), dict[int, torch.Tensor]()
         moved.__dict__.pop("spans", None)  # which differ by device
         for name, value in moved.__dict__.items():
             if isinstance(value, torch.Tensor):
@@ -191,7 +195,7 @@ class Rows:
 
         return self._once(f"packed.{span}.{groups}.{dtype}", mask_B1RT, make)
 
-    def shrink(self, name: str, value, keep_causality: bool = False):
+    def shrink(self, name: str, value: Any, keep_causality: bool = False) -> Any:
         """A decoder layer's argument `name`, cut down to these rows (once a step, however many layers take it).
 
         Args:
@@ -206,7 +210,7 @@ class Rows:
             return value
         return self._once(name, value, lambda: self._shrink(name, value))
 
-    def _once(self, name: str, source: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _once(self, name: str, source: torch.Tensor, make: Callable[[], Made]) -> Made:
         known = self._made.setdefault(name, [])
         for known_source, made in known:
             if known_source is source:
@@ -214,8 +218,9 @@ class Rows:
         # Holding the source keeps its identity from being taken over by another tensor; models alternate between
         # two masks or rotary tables at most, and engines that cast arguments make new ones in every layer.
         del known[:-3]
-        known.append((source, make()))
-        return known[-1][1]
+        new = make()
+        known.append((source, new))
+        return new
 
     def _shrink(self, name: str, x: torch.Tensor) -> torch.Tensor:
         batch, tokens = len(self.index_BR), self.tokens
@@ -252,7 +257,9 @@ def _numbered(position_BR: torch.Tensor, stride: int) -> torch.Tensor:
     return (position_BR + stride * torch.arange(batch, device=position_BR.device)[:, None]).flatten()
 
 
-def _token_buffer(like_BNRH: torch.Tensor, tokens: int, padded: bool, make: Callable) -> torch.Tensor:
+def _token_buffer(
+    like_BNRH: torch.Tensor, tokens: int, padded: bool, make: Callable[..., torch.Tensor]
+) -> torch.Tensor:
     """[B, T (+ 1), N, H]: token-major, so that a row is one copy; repeated rows go to a spare last one.
 
     Args:
@@ -266,20 +273,22 @@ class _Assembled(torch.autograd.Function):
     """Keys or values of all tokens from those of both passes; the selected ones alone have a gradient."""
 
     @staticmethod
-    def forward(ctx, selected_BNSH: torch.Tensor, unselected_BNUH: torch.Tensor | None, parts: Partition):
+    def forward(
+        ctx: Any, selected_BNSH: torch.Tensor, unselected_BNUH: torch.Tensor | None, parts: Partition
+    ) -> torch.Tensor:
         ctx.rows = parts.selected.alone
         # What is not written is read nevertheless, and any NaN in it would reach the gradients.
         every_row_is_given = parts.is_complete and (unselected_BNUH is not None or parts.unselected is None)
         make = torch.Tensor.new_empty if every_row_is_given else torch.Tensor.new_zeros
         buffer = _token_buffer(selected_BNSH, parts.tokens, parts.padded, make)
-        if unselected_BNUH is not None:
+        if unselected_BNUH is not None and parts.unselected is not None:
             parts.unselected.put(buffer, unselected_BNUH)
         parts.selected.put(buffer, selected_BNSH)
         return buffer[:, : parts.tokens].transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_BNTH: torch.Tensor):
+    def backward(ctx: Any, gradient_BNTH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.rows.gradient_of(gradient_BNTH), None, None
 
 
@@ -311,7 +320,8 @@ class Partition:
         return self._moved(Rows.pin_memory)
 
     def _moved(self, move: Callable[[Rows], Rows]) -> Self:
-        return replace(self, selected=move(self.selected), unselected=self.unselected and move(self.unselected))
+        unselected = None if self.unselected is None else move(self.unselected)
+        return replace(self, selected=move(self.selected), unselected=unselected)
 
     @property
     def ones_BT(self) -> torch.Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 
 from tokenseek.decoder.device import kind_of
 from tokenseek.decoder.masks import aligned_mask
+from tokenseek.errors import UserError
 
 _aten = torch.ops.aten
 
@@ -124,10 +125,17 @@ def staircase_attention(
 
 class _Staircase(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query_BNSH, key_BKTH, value_BKTH, spans, scale) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        query_BNSH: torch.Tensor,
+        key_BKTH: torch.Tensor,
+        value_BKTH: torch.Tensor,
+        spans: Sequence[Sequence[Span]],
+        scale: float | None,
+    ) -> torch.Tensor:
         batch, heads, rows, head_dim = query_BNSH.shape
         key_heads = key_BKTH.shape[1]
-        unmasked, masked = _kernels(query_BNSH)
+        unmasked, masked = _require_kernels(query_BNSH)
         output_BSNH = query_BNSH.new_zeros(batch, rows, heads, head_dim)
         lse_BNS = query_BNSH.new_zeros(batch, heads, rows, dtype=_lse_dtype(query_BNSH))
         for b, of_example in enumerate(spans):
@@ -151,11 +159,11 @@ class _Staircase(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_BSNH: torch.Tensor):
-        query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS, *masks = ctx.saved_tensors
-        masks = iter(masks)
+    def backward(ctx: Any, grad_BSNH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS, *saved_masks = ctx.saved_tensors
+        masks = iter(saved_masks)
         key_heads = key_BKTH.shape[1]
-        unmasked, masked = _kernels(query_BNSH)
+        unmasked, masked = _require_kernels(query_BNSH)
         dquery_BNSH = torch.zeros_like(query_BNSH)
         dkey_BKTH, dvalue_BKTH = torch.zeros_like(key_BKTH), torch.zeros_like(value_BKTH)
         for b, of_example in enumerate(ctx.spans):
@@ -173,8 +181,8 @@ class _Staircase(torch.autograd.Function):
                 ):
                     if some.start == some.stop:
                         continue
-                    given = (x[:, :, some] for x in (grad, query, output, lse))
                     sums = dquery[:, :, some], dkey_BKTH[b, :, near], dvalue_BKTH[b, :, near]
+                    given = grad[:, :, some], query[:, :, some], output[:, :, some], lse[:, :, some]
                     kernel.add_gradients(*sums, *given, key[:, near], value[:, near], mask_sR, ctx.scale)
         return dquery_BNSH, dkey_BKTH, dvalue_BKTH, None, None
 
@@ -184,7 +192,9 @@ def _grouped(x_NSH: torch.Tensor, key_heads: int) -> torch.Tensor:
     return x_NSH.unflatten(0, (key_heads, -1))
 
 
-def _merged(out, lse, more, more_lse) -> tuple[torch.Tensor, torch.Tensor]:
+def _merged(
+    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to two sets of keys, [K, G, s, H] with its log-sum-exp [K, G, s], from attention to each of them."""
     total = torch.logaddexp(lse, more_lse)
     share, more_share = ((x - total).exp_()[..., None] for x in (lse, more_lse))
@@ -195,8 +205,34 @@ def _lse_dtype(query: torch.Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-# Kernels with one signature: queries, outputs and their gradients are [K, G, s, H], log-sum-exps (natural, of scaled
-# scores) [K, G, s], keys, values and their gradients [K, R, H], masks [s, R] or None.
+class Kernel(Protocol):
+    """Attention of one example by a kernel of torch's, with its log-sum-exp.
+
+    Queries, outputs and their gradients are [K, G, s, H], log-sum-exps (natural, of scaled scores) [K, G, s], keys,
+    values and their gradients [K, R, H], masks [s, R] or None.
+    """
+
+    @staticmethod
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp."""
+
+    @staticmethod
+    def add_gradients(
+        dquery: torch.Tensor,
+        dkey: torch.Tensor,
+        dvalue: torch.Tensor,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """Add the gradients to `dquery`, `dkey` and `dvalue`, in place."""
 
 
 class _CpuFlash:
@@ -206,14 +242,29 @@ class _CpuFlash:
     ROWS = 128
 
     @classmethod
-    def forward(cls, query, key, value, mask, scale):
+    def forward(
+        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             cls._packed(query), key[None], value[None], attn_mask=cls._packed_mask(mask, query), scale=scale
         )
         return out.view(query.shape), lse.squeeze(0).unflatten(1, query.shape[1:3])
 
     @classmethod
-    def add_gradients(cls, dquery, dkey, dvalue, grad, query, out, lse, key, value, mask, scale):
+    def add_gradients(
+        cls,
+        dquery: torch.Tensor,
+        dkey: torch.Tensor,
+        dvalue: torch.Tensor,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
         # In the plan of a GPU, whose kernels take all rows at once, it stands for them.
         count = cls.ROWS if kind_of(query.device) == "cpu" else max(1, query.shape[2])
         for first in range(0, query.shape[2], count):
@@ -243,12 +294,26 @@ class _CudaFlash:
     """In 16 bits, without a mask."""
 
     @staticmethod
-    def forward(query, key, value, mask, scale):
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = (_repeated(x, query) for x in (key, value))
         return _aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
 
     @staticmethod
-    def add_gradients(dquery, dkey, dvalue, grad, query, out, lse, key, value, mask, scale):
+    def add_gradients(
+        dquery: torch.Tensor,
+        dkey: torch.Tensor,
+        dvalue: torch.Tensor,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
         key, value = (_repeated(x, query) for x in (key, value))
         # Random state, which is of dropout alone.
         seed, offset = (torch.empty(n, dtype=torch.uint64, device=query.device) for n in (2, ()))
@@ -265,14 +330,28 @@ class _CudaEfficient:
     """In any precision but float64. Its log-sum-exps are filled up to a multiple of 32 rows."""
 
     @staticmethod
-    def forward(query, key, value, mask, scale):
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         bias = None if mask is None else mask.expand(*query.shape[:2], *mask.shape)
         key, value = (_repeated(x, query) for x in (key, value))
         out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
         return out, lse[:, :, : query.shape[2]]
 
     @staticmethod
-    def add_gradients(dquery, dkey, dvalue, grad, query, out, lse, key, value, mask, scale):
+    def add_gradients(
+        dquery: torch.Tensor,
+        dkey: torch.Tensor,
+        dvalue: torch.Tensor,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
         bias = None if mask is None else mask.expand(*query.shape[:2], *mask.shape)
         key, value = (_repeated(x, query) for x in (key, value))
         lse = pad(lse, (0, -lse.shape[2] % 32), value=float("inf"))
@@ -294,7 +373,17 @@ def _summed(x_KGRH: torch.Tensor) -> torch.Tensor:
     return x_KGRH.squeeze(1) if x_KGRH.shape[1] == 1 else x_KGRH.sum(1)
 
 
-def _kernels(query: torch.Tensor):
+def _require_kernels(query: torch.Tensor) -> tuple[type[Kernel], type[Kernel]]:
+    kernels = _kernels(query)
+    if kernels is None:
+        raise UserError(
+            f"no attention kernel gives its log-sum-exp for {query.dtype} on {query.device} and heads of "
+            f"{query.shape[-1]} channels: ask is_served first."
+        )
+    return kernels
+
+
+def _kernels(query: torch.Tensor) -> tuple[type[Kernel], type[Kernel]] | None:
     """Of attention without and with a mask; None where there are none."""
     device, dtype, head_dim = query.device.type, query.dtype, query.shape[-1]
     if device == "cpu":

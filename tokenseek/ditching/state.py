@@ -6,11 +6,11 @@ Shapes: B batch, T tokens, S selected, U unselected, D hidden.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,9 @@ class Decided(NamedTuple):
 class Ditching:
     """What the patched modules of one model share; `step` is set while a forward pass with selected tokens runs."""
 
-    def __init__(self, decoder: Decoder, recompute: bool, kv_storage: str, tile_rows: int | str, seeking: Seeking):
+    def __init__(
+        self, decoder: Decoder, recompute: bool, kv_storage: str, tile_rows: int | str, seeking: Seeking
+    ) -> None:
         self.decoder = decoder
         self.recompute = recompute
         self.kv_storage = kv_storage
@@ -131,7 +133,7 @@ class Step:
     Where these have run before, their keys and values are in `recording`.
     """
 
-    def __init__(self, reach: Reach, recomputed: set[nn.Module], recording: Recording | None):
+    def __init__(self, reach: Reach, recomputed: set[nn.Module], recording: Recording | None) -> None:
         self.reach = reach
         # Layers whose selected rows run once more in the backward pass.
         self.recomputed = recomputed
@@ -159,7 +161,7 @@ def require_ditching(model: nn.Module) -> Ditching:
     return ditching
 
 
-def original_forward(module: nn.Module):
+def original_forward(module: Any) -> Callable[..., Any]:
     """The forward that a patched module had before."""
     return module._forward_before_ditching or MethodType(type(module).forward, module)
 

@@ -87,7 +87,8 @@ class TakenOnce:
     """A tensor for a pass that is recomputed: itself the first time, from what was kept of it from then on."""
 
     def __init__(self, tensor: torch.Tensor, storage: str) -> None:
-        self._tensor, self._kept = tensor, Kept(tensor, storage)
+        self._tensor: torch.Tensor | None = tensor
+        self._kept = Kept(tensor, storage)
 
     def take(self) -> torch.Tensor:
         tensor, self._tensor = self._tensor, None

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 
+from tokenseek.decoder.attention import Attention, Replace
 from tokenseek.decoder.masks import aligned_mask
 from tokenseek.ditching.cache import KeysAndValuesSeen, _OnceCache
 from tokenseek.ditching.reach import PlainReach, Reach
@@ -43,7 +45,7 @@ class Tile:
         extents: of each example, how many rows it has here, and the positions of the first and the last of them.
     """
 
-    def __init__(self, rows: Rows, first: int, last: int, extents: list[list[int]]):
+    def __init__(self, rows: Rows, first: int, last: int, extents: list[list[int]]) -> None:
         self.first, self.last, self.extents = first, last, extents
         positions_BR = torch.where(rows.valid_BR, rows.index_BR, -1)[:, first:last]
         fallback_B1 = rows.index_BR[:, :1]  # some row of the example
@@ -87,14 +89,14 @@ def _make_tiles(rows: Rows, size: int) -> list[Tile]:
     borders = [count * i // number for i in range(number + 1)]
     # Valid rows come first: the last one of a tile is that before its first repeated one.
     valid_B = rows.valid_BR.sum(1)
-    extents = []
+    extents: list[torch.Tensor] = []
     for first, last in pairwise(borders):
         here_B = (valid_B - first).clamp(0, last - first)
         end_B1 = (first + here_B - 1).clamp(min=first)[:, None]
         ends = rows.index_BR[:, first], rows.index_BR.gather(1, end_B1)[:, 0]
         extents.append(torch.stack([here_B, *ends], dim=1))
-    extents = torch.stack(extents).tolist()  # one transfer to the host
-    return [Tile(rows, *border, extent) for border, extent in zip(pairwise(borders), extents, strict=True)]
+    on_host = torch.stack(extents).tolist()  # one transfer
+    return [Tile(rows, first, last, own) for (first, last), own in zip(pairwise(borders), on_host, strict=True)]
 
 
 # The tiles of a layer that are computed: all.
@@ -115,7 +117,9 @@ def visited_by(visit: Visit) -> Iterator[None]:
 class ProjectedCache(_OnceCache):
     """Ends a tile's first sweep at its keys and values [B, K, R, H]."""
 
-    def update(self, keys_BKRH, values_BKRH, layer_idx, *args, **kwargs):
+    def update(
+        self, keys_BKRH: torch.Tensor, values_BKRH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._record(keys_BKRH, values_BKRH, layer_idx)
         raise KeysAndValuesSeen
 
@@ -123,13 +127,15 @@ class ProjectedCache(_OnceCache):
 class WholeCache(_OnceCache):
     """Returns keys and values of all tokens, [B, K, T, H], for a tile's second sweep."""
 
-    def __init__(self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor):
+    def __init__(self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor) -> None:
         super().__init__()
         self._whole = keys_BKTH, values_BKTH
 
-    def update(self, keys_BKRH, values_BKRH, layer_idx, *args, **kwargs):
-        self._record(*self._whole, layer_idx)
-        return self._whole
+    def update(
+        self, keys_BKRH: torch.Tensor, values_BKRH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys_BKTH, values_BKTH = self._whole
+        return self._record(keys_BKTH, values_BKTH, layer_idx)
 
 
 class TiledLayer:
@@ -144,7 +150,7 @@ class TiledLayer:
         hidden_BUD: of all unselected rows; written over by :meth:`finish`.
     """
 
-    def __init__(self, layer: nn.Module, tiles: list[Tile], hidden_BUD: torch.Tensor, run: Callable):
+    def __init__(self, layer: nn.Module, tiles: list[Tile], hidden_BUD: torch.Tensor, run: Callable) -> None:
         self.layer, self.tiles, self.hidden_BUD, self.run = layer, tiles, hidden_BUD, run
         self.attended = False
 
@@ -186,15 +192,23 @@ class TiledLayer:
         self.attended = True
 
 
-def tile_attention(tile: Tile, on_call: Callable[[], None]) -> Callable[[Callable], Callable]:
+def tile_attention(tile: Tile, on_call: Callable[[], None]) -> Replace:
     """A replacement (see :func:`tokenseek.decoder.attention.attention_replaced`) for attention of a tile's rows.
 
     Where the mask is plain causality (None), all keys before the tile's first row are attended to without a mask, and a
     mask is made of the keys between its rows alone.
     """
 
-    def replace(original):
-        def attention(module: nn.Module, query_BNRH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs):
+    def replace(original: Attention) -> Attention:
+        def attention(
+            module: nn.Module,
+            query_BNRH: torch.Tensor,
+            key_BKTH: torch.Tensor,
+            value_BKTH: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
             on_call()
             if attention_mask is None:
                 plain = not args and not kwargs.get("dropout") and kwargs.get("position_bias") is None

@@ -64,6 +64,6 @@ def is_partitioned(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
-def _require_gradient(module: nn.Module, args, output):
+def _require_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 from tokenseek.config import PeftSettings, RunConfig
 from tokenseek.launching.engine import Engine
@@ -37,7 +40,12 @@ class Choice:
 
 
 def largest_ratio(
-    config: RunConfig, budget: int, engine: Engine | None = None, *, tokens: int | None = None, model_config=None
+    config: RunConfig,
+    budget: int,
+    engine: Engine | None = None,
+    *,
+    tokens: int | None = None,
+    model_config: PreTrainedConfig | None = None,
 ) -> Choice:
     """The largest share of the tokens, in steps of 1 %, at which a training step stays within `budget` bytes.
 
@@ -50,8 +58,8 @@ def largest_ratio(
 
     def plan(step: int) -> MemoryPlan:
         if step not in known:
-            options = dict(tokens=tokens, model_config=model_config)
-            known[step] = plan_memory(config, method_of(config, step / _STEPS), engine, **options)
+            method = method_of(config, step / _STEPS)
+            known[step] = plan_memory(config, method, engine, tokens=tokens, model_config=model_config)
         return known[step]
 
     low, high = 1, _STEPS
@@ -83,7 +91,7 @@ def largest_ratio(
 def _knobs(config: RunConfig, engine: Engine, tokens: int) -> Iterator[tuple[str, RunConfig, Engine, int]]:
     """Single changes that may save memory, with how to make them."""
 
-    def changed(section: str, **values) -> RunConfig:
+    def changed(section: str, **values: Any) -> RunConfig:
         return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
     if config.training.optim == "adamw_torch" and not engine.on_cpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,7 +43,7 @@ class Ledger(TorchDispatchMode):
         (4096, 4096)
     """
 
-    def __init__(self, clock: Callable[[], float] = lambda: 0.0):
+    def __init__(self, clock: Callable[[], float] = lambda: 0.0) -> None:
         super().__init__()
         self.region = "workspace"
         self.alive = dict.fromkeys(CATEGORIES, 0)
@@ -84,7 +85,9 @@ class Ledger(TorchDispatchMode):
         known = self._storages.get(id(tensor.untyped_storage()))
         return known and known[2]
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -16,7 +18,7 @@ _BLOCK, _DOUBLE_BLOCK = 64, 256
 class PackedLinear(nn.Linear):
     """Takes the place of a linear layer; unpacks its weight for the product, and once more in the backward pass."""
 
-    def __init__(self, like: nn.Linear, model: ModelConfig):
+    def __init__(self, like: nn.Linear, model: ModelConfig) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
         self.dtype = getattr(torch, model.dtype)
@@ -49,10 +51,10 @@ def packed_bytes(layer: nn.Linear, model: ModelConfig) -> int:
 
 class _PackedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, packed, out_features):
+    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, out_features: int) -> torch.Tensor:
         ctx.shape = (out_features, x.shape[-1])
         return linear(x, x.new_zeros(ctx.shape))  # written, as unpacking does
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient @ gradient.new_zeros(ctx.shape), None, None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tokenseek.decoder.find import find_decoder
-from tokenseek.ditching import ditching_of
+from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.ditching.rows import Partition
+from tokenseek.ditching.state import require_ditching
 from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.parallel.sequence import SequenceParallelism
 from tokenseek.parallel.sharding import LocalPartition, shard
@@ -30,18 +32,24 @@ def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, text: Partitio
     group = _group_without_others(ranks)
     enable_sequence_parallelism(model, group, layout=layout)
     dealt = shard(text, group, query_heads(find_decoder(model)), LAYOUTS[layout], {})
-    ditching_of(model).sequence = _FirstRank(group, layout, dealt)
+    require_ditching(model).sequence = _FirstRank(group, layout, dealt)
 
 
 class _FirstRank(SequenceParallelism):
-    def __init__(self, group: dist.ProcessGroup, layout: str, dealt: LocalPartition):
+    def __init__(self, group: dist.ProcessGroup, layout: str, dealt: LocalPartition) -> None:
         super().__init__(group, layout, engine="averages")
         self._dealt = [dealt]
 
-    def agreed_positions(self, arguments, selected_positions, labels, shift_labels):
-        return selected_positions  # there is nobody to disagree
+    def agreed_positions(
+        self,
+        arguments: dict[str, Any],
+        selected_positions: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return cast(torch.Tensor, selected_positions)  # there is nobody to disagree
 
-    def shard(self, decoder, arguments, parts):
+    def shard(self, decoder: Decoder, arguments: dict[str, Any], parts: Partition) -> LocalPartition:
         return self._dealt.pop()  # its masks live as long as the forward pass, as in a real step
 
 
@@ -51,6 +59,7 @@ def _group_without_others(ranks: int) -> dist.ProcessGroup:
     from torch._C._distributed_c10d import FakeProcessGroup  # late: not every build of torch has it
 
     make = getattr(FakeProcessGroup, "_create_internal", FakeProcessGroup)  # older releases of torch call the class
-    group = dist.ProcessGroup(0, ranks)
+    make_group: Any = dist.ProcessGroup  # whose stub knows no group without a store
+    group = make_group(0, ranks)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, make(0, ranks))
     return group

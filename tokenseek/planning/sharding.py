@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ class ShardedState:
         ledger: Ledger,
         mixed_precision: str,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-    ):
+    ) -> None:
         self.engine, self.ledger = engine, ledger
         self.parameters = list(model.parameters())
         self.trained = [p for p in self.parameters if p.requires_grad]
@@ -81,7 +82,9 @@ class ShardedState:
             # Two of them: one is filled while the other travels.
             self.ledger.add("gradients", 2 * min(self.engine.reduce_bucket or hidden**2, everything) * largest)
 
-    def _with_states(self, make_optimizer) -> torch.optim.Optimizer:
+    def _with_states(
+        self, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ) -> torch.optim.Optimizer:
         """The optimizer as it is after a first step, which makes its states."""
         optimizer = make_optimizer(self.shards)
         for shard in self.shards:
@@ -102,7 +105,7 @@ class ShardedState:
         if gradient is not None and not self.engine.shards_gradients:
             parameter.grad = gradient
         if not self.engine.shards_gradients:
-            self.ledger.track([parameter.grad], "gradients")
+            self.ledger.track([cast(torch.Tensor, parameter.grad)], "gradients")
             return
         if parameter not in self._reduced:
             self._reduced.add(parameter)
@@ -116,7 +119,7 @@ class ShardedState:
         if unit is None:
             parameter.grad = None  # copied into a bucket
         else:  # FSDP2 reduces the gradients of a unit together
-            self.ledger.track([parameter.grad], "gradients")
+            self.ledger.track([cast(torch.Tensor, parameter.grad)], "gradients")
             self._waiting.setdefault(unit, []).append(parameter)
 
     def _shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -126,7 +129,7 @@ class ShardedState:
         """Gather a unit when its forward or backward pass begins, and let it go when the pass ends."""
         self._layers = layers = set(decoder.layers)
         inside = {module for layer in layers for module in layer.modules()}
-        self._unit_of = {p: layer for layer in layers for p in layer.parameters()}
+        self._unit_of: dict[nn.Parameter, nn.Module | None] = {p: layer for layer in layers for p in layer.parameters()}
         outside = [
             m for m in model.modules() if m not in inside and next(m.parameters(recurse=False), None) is not None
         ]
@@ -144,13 +147,13 @@ class ShardedState:
         return sum(p.nbytes for p in module.parameters(recurse=recurse))
 
     def _hook(self, unit: nn.Module, nbytes: int) -> None:
-        def before(module, args, kwargs):
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._gather(unit, nbytes)
             hidden = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
             if hidden is not None and hidden.requires_grad and not self.in_backward:
                 hidden.register_hook(lambda gradient: self._release(unit))
 
-        def after(module, args, output):
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self.in_backward:  # recomputed: its backward pass comes now
                 return
             self._release(unit)
@@ -175,7 +178,7 @@ class ShardedState:
     def _release(self, unit: nn.Module) -> None:
         self.ledger.add("parameters", -self._gathered.pop(unit, 0))
         if waiting := self._waiting.pop(unit, None):
-            copied = sum(p.grad.numel() * self._shard_of(p).element_size() for p in waiting)
+            copied = sum(p.numel() * self._shard_of(p).element_size() for p in waiting)
             self.ledger.add("gradients", copied)
             self.ledger.add("gradients", -copied)
             for parameter in waiting:
@@ -198,6 +201,6 @@ class ShardedState:
             for shard in self.shards:
                 shard.grad = torch.empty_like(shard)
             if self.engine.kind == "fsdp2":  # these are the shards of gradients that are counted already
-                self.ledger.track([s.grad for s in self.shards], None)
+                self.ledger.track([cast(torch.Tensor, s.grad) for s in self.shards], None)
         torch.nn.utils.clip_grad_norm_(self.shards, 1.0)
         self.optimizer.step()

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -271,7 +272,15 @@ def _materialise(model: nn.Module) -> None:
 
 
 def _train_pass(
-    model, decoder: Decoder, state: ShardedState, ledger: Ledger, config, engine: Engine, shape, positions_BS, online
+    model: nn.Module,
+    decoder: Decoder,
+    state: ShardedState,
+    ledger: Ledger,
+    config: RunConfig,
+    engine: Engine,
+    shape: tuple[int, int],
+    positions_BS: torch.Tensor | None,
+    online: bool,
 ) -> None:
     """Forward and backward of one micro batch, as Transformers' Trainer takes them."""
     ids = torch.zeros(shape, dtype=torch.int64)
@@ -326,11 +335,11 @@ def _enter_body(ledger: Ledger) -> None:
     ledger.region = "workspace"
 
 
-def _enter_head(ledger: Ledger, body_output) -> None:
+def _enter_head(ledger: Ledger, body_output: Any) -> None:
     """From here to the gradient of the body's output, what is born belongs to the head."""
     ledger.region = "logits"
 
-    def leave(gradient):
+    def leave(gradient: torch.Tensor) -> None:
         ledger.region = "workspace"
 
     hidden = body_output[0]
@@ -369,11 +378,13 @@ class _LargestBatch(TorchDispatchMode):
     padded?", "is this no packing of several examples?") is answered yes.
     """
 
-    def __init__(self, ledger: Ledger):
+    def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self.ledger = ledger
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.ops.prim.device.default:  # asked more often than all else together
             return _CPU
         if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:

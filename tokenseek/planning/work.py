@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,7 +131,7 @@ class Work(TorchDispatchMode):
         1024
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.seconds = 0.0
         self.reset()
@@ -140,7 +141,9 @@ class Work(TorchDispatchMode):
         self.flops = 0
         self.operations: Counter[tuple[float, int, bool]] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         operation = func._overloadpacket
@@ -150,7 +153,8 @@ class Work(TorchDispatchMode):
         returned = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         if not returned or (not func._schema.is_mutable and _is_view(given, returned)):
             return result
-        work = flops = 0
+        work: float = 0
+        flops = 0
         if formula := FLOP_FORMULAS.get(operation):
             flops = formula(*args, **kwargs, out_val=result)
             work = flops / 2 if _is_causal(func, args, kwargs) else flops
@@ -175,7 +179,7 @@ def _is_view(given: list[torch.Tensor], returned: list[torch.Tensor]) -> bool:
     return all(id(x.untyped_storage()) in storages for x in returned)
 
 
-def _is_causal(func, args, kwargs) -> bool:
+def _is_causal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Attention that leaves out what lies above the diagonal, which torch's formulas do not."""
     names = [argument.name for argument in func._schema.arguments]
     return bool(dict(zip(names, args, strict=False)).get("is_causal", kwargs.get("is_causal", False)))

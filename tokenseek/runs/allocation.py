@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenseek.planning.ledger import Ledger
 
@@ -38,7 +38,7 @@ class Allocation(AbstractContextManager):
         >>> allocation.average
     """
 
-    def __init__(self, held: Callable[[], Iterable[torch.Tensor]]):
+    def __init__(self, held: Callable[[], Iterable[torch.Tensor]]) -> None:
         self.held, self.peak = held, 0
         self._byte_seconds = self._seconds = 0.0
         self._ledger: Ledger | None = None
@@ -58,7 +58,7 @@ class Allocation(AbstractContextManager):
             self._ledger.reset_time()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         if self._ledger is None:
             device = torch.cuda.current_device()
             events = torch.cuda.memory._snapshot(device)["device_traces"][device]
@@ -111,7 +111,7 @@ class StepAllocation(TrainerCallback):
         compiled: whether parts of the model are.
     """
 
-    def __init__(self, trainer: Trainer, compiled: bool):
+    def __init__(self, trainer: Trainer, compiled: bool) -> None:
         self.trainer, self.steps = trainer, 0
         self.allocation = Allocation(self._held)
         self._open = ExitStack()
@@ -129,17 +129,19 @@ class StepAllocation(TrainerCallback):
     def __enter__(self) -> StepAllocation:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._open.close()  # of a step that an error ended
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.steps += 1
         is_only = self.steps == 1 and state.max_steps - state.global_step == 1
         is_traced = self.steps > 1 and self.steps & (self.steps - 1) == 0
         if self.possible and (is_traced or is_only):
             self._open.enter_context(self.allocation)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._open.close()
 
     def _held(self) -> Iterable[torch.Tensor]:

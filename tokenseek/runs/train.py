@@ -19,6 +19,7 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -349,20 +350,24 @@ def max_over_processes(trainer: GroupTrainer, value: int) -> float:
 class _Timer(TrainerCallback):
     """Seconds and tokens of the training steps, and the held-out loss before the first."""
 
-    def __init__(self, trainer: GroupTrainer, held_out: Dataset | None, loss_before: float | None):
+    def __init__(self, trainer: GroupTrainer, held_out: Dataset | None, loss_before: float | None) -> None:
         self.trainer, self.held_out, self.loss_before = trainer, held_out, loss_before
         self.seconds, self.tokens = 0.0, 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.held_out and state.global_step == 0:
-            if self.loss_before is None:
-                self.loss_before = held_out_loss(self.trainer, self.held_out)
-            self.trainer.log({"held_out_loss": self.loss_before})
+            before = held_out_loss(self.trainer, self.held_out) if self.loss_before is None else self.loss_before
+            self.loss_before = before
+            self.trainer.log({"held_out_loss": before})
         self._tokens_before = state.num_input_tokens_seen
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._began = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self._began
         self.tokens = state.num_input_tokens_seen - self._tokens_before

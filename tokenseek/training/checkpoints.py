@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from tokenseek.errors import UserError
@@ -45,7 +46,7 @@ def writing(folder: Path) -> Iterator[None]:
         is_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_CANNOT_WRITE)
         if not (is_os or is_torch or isinstance(error, SafetensorError)):
             raise
-        reason = error.strerror if is_os else str(error).strip().split("\n")[0]
+        reason = error.strerror if isinstance(error, OSError) else str(error).strip().split("\n")[0]
         raise UserError(
             f"output_dir: {folder} cannot be written: {reason}. Make room (training.save_total_limit=1 keeps one "
             "checkpoint) or give another output_dir; the same command goes on from the last whole checkpoint."
@@ -62,7 +63,8 @@ def fit_checkpoint(checkpoint: Path, arguments: TrainingArguments, state: Partia
         UserError: a checkpoint of DeepSpeed is loaded without it, or the other way round, or cannot be converted.
     """
     parts = _zero_parts(checkpoint)
-    deepspeed = arguments.deepspeed_plugin is not None
+    plugin: Any = arguments.deepspeed_plugin
+    deepspeed = plugin is not None
     if bool(parts) != deepspeed:
         raise UserError(
             f"{checkpoint} was written {'with' if parts else 'without'} DeepSpeed, and this run goes on "
@@ -82,7 +84,7 @@ def fit_checkpoint(checkpoint: Path, arguments: TrainingArguments, state: Partia
             _make_universal(parts[0].parent)
         while not done.exists():  # no collective: this may take longer than they wait
             time.sleep(0.5)
-    arguments.deepspeed_plugin.hf_ds_config.config |= _LOAD_UNIVERSAL
+    plugin.hf_ds_config.config |= _LOAD_UNIVERSAL
 
 
 class Resumed(TrainerCallback):
@@ -93,11 +95,18 @@ class Resumed(TrainerCallback):
     counter of steps, which each of them then advances.
     """
 
-    def __init__(self, checkpoint: Path):
+    def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.before = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         before, now = (round(s.max_steps / s.num_train_epochs) for s in (self.before, state))
         if before != now and args.max_steps <= 0 and state.is_world_process_zero:
             _log.warning(
@@ -105,7 +114,7 @@ class Resumed(TrainerCallback):
                 "batches follow than in the interrupted run. For the same, keep the data and the product of "
                 "per_device_train_batch_size, gradient_accumulation_steps and the number of processes."
             )
-        plugin = args.deepspeed_plugin
+        plugin: Any = args.deepspeed_plugin
         if plugin is not None and _LOAD_UNIVERSAL.items() <= plugin.hf_ds_config.config.items():
             folder = self.checkpoint / (self.checkpoint / _UNIVERSAL).read_text().strip()
             saved = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False)

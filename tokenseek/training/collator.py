@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from tokenseek.labels import IGNORED
 from tokenseek.selection import SelectionRule, select_weighted, supervised_positions
 from tokenseek.selection.batched import draw_key
 
+# The token ids or labels of one example, without padding.
+Numbers: TypeAlias = Sequence[int] | np.ndarray
+
 
 class PaddingCollator:
     """Pads examples on the right into ``input_ids``, ``attention_mask`` and ``labels`` [B, T].
@@ -32,14 +35,14 @@ class PaddingCollator:
         pad_to_multiple_of: round T up, for kernels that like round shapes.
     """
 
-    def __init__(self, pad_token_id: int = 0, pad_to_multiple_of: int = 1):
+    def __init__(self, pad_token_id: int = 0, pad_to_multiple_of: int = 1) -> None:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         return self.pad([f["input_ids"] for f in features], [f["labels"] for f in features])
 
-    def pad(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    def pad(self, input_ids: Sequence[Numbers], labels: Sequence[Numbers]) -> dict[str, torch.Tensor]:
         longest = max(map(len, input_ids))
         tokens = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         return {
@@ -49,17 +52,17 @@ class PaddingCollator:
         }
 
 
-def pack_rows(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+def pack_rows(input_ids: Sequence[Numbers], labels: Sequence[Numbers]) -> dict[str, torch.Tensor]:
     """Examples one behind the other in one row, ``input_ids``, ``position_ids`` and ``labels`` [1, T].
 
     Positions begin anew with every example, which is how models tell them apart, and no label stands where the end of
     one example would predict the beginning of the next.
     """
-    labels = [np.append(IGNORED, row[1:]) for row in labels]
+    kept = [np.append(IGNORED, row[1:]) for row in labels]
     return {
         "input_ids": pad_rows([np.concatenate(input_ids)], 0),
         "position_ids": pad_rows([np.concatenate([np.arange(len(ids)) for ids in input_ids])], 0),
-        "labels": pad_rows([np.concatenate(labels)], IGNORED),
+        "labels": pad_rows([np.concatenate(kept)], IGNORED),
     }
 
 
@@ -103,8 +106,8 @@ class TokenSeekCollator(PaddingCollator):
         pad_to_multiple_of: int = 1,
         packing: bool = False,
         online: bool = False,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(pad_token_id, pad_to_multiple_of)
         if online and index is not None:
             raise UserError("online=True scores in the training step and reads no index; leave one of them out.")
@@ -179,7 +182,7 @@ class TokenSeekCollator(PaddingCollator):
     def _select(self, feature: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         input_ids, example_id = feature["input_ids"], _example_id(feature)
         if self.index is None:
-            row, scores = zlib.crc32(example_id.encode()), (None, None)
+            row, context, gradient = zlib.crc32(example_id.encode()), None, None
         else:
             row = self.index.row_of(example_id)
             if self.index.tokens_crc(row) != tokens_crc(input_ids):
@@ -188,10 +191,11 @@ class TokenSeekCollator(PaddingCollator):
                     f"{self.index.path} ({self.index.num_tokens(row)}): its tokenizer, template or maximum length "
                     "differ. Score it again."
                 )
-            scores = self.index.scores(row)
+            context, gradient = self.index.scores(row)
         return select_weighted(
             self.rule,
-            *scores,
+            context,
+            gradient,
             row=row,
             visit=self._visit(feature),
             supervised=supervised_positions(feature["labels"]),
@@ -208,7 +212,7 @@ def _example_id(feature: Mapping[str, Any]) -> str:
     return feature["example_id"]
 
 
-def pad_rows(rows: Sequence[Sequence[int]], fill: int, length: int | None = None) -> torch.Tensor:
+def pad_rows(rows: Sequence[Numbers], fill: int, length: int | None = None) -> torch.Tensor:
     """int64 [B, `length`], each row filled up on the right."""
     padded = np.full((len(rows), length or max(map(len, rows))), fill, dtype=np.int64)
     for target, row in zip(padded, rows, strict=True):

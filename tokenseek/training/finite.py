@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenseek.data.packing import BLANK, unpacked
 from tokenseek.errors import UserError
@@ -20,7 +20,7 @@ class NamedExamples:
     Of the blank examples, which are the last of a batch, it adds the numbers of tokens as a list `blanks`.
     """
 
-    def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]):
+    def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]) -> None:
         self.collator = collator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -45,13 +45,13 @@ class StopAtNan(TrainerCallback):
         accelerator: whose ``clip_grad_norm_`` Trainer calls in every step, be it to clip or to log.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator) -> None:
         self.losses: list[tuple[torch.Tensor, list[str]]] = []
         self.norm: torch.Tensor | float | None = None
         self.scales = accelerator.scaler is not None
         clip = accelerator.clip_grad_norm_
 
-        def noted(*args, **kwargs):
+        def noted(*args: Any, **kwargs: Any) -> Any:
             self.norm = clip(*args, **kwargs)
             return self.norm
 
@@ -61,7 +61,9 @@ class StopAtNan(TrainerCallback):
         """The loss of a micro-batch and the examples in it."""
         self.losses.append((loss, examples))
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         losses, norm = self.losses, 0.0 if self.norm is None or self.scales else self.norm
         self.losses, self.norm = [], None
         if not losses:

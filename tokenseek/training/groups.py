@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import datasets
 import torch
@@ -17,8 +17,8 @@ from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from accelerate.utils import recursively_apply
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from tokenseek.data.packing import unpacked
 from tokenseek.data.streaming import StreamedExamples
@@ -48,7 +48,7 @@ class GroupTrainer(Trainer):
         UserError: the model and the launch (``sp_size`` of its accelerate config) disagree on who shares examples.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, on_nan: str = "stop", **kwargs):
+    def __init__(self, model: nn.Module, args: TrainingArguments, *, on_nan: str = "stop", **kwargs: Any) -> None:
         if on_nan not in ("stop", "continue"):
             raise UserError(f"on_nan is {on_nan!r}; it must be 'stop' or 'continue'.")
         args.logging_nan_inf_filter = False  # would log such a loss as the mean of those before
@@ -93,7 +93,7 @@ class GroupTrainer(Trainer):
         with unseen_by_accelerate():
             super().create_accelerator_and_postprocess()
 
-    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> torch.Tensor:
         examples, self._blanks = inputs.pop("example_ids", []), inputs.pop("blanks", [])
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.stop_at_nan:
@@ -104,7 +104,7 @@ class GroupTrainer(Trainer):
         with writing(Path(output_dir or self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
 
-    def _save_checkpoint(self, model: nn.Module, trial, *args, **kwargs) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         with writing(Path(self.args.output_dir)):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
@@ -134,14 +134,14 @@ class GroupTrainer(Trainer):
             sampler = EpochSampler(len(plain), blanks, seed if strategy == "random" else None)
         self.new_epoch.sampler = sampler
         return self._get_dataloader(
-            dataset=WithBlanks(plain, blanks),
+            dataset=WithBlanks(cast(Sequence[dict[str, Any]], plain), blanks),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=lambda _: sampler,
             is_training=True,
         )
 
-    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
         shard = loader.dataset
         stream = shard.dataset if isinstance(shard, IterableDatasetShard) else shard
@@ -173,20 +173,20 @@ class GroupTrainer(Trainer):
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return super().get_total_train_batch_size(args) // self.group_size
 
-    def floating_point_ops(self, inputs) -> float:
-        return super().floating_point_ops(inputs) / self.group_size
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return super().floating_point_ops(inputs) // self.group_size
 
-    def _track_num_input_tokens(self, inputs) -> None:
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(_without_blanks(inputs, self._blanks))
         self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.group_size
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if self.group_size > 1:
             self.gather_function = self._gather_of_groups
         return super().evaluation_loop(*args, **kwargs)
 
-    def _gather_of_groups(self, data):
+    def _gather_of_groups(self, data: Any) -> Any:
         """As accelerate's ``gather_for_metrics``, from one rank of each group."""
 
         def first_ranks(everyone: torch.Tensor) -> torch.Tensor:
@@ -199,6 +199,12 @@ class GroupTrainer(Trainer):
         return data
 
 
+class DrawsByEpoch(Protocol):
+    """A sampler or a collator whose draws depend on the epoch."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
 class NewEpoch(TrainerCallback):
     """Tells the epoch to what draws by it; accelerate does not reach the sampler of a run that resumes mid-epoch.
 
@@ -206,11 +212,13 @@ class NewEpoch(TrainerCallback):
         collator: a :class:`TokenSeekCollator`, if its selections are to be told too.
     """
 
-    def __init__(self):
-        self.sampler: EpochSampler | None = None
-        self.collator = None
+    def __init__(self) -> None:
+        self.sampler: DrawsByEpoch | None = None
+        self.collator: DrawsByEpoch | None = None
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         epoch = int(state.epoch or 0)
         for draws in (self.collator, self.sampler):
             if draws is not None:
@@ -219,9 +227,9 @@ class NewEpoch(TrainerCallback):
 
 def _without_blanks(inputs: dict[str, Any], blanks: list[int]) -> dict[str, Any]:
     """What counts the tokens of a batch, without those of the blank examples at its end."""
-    counted = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    counted: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
     if not blanks or not counted:
-        return counted or inputs
+        return dict(counted) or inputs
     if "attention_mask" in inputs:  # one example a row
         return {name: tensor[: len(tensor) - len(blanks)] for name, tensor in counted.items()}
     return {name: tensor[:, : tensor.shape[1] - sum(blanks)] for name, tensor in counted.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenseek.labels import IGNORED
 from tokenseek.launching.memory import peak_memory_bytes, reset_peak_memory
@@ -25,17 +25,26 @@ class MetricsFile(TrainerCallback):
     dropped, since those steps are taken again. A run that is not resumed begins a new file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.started = 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.started = time.perf_counter()
         reset_peak_memory()
         if state.is_world_process_zero and self.path.exists():
             self.path.write_text("".join(self._lines_up_to(state.global_step)), encoding="utf-8")
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero:
             self.write(state.global_step, logs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -31,14 +31,15 @@ class OnlineTotals:
         """Count a micro batch."""
         targets_BT = next_token_labels(inputs["labels"])
         with_loss_BT = targets_BT.ne(IGNORED)
-        is_selected_BS = output.selected_positions >= 0
+        positions_BS, loss_all = cast(torch.Tensor, output.selected_positions), cast(torch.Tensor, output.loss_all)
+        is_selected_BS = positions_BS >= 0
         mask = inputs.get("attention_mask")
         self.tokens = self.tokens + (targets_BT.numel() if mask is None else mask.sum())
         self.selected = self.selected + is_selected_BS.sum()
-        chosen_BS = with_loss_BT.gather(1, output.selected_positions.clamp(min=0)) & is_selected_BS
+        chosen_BS = with_loss_BT.gather(1, positions_BS.clamp(min=0)) & is_selected_BS
         self.supervised = self.supervised + chosen_BS.sum()
         count = with_loss_BT.sum()
-        recent = torch.stack([output.loss_all.double() * count, count.double()]).to(torch.float32)
+        recent = torch.stack([loss_all.double() * count, count.double()]).to(torch.float32)
         self._recent = recent if self._recent is None else self._recent + recent
 
     def loss_all(self, accelerator: Accelerator) -> float | None:

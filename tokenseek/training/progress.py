@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenseek.config.sizes import format_size
 from tokenseek.launching.memory import peak_memory_bytes
@@ -20,11 +21,20 @@ class ProgressLine(TrainerCallback):
         self._began = self._last = 0.0
         self._first_step = self._last_tokens = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._began = self._last = time.perf_counter()
         self._first_step, self._last_tokens = state.global_step, state.num_input_tokens_seen
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero or not logs:
             return
         for name in ("held_out_loss", "eval_loss"):

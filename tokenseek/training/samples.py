@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenseek.training.groups import GroupTrainer
 from tokenseek.training.metrics import MetricsFile
@@ -32,11 +32,11 @@ class Samples(TrainerCallback):
         prompts: Sequence[str],
         texts: Sequence[tuple[str, bool]],
         metrics: MetricsFile,
-    ):
+    ) -> None:
         self.trainer, self.tokenizer, self.metrics = trainer, tokenizer, metrics
         self.prompts, self.texts = prompts, texts
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         written = [self._write(text, adds) for text, adds in self.texts]

@@ -30,7 +30,7 @@ class EpochSampler(Sampler[int]):
         [0, 1, 2, 3]
     """
 
-    def __init__(self, examples: int, blanks: int, seed: int | None):
+    def __init__(self, examples: int, blanks: int, seed: int | None) -> None:
         self.examples, self.blanks, self.seed, self.epoch = examples, blanks, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -59,7 +59,7 @@ class LengthGroupedSampler(EpochSampler):
         group: so many examples in a row are of similar lengths: those of an optimizer step.
     """
 
-    def __init__(self, lengths: Sequence[int], blanks: int, seed: int, group: int):
+    def __init__(self, lengths: Sequence[int], blanks: int, seed: int, group: int) -> None:
         super().__init__(len(lengths), blanks, seed)
         self.lengths, self.group = lengths, group
 
@@ -75,7 +75,7 @@ class WithBlanks(Dataset):
         blanks: number of copies.
     """
 
-    def __init__(self, examples: Sequence[dict[str, Any]], blanks: int):
+    def __init__(self, examples: Sequence[dict[str, Any]], blanks: int) -> None:
         self.examples, self.blanks = examples, blanks
 
     def __len__(self) -> int:

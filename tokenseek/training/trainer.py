@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import ditching_of, enable_token_ditching
 from tokenseek.ditching.planned import PlannedRows
+from tokenseek.ditching.state import require_ditching
 from tokenseek.ditching.zero3 import fetch_a_layer_ahead, gather_layers_once
 from tokenseek.errors import UserError
 from tokenseek.training.collator import TokenSeekCollator
@@ -45,7 +46,9 @@ class TokenSeekTrainer(GroupTrainer):
         >>> trainer.train()
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, data_collator: TokenSeekCollator, **kwargs):
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, *, data_collator: TokenSeekCollator, **kwargs: Any
+    ) -> None:
         if not isinstance(data_collator, TokenSeekCollator):
             raise UserError(
                 f"TokenSeekTrainer needs a TokenSeekCollator as data_collator, got {type(data_collator).__name__}; to "
@@ -63,7 +66,7 @@ class TokenSeekTrainer(GroupTrainer):
         self.online = OnlineTotals()
 
     def _collator_of_training(self) -> Callable[[list], dict]:
-        collator, ditching = super()._collator_of_training(), ditching_of(self.model)
+        collator, ditching = super()._collator_of_training(), require_ditching(cast(nn.Module, self.model))
         if not has_length(self.train_dataset) or ditching.sequence or self.args.n_gpu > 1:
             return collator
         return PlanningCollator(collator, ditching.attention_is_ours)
@@ -96,7 +99,8 @@ class TokenSeekTrainer(GroupTrainer):
 
     @contextmanager
     def _all_tokens(self) -> Iterator[None]:
-        with_selection, self.data_collator = self.data_collator, self.data_collator.without_selection()
+        with_selection = cast(TokenSeekCollator, self.data_collator)
+        self.data_collator = with_selection.without_selection()
         try:
             yield
         finally:
@@ -106,7 +110,7 @@ class TokenSeekTrainer(GroupTrainer):
 class PlanningCollator:
     """Adds `planned_rows` to its batch, a :class:`~tokenseek.ditching.planned.PlannedRows` made where it collates."""
 
-    def __init__(self, collator: Callable[[list], dict[str, Any]], attention_is_ours: bool):
+    def __init__(self, collator: Callable[[list], dict[str, Any]], attention_is_ours: bool) -> None:
         self.collator, self.attention_is_ours = collator, attention_is_ours
 
     def __call__(self, features: list) -> dict[str, Any]:
