@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tokenseek.decoder.head
 from tokenseek import enable_token_ditching
 from tokenseek.decoder.find import find_decoder
 
@@ -46,6 +47,18 @@ def shard(model, mesh, **options):
     for layer in find_decoder(model).layers:
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
+
+
+def shard_with_tail(model, mesh, **options):
+    """As accelerate does: the final norm and the head, which are used one after the other, are one unit."""
+    decoder = find_decoder(model)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = table.weight is head.weight
+    if not is_tied:
+        fully_shard(table, mesh=mesh, **options)
+    tail = [decoder.body.norm, table, head] if is_tied else [decoder.body.norm, head]
+    fully_shard(tail, mesh=mesh, reshard_after_forward=False)
+    return shard(model, mesh, **options)
 
 
 class Gathers(TorchDispatchMode):
@@ -121,3 +134,21 @@ def mixed(rank):
 
 def test_mixed_precision_computes_what_a_bfloat16_model_does():
     spawn(RANKS, mixed)
+
+
+def in_chunks(rank):
+    """The head runs two rows at once: more chunks on rank 0 than on rank 1."""
+    tokenseek.decoder.head.CHUNK_BYTES = 4 * VOCAB * 2
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for kind in ("llama", "llama_tied"):
+        plain = tiny_model(kind, dtype=torch.float64)
+        expected = expected_gradients(copy.deepcopy(plain), "uneven")
+        model = shard_with_tail(enable_token_ditching(copy.deepcopy(plain).train()), mesh)
+        for _ in range(2):  # the second step finds what the first has left
+            model.zero_grad()
+            got, _ = gradients(model, rank, "uneven")
+        assert_close(got, expected)
+
+
+def test_ranks_with_other_numbers_of_chunks():
+    spawn(RANKS, in_chunks)

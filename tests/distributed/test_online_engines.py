@@ -9,18 +9,16 @@ import pytest
 import torch
 from closeness import assert_close
 from distributed.spawn import spawn
-from distributed.test_fsdp import RANKS, shard
+from distributed.test_fsdp import RANKS, shard, shard_with_tail
 from distributed.test_fsdp import batch as fsdp_batch
 from distributed.test_sequence_parallel_zero import LEARNING_RATE, zero_settings
 from tiny_models import VOCAB, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import tokenseek
 import tokenseek.decoder.head
 import tokenseek.seeking.gradient
 from tokenseek import SelectionRule
-from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import Seeking
 from tokenseek.parallel import enable_sequence_parallelism
 
@@ -51,18 +49,6 @@ def few_rows_at_once() -> None:
     """Two rows of logits at once, in scoring and training, of which the ranks have different numbers."""
     tokenseek.decoder.head.CHUNK_BYTES = 4 * VOCAB * 2
     tokenseek.seeking.gradient.FEWEST_ROWS = 2
-
-
-def shard_with_tail(model, mesh, **options):
-    """As accelerate does: the final norm and the head, which are used one after the other, are one unit."""
-    decoder = find_decoder(model)
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = table.weight is head.weight
-    if not is_tied:
-        fully_shard(table, mesh=mesh, **options)
-    tail = [decoder.body.norm, table, head] if is_tied else [decoder.body.norm, head]
-    fully_shard(tail, mesh=mesh, reshard_after_forward=False)
-    return shard(model, mesh, **options)
 
 
 def fsdp(rank: int, rule: SelectionRule, seeking: Seeking, kind: str = "llama") -> None:
