@@ -24,7 +24,7 @@ def import_named(path: str, setting: str) -> Any:
         raise UserError(f"{where} an import path is written my_package.my_module:{_example(setting)}.")
     try:
         module = import_module(module_name)
-    except Exception as error:  # importing runs code that is not ours: whatever it raises is told with the path
+    except Exception as error:  # importing runs code that is not ours: whatever it raises is reported with the path
         raise UserError(
             f"{where} importing {module_name} fails: {type(error).__name__}: {error}. It must be installed, or its "
             "folder be on PYTHONPATH."

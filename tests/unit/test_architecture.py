@@ -123,7 +123,7 @@ def test_only_commands_print():
 
 @pytest.mark.parametrize("module", ["tokenseek", "tokenseek.cli", "tokenseek.config", "tokenseek.commands.train"])
 def test_heavy_libraries_are_imported_late(module):
-    """A mistake in a configuration is told before anybody waits for torch."""
+    """A mistake in a configuration is reported before anybody waits for torch."""
     code = f"import sys, {module}; print(*[name for name in {sorted(HEAVY)} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (run.stdout, run.stderr, run.returncode) == ("\n", "", 0)

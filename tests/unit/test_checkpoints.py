@@ -36,9 +36,9 @@ def test_as_many_processes_load_their_own_parts(tmp_path):
 
 
 def test_another_engine_is_refused(tmp_path):
-    with pytest.raises(UserError, match="written with DeepSpeed.*goes on without it.*resume=never"):
+    with pytest.raises(UserError, match="written with DeepSpeed.*continues without it.*resume=never"):
         fit_checkpoint(checkpoint(tmp_path / "zero", 2), arguments(False), TWO)
-    with pytest.raises(UserError, match="written without DeepSpeed.*goes on with it"):
+    with pytest.raises(UserError, match="written without DeepSpeed.*continues with it"):
         fit_checkpoint(checkpoint(tmp_path / "ddp", 0), arguments(True), TWO)
 
 

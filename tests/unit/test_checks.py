@@ -206,7 +206,7 @@ def test_row26_no_room_for_a_checkpoint(too_large, folder, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
-        with pytest.raises(UserError, match=f"output_dir: {tmp_path}/run.* cannot be written: .*same command goes on"):
+        with pytest.raises(UserError, match=f"output_dir: {tmp_path}/run.* cannot be written: .*command continues"):
             train(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

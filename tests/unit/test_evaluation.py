@@ -371,7 +371,7 @@ def test_local_files_that_do_not_fit(world, config, tmp_path, no_model):
 
 
 def test_no_hub(config, no_model):
-    with pytest.raises(UserError, match="winogrande: its data cannot be had from the hub.*--data"):
+    with pytest.raises(UserError, match="winogrande: its data cannot be fetched from the hub.*--data"):
         evaluate(config, tasks="winogrande")
 
 

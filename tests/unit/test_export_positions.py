@@ -57,7 +57,7 @@ def test_the_ratio_and_the_place_of_the_run_are_the_defaults(scored):
 @pytest.mark.parametrize(
     "more, told",
     [
-        (["--set=selection.rule=random"], "rule 'random' draws anew in every epoch"),
+        (["--set=selection.rule=random"], "rule 'random' draws again in every epoch"),
         (["--set=selection.rule=all", "--ratio=0.5"], "rule 'all' does not depend on a ratio"),
         (["--ratio=1.5"], "ratio"),
         (["--output=no/such/folder/positions.npz"], "there is no folder no/such/folder"),

@@ -101,7 +101,7 @@ def test_a_folder_without_a_config(tmp_path):
 
 def test_a_name_that_cannot_be_had_from_the_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="'nobody/no-model' is no folder here and cannot be had.*HF_HUB_OFFLINE=1"):
+    with pytest.raises(UserError, match="'nobody/no-model' is no folder here and cannot be fetched.*HF_HUB_OFFLINE=1"):
         model_folder(ModelConfig(name_or_path="nobody/no-model"))
 
 

@@ -203,7 +203,7 @@ def test_a_shard_whose_process_died_is_taken_over_by_one_other(scorer, dataset, 
     options = dict(run_id="run", lease_seconds=0.2, poll_seconds=0.01)
     assert seek_abandoned(counting, dataset, one, plan, **options) == 1
     assert counting.examples == sum(map(len, plan.shards[1]))
-    assert f"Shard 1 is scored anew: process {os.getpid()} on" in caplog.text
+    assert f"Shard 1 is scored again: process {os.getpid()} on" in caplog.text
     assert seek_abandoned(counting, dataset, two, plan, **options) == 0
     assert merged_bytes(tmp_path) == expected
 

@@ -44,7 +44,7 @@ def test_no_processes_share_texts_unless_asked_to(launched):
         (4, dict(sp_size=3), "sp_size 3 does not divide the 4 process.*: 1, 2, 4"),
         (1, dict(sp_size=2), "sp_size 2 does not divide the 1 process"),
         (8, dict(sp_size=2, dp_shard_size=2), "dp_shard_size is 2, but 8 processes in groups of 2.*leave 4"),
-        (4, dict(sp_size=2, tp_size=2), "sp_size 2 and tp_size 2 cannot be had together"),
+        (4, dict(sp_size=2, tp_size=2), "sp_size 2 and tp_size 2 cannot be combined"),
         (4, dict(sp_size=2, cp_size=2), "parallelism_config of the accelerate config: .*mutually exclusive"),
         (4, dict(sp_size=0), "parallelism_config of the accelerate config: sp_size must be at least 1"),
         (4, dict(sp_size=2, sp_attn_implementation="flash_attention_2"), "model.attn_implementation"),

@@ -37,7 +37,7 @@ def check(args: argparse.Namespace) -> DataOfModel:
 
 
 def run(args: argparse.Namespace, config: DataOfModel) -> None:
-    from tokenseek.runs.data import show_data  # late: mistakes are told before transformers is imported
+    from tokenseek.runs.data import show_data  # late: mistakes are reported before transformers is imported
 
     for line in show_data(config.model, config.data, args.examples, color=sys.stdout.isatty() and not args.no_color):
         print(line)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--limit", type=int, metavar="N", help="first N examples of each task, of each MMLU subject")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="of each process (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=1234, help="of drawing solved examples (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=1234, help="seed for drawing solved examples (default: %(default)s)")
     group.add_argument(
         "--allow-code-execution", action="store_true", help="run programs that the model writes (humaneval)"
     )
@@ -60,7 +60,7 @@ def check(args: argparse.Namespace) -> Subject:
 
 
 def run(args: argparse.Namespace, subject: Subject) -> None:
-    from tokenseek.evaluation.run import evaluate_subject  # late: mistakes are told before torch is imported
+    from tokenseek.evaluation.run import evaluate_subject  # late: mistakes are reported before torch is imported
 
     evaluate_subject(
         subject,

@@ -9,7 +9,7 @@ from tokenseek.commands.arguments import add_config_arguments
 from tokenseek.config import RunConfig, load_config
 from tokenseek.errors import UserError
 
-HELP = "write the selected positions of an index, one bit a token"
+HELP = "write the selected positions of an index, one bit per token"
 DESCRIPTION = HELP
 LAUNCHED = False
 
@@ -30,7 +30,7 @@ def check(args: argparse.Namespace) -> RunConfig:
     reads = rule.definition.reads
     if "seed" in reads:
         raise UserError(
-            f"rule {rule.rule!r} draws anew in every epoch, so no selection is settled before training; "
+            f"rule {rule.rule!r} draws again in every epoch, so no selection is settled before training; "
             "export-positions accepts rules without draws, such as --set selection.rule=top."
         )
     if ratio and "ratio" not in reads:
@@ -43,6 +43,6 @@ def check(args: argparse.Namespace) -> RunConfig:
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
-    from tokenseek.runs.positions import export_positions  # late: mistakes are told before torch is imported
+    from tokenseek.runs.positions import export_positions  # late: mistakes are reported before torch is imported
 
     export_positions(config, args.output)

@@ -7,7 +7,7 @@ import argparse
 from tokenseek.commands.arguments import add_config_arguments, configuration
 from tokenseek.config import RunConfig
 
-HELP = "merge the shards of parts scored one by one (`score --part`)"
+HELP = "merge the shards of parts that separate jobs have scored (`score --part`)"
 DESCRIPTION = HELP
 LAUNCHED = False
 

@@ -13,7 +13,7 @@ LAUNCHED = False
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, help="folder of the adapter, such as RUN/final")
     parser.add_argument("output", type=Path, help="folder for the merged model")
-    parser.add_argument("--base", help="base model, where it is not at the place that the adapter names")
+    parser.add_argument("--base", help="base model, if it is not where the adapter says")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the base model's")
 
 

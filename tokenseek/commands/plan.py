@@ -11,7 +11,7 @@ from tokenseek.config import RunConfig, load_config
 from tokenseek.config.resources import list_resources
 from tokenseek.config.sizes import parse_size
 
-HELP = "tell the peak memory and the time of a run's steps, without its weights, its data or a GPU"
+HELP = "report the peak memory and the time of a run's steps, without its weights, its data or a GPU"
 DESCRIPTION = (
     "tell the peak memory per device of a training step, and estimate its time, from its code run on tensors "
     "without data"
@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is planned")
     group.add_argument("--ratios", default="0.1,0.3,0.5", metavar="R,R", help="shares of the tokens to compare")
     group.add_argument("--tokens", type=positive, metavar="T", help="length of an example (default: data.max_length)")
-    group.add_argument("--budget", metavar="SIZE", help="find the largest share that fits, in 8GiB for one")
-    group.add_argument("--gpu", metavar="NAME", help="estimate seconds on it too: H100, A100-80, L40S, RTX4090, ...")
+    group.add_argument("--budget", metavar="SIZE", help="find the largest share that fits into, say, 8GiB")
+    group.add_argument("--gpu", metavar="NAME", help="estimate seconds on a GPU too: H100, A100-80, L40S, RTX4090, ...")
     group = parser.add_argument_group("output")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the plans, in bytes, here too")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the plans to this file, in bytes")
 
 
 def check(args: argparse.Namespace) -> RunConfig:
@@ -59,7 +59,7 @@ def _shaped(args: argparse.Namespace) -> RunConfig:
 
 def run(args: argparse.Namespace, config: RunConfig) -> int:
     """Returns 1 if a budget is too small for any share of the tokens."""
-    from tokenseek.planning import (  # late: a mistake in the configuration is told before torch is imported
+    from tokenseek.planning import (  # late: a mistake in the configuration is reported before torch is imported
         Method,
         describe_choice,
         describe_length,

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     group = parser.add_argument_group("runs")
     group.add_argument(
-        "--paper", metavar="MODEL", help="whose figures stand beside the measured ones (default: the table's first)"
+        "--paper", metavar="MODEL", help="whose figures the table shows beside the measured ones (default: the first)"
     )
     group.add_argument("--limit", type=positive, metavar="N", help="train on N examples only (--here: 320)")
     group.add_argument("--steps", type=positive, metavar="N", help="train for N steps only")
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, checked: Reproduction | WholePaper) -> None:
     if args.list:
         print("\n".join(f"{row.name}: {row.label}: {row_settings(row, config)}" for row in rows))
         return
-    from tokenseek.sweeps.reproduce import reproduce  # late: mistakes are told before torch is imported
+    from tokenseek.sweeps.reproduce import reproduce  # late: mistakes are reported before torch is imported
 
     reproduce(
         args.table,

@@ -28,6 +28,6 @@ def check(args: argparse.Namespace) -> RunConfig:
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
-    from tokenseek.runs.score import score  # late: a mistake in the configuration is told before torch is imported
+    from tokenseek.runs.score import score  # late: a mistake in the configuration is reported before torch is imported
 
     score(config, part=args.part)

@@ -44,7 +44,7 @@ def check(args: argparse.Namespace) -> RunConfig | None:
 
 
 def run(args: argparse.Namespace, config: RunConfig | None) -> None:
-    from tokenseek.runs.show import show, show_runs  # late: mistakes are told before torch is imported
+    from tokenseek.runs.show import show, show_runs  # late: mistakes are reported before torch is imported
 
     if config is not None:
         color = sys.stdout.isatty() and not args.no_color

@@ -36,7 +36,7 @@ def check(args: argparse.Namespace) -> RunConfig:
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
-    from tokenseek.runs.train import train  # late: a mistake in the configuration is told before torch is imported
+    from tokenseek.runs.train import train  # late: a mistake in the configuration is reported before torch is imported
 
     train(config, outlined=bool(_words(args)))
 

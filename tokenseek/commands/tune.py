@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=100,
         metavar="N",
-        help="training examples that decide, where there is no eval_data (default: %(default)s)",
+        help="training examples that decide, if there is no eval_data (default: %(default)s)",
     )
     group.add_argument(
         "--tolerance",

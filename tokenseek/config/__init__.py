@@ -1,4 +1,4 @@
-"""Configuration: what a run can be told, checked before anything is loaded."""
+"""Configuration: the settings of a run, checked before anything is loaded."""
 
 from tokenseek.config.data import Columns, DataConfig, SourceConfig
 from tokenseek.config.loading import (

@@ -1,6 +1,6 @@
-"""A run told in one line: a model, data, and perhaps a method, an output folder and a share of the tokens.
+"""A run described in one line: a model, data, and perhaps a method, an output folder and a share of the tokens.
 
-Nothing heavy is imported here, as in all of this room: what can be wrong with the words is told before torch is there.
+Nothing heavy is imported here, as in all of this room: mistakes in the words are reported before torch is imported.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _config_file(model: ModelConfig) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"model.name_or_path: {name!r} is no folder here and cannot be had from the hub ({reason}). Give an "
+            f"model.name_or_path: {name!r} is no folder here and cannot be fetched from the hub ({reason}). Give an "
             "existing folder; for a gated model accept its terms and run `hf auth login`."
         ) from error
 

@@ -140,9 +140,9 @@ def _refuse_preferences(by_lower: dict[str, str], first: Callable[[str], Any], k
             else f"{{prompt: {by_lower.get('prompt', 'prompt')}, completion: {chosen}}}"
         )
         raise UserError(
-            f"{key}: the rows are preference pairs (columns chosen and rejected), for DPO and its kin, which TokenSeek "
-            f"does not train. To train on the chosen answers, set {key}.kind={'chat' if is_chat else 'completion'} and "
-            f"{key}.columns={columns}"
+            f"{key}: the rows are preference pairs (columns chosen and rejected), for DPO and the like, which "
+            f"TokenSeek does not train. To train on the chosen answers, set "
+            f"{key}.kind={'chat' if is_chat else 'completion'} and {key}.columns={columns}"
         )
     if {"prompt", "completion", "label"} <= by_lower.keys() and isinstance(first(by_lower["label"]), bool):
         raise UserError(

@@ -58,7 +58,7 @@ class _Converter:
         where = f"{self.key}: {place}: {self.path}"
         try:
             made = self.function(parse_row(row))
-        except Exception as error:  # code that is not ours: whatever it raises is told with the row
+        except Exception as error:  # code that is not ours: whatever it raises is reported with the row
             raise UserError(f"{where} fails: {type(error).__name__}: {error}") from error
         if not isinstance(made, dict) or not all(isinstance(name, str) for name in made):
             raise UserError(f"{where} returned {made!r:.60}; it must return a dict of columns by name")

@@ -69,7 +69,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     layers = _find_layers(body, causal_lm.config.get_text_config().num_hidden_layers)
     if layers is None:
         raise UserError(
-            f"{name}: no list of decoder layers found inside {type(body).__name__}; this model is not served."
+            f"{name}: no list of decoder layers found inside {type(body).__name__}; this model is not supported."
         )
     return Decoder(causal_lm, body, layers, _cache_argument(name, layers))
 
@@ -163,7 +163,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def keep_4bit_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference, for good, and unpack those that it has repacked.
+    """Keep bitsandbytes from repacking 4-bit weights for inference, permanently, and unpack those that it has repacked.
 
     On CPUs with AVX512-BF16 it repacks a weight the first time it is used in evaluation mode without gradients. From
     then on, in training mode too, the product with that weight has no backward pass: gradients are silently wrong.

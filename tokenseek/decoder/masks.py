@@ -40,7 +40,7 @@ def aligned_mask(mask: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> to
 
 
 def makes_masks_by_utils(decoder: Decoder) -> bool:
-    """Whether the body's masks come from Transformers' masking_utils, by the look of its file."""
+    """Whether the body's masks come from Transformers' masking_utils, as its file suggests."""
     return hasattr(sys.modules[type(decoder.body).__module__], "create_causal_mask")
 
 

@@ -64,7 +64,7 @@ class SelectedCache(_OnceCache):
 
 
 class UnselectedCache(_OnceCache):
-    """Runs the selected pass as soon as the unselected keys and values are known, then lets the unselected pass go on.
+    """Runs the selected pass as soon as the unselected keys and values are known; the unselected pass then continues.
 
     Selected rows attend to unselected keys and the other way round, in the same layer; running one pass inside the
     other's update is what lets each token be computed once.

@@ -1,6 +1,6 @@
 """Several examples in one row: attention stays inside each of them, at the cost of each of them alone.
 
-Examples are told apart by `position_ids` that begin anew. Transformers does so by a mask of the whole row: attention
+Examples are told apart by `position_ids` that restart. Transformers does so by a mask of the whole row: attention
 then costs the square of all their tokens. Here each example attends by itself, as in a row of its own, and
 everything else (norms, projections, MLPs, the head) sees one row without padding.
 

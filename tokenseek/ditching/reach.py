@@ -68,7 +68,7 @@ class PlainReach:
         return self.parts
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on another device; the host goes on knowing what it knows."""
+        """The same on another device; what the host knows is kept."""
         return self._with(self.parts.to(device, non_blocking))
 
     def pin_memory(self) -> Self:

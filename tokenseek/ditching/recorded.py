@@ -64,7 +64,7 @@ class Recording:
             self._kept[layer] = tuple(Kept(_alone(tensor.detach()), self.storage) for tensor in (keys, values))
 
     def take(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, for good: they belong to the caller."""
+        """A layer's keys and values, which are removed: they belong to the caller."""
         keys, values = self._kept.pop(layer)
         return keys.restore(), values.restore()
 

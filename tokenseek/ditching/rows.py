@@ -313,7 +313,7 @@ class Partition:
         return _Assembled.apply(selected_BNSH, unselected_BNUH, self)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on another device; the host goes on knowing what it knows."""
+        """The same on another device; what the host knows is kept."""
         return self._moved(lambda rows: rows.to(device, non_blocking))
 
     def pin_memory(self) -> Self:

@@ -81,7 +81,7 @@ def load_tasks(
         folders: of local files; without them the data are the hub's.
 
     Raises:
-        UserError: the hub's data cannot be had, local files are not as they should be, there are fewer questions than
+        UserError: the hub's data cannot be fetched, local files are malformed, there are fewer questions than
             processes, or too few of them to draw solved examples from.
     """
     roots = {_root(item) for item in chosen}
@@ -119,8 +119,8 @@ def _load(manager: lm_eval.tasks.TaskManager, item: Chosen, folders: Sequence[Pa
         if folders or isinstance(error, UserError):
             raise
         raise UserError(
-            f"{benchmark.name}: its data cannot be had from the hub ({error}). Download it with network access first, "
-            "or give folders of local files with --data, see docs/evaluation.md."
+            f"{benchmark.name}: its data cannot be fetched from the hub ({error}). Download it with network access "
+            "first, or give folders of local files with --data, see docs/evaluation.md."
         ) from error
     if len(names) == 1:
         return {**loaded, "groups": {}, "group_map": {}}

@@ -127,7 +127,7 @@ def _dataset(name: str, path: Path, subject: str | None) -> Dataset:
                 rows.append(convert(row))
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 raise UserError(
-                    f"{path}, row {number}: is not of the layout of {name} that docs/evaluation.md tells "
+                    f"{path}, row {number}: does not have the layout of {name} that docs/evaluation.md shows "
                     f"({type(error).__name__}: {error})"
                 ) from error
     if not rows:

@@ -72,7 +72,7 @@ def evaluate(
         label: how tables call the model; its name by default.
 
     Raises:
-        UserError: before the model is loaded, for tasks, data or a model that there are not.
+        UserError: before the model is loaded, for tasks, data or a model that do not exist.
     """
     began = time.perf_counter()
     folders = [Path(folder) for folder in data]

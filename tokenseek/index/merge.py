@@ -65,7 +65,7 @@ def merge_shards(directory: str | Path, output: str | Path) -> IndexHeader:
 
 def _open_shard(store: ShardStore, shard: int) -> ExampleFile:
     path = store.path(shard)
-    file = ExampleFile(path, fix=f"Delete {path} and run scoring again: only this shard is scored anew.")
+    file = ExampleFile(path, fix=f"Delete {path} and run scoring again: only this shard is scored again.")
     if differing := differences(file.header.flat(), store.header.flat(), "the shard", "the plan"):
         raise UserError(f"{path} belongs to another scoring run:\n  " + "\n  ".join(differing) + f"\n{file.fix}")
     file.verify()

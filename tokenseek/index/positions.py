@@ -23,7 +23,7 @@ _ARRAYS = ("version", "facts", "lengths", "bits")
 
 
 class SelectedPositions:
-    """Which tokens of every example are selected: one bit a token, the examples one after the other.
+    """Which tokens of every example are selected: one bit per token, the examples one after the other.
 
     Args:
         lengths: int [N], T of each of N examples, all >= 1.

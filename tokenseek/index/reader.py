@@ -95,7 +95,7 @@ class TokenIndex:
         return self._row_by_id[example_id]
 
     def require(self, fingerprints: dict[str, str | int]) -> None:
-        """Refuse to go on with an index that was made for something else.
+        """Refuse an index that was made for something else.
 
         Args:
             fingerprints: those of this run; only the keys given are compared.

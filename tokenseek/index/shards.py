@@ -118,7 +118,7 @@ class ShardStore:
         the shard writes the same scores.
 
         Returns:
-            The host and process that held it; None where it is not to be had (yet).
+            The host and process that held it; None where it cannot be taken over (yet).
         """
         lease = lease_seconds or max(LEASE_SECONDS, _LEASE_IN_RENEWALS * self._longest_silence)
         times_taken = 0

@@ -25,7 +25,7 @@ def launched_sp_size() -> int:
     """How many processes share a text in this launch: ``sp_size`` of its ``parallelism_config``, 1 without one.
 
     Raises:
-        UserError: the ``parallelism_config`` is none, or asks for what cannot be had together with ``sp_size``.
+        UserError: the ``parallelism_config`` is none, or asks for what is incompatible with ``sp_size``.
     """
     if not environment.has_parallelism_config():
         return 1
@@ -39,14 +39,14 @@ def launched_sp_size() -> int:
 
 
 def served_parallelism(fsdp: bool, **sizes: int) -> ParallelismConfig:
-    """An accelerate config's ``parallelism_config``, if its ``sp_size`` can be had with the rest of it.
+    """An accelerate config's ``parallelism_config``, if its ``sp_size`` is compatible with the rest of it.
 
     Args:
         fsdp: whether the config asks for FSDP.
         sizes: by the names in PARALLEL_SIZES; what is not given is that of this launch.
 
     Raises:
-        UserError: it is none, or asks for what cannot be had together with ``sp_size``.
+        UserError: it is none, or asks for what is incompatible with ``sp_size``.
     """
     try:
         config = ParallelismConfig(**sizes)
@@ -57,8 +57,8 @@ def served_parallelism(fsdp: bool, **sizes: int) -> ParallelismConfig:
     for name in ("tp_size", "cp_size"):
         if getattr(config, name) > 1:
             raise UserError(
-                f"parallelism_config: sp_size {config.sp_size} and {name} {getattr(config, name)} cannot be had "
-                f"together; set {name} to 1."
+                f"parallelism_config: sp_size {config.sp_size} and {name} {getattr(config, name)} cannot be "
+                f"combined; set {name} to 1."
             )
     if fsdp:
         raise UserError(

@@ -20,7 +20,7 @@ from tokenseek.launching import environment
 
 
 def require_kernels(config: RunConfig) -> None:
-    """Refuse a run whose kernels cannot be had, before its model is loaded.
+    """Refuse a run whose kernels are not available, before its model is loaded.
 
     Raises:
         UserError: ``training.liger`` without the package or without a GPU; ``training.compile`` under ZeRO-3, whose
@@ -49,7 +49,7 @@ def require_kernels(config: RunConfig) -> None:
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Liger's RMSNorm, rotary embedding and SwiGLU in the place of the model's, for good.
+    """Liger's RMSNorm, rotary embedding and SwiGLU in the place of the model's, permanently.
 
     Its cross-entropies are left out: the loss here is of the selected rows alone.
 

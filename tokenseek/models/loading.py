@@ -74,9 +74,9 @@ def model_folder(model: ModelConfig, *, weights: bool = True) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise UserError(
-            f"model.name_or_path: {model.name_or_path!r} is no folder here and cannot be had from the hub ({error}). "
-            "Give an existing folder; for a gated model accept its terms and run `hf auth login`; without network "
-            "download it first and set HF_HUB_OFFLINE=1."
+            f"model.name_or_path: {model.name_or_path!r} is no folder here and cannot be fetched from the hub "
+            f"({error}). Give an existing folder; for a gated model accept its terms and run `hf auth login`; without "
+            "network download it first and set HF_HUB_OFFLINE=1."
         ) from error
 
 

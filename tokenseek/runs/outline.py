@@ -71,4 +71,4 @@ def _memory(config: RunConfig, inputs: RunInputs, tokens: int) -> str:
     )
     if plan.peak <= free:
         return told
-    return f"{told}. WARNING: this may not fit; `tokenseek plan --budget` tells what would help"
+    return f"{told}. WARNING: this may not fit; `tokenseek plan --budget` lists what would help"

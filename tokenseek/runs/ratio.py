@@ -24,7 +24,7 @@ SHARE_OF_FREE_MEMORY = 0.9
 def settle_ratio(config: RunConfig, checkpoint: str | None, tokens: int, state: PartialState) -> RunConfig:
     """`config` with a number for `selection.ratio`; as it is where that is a number already.
 
-    A run that resumes goes on with the share of its checkpoint's run. Otherwise the main process plans the step on
+    A run that resumes continues with the share of its checkpoint's run. Otherwise the main process plans the step on
     tensors without data, for the process that has least memory.
 
     Args:
@@ -32,7 +32,7 @@ def settle_ratio(config: RunConfig, checkpoint: str | None, tokens: int, state: 
         tokens: of the longest example.
 
     Raises:
-        UserError: in every process; nothing fits, with what would help, or the checkpoint's run tells no share.
+        UserError: in every process; nothing fits, with what would help, or the checkpoint's run has no share.
     """
     if config.selection.ratio != "auto":
         return config
@@ -40,7 +40,7 @@ def settle_ratio(config: RunConfig, checkpoint: str | None, tokens: int, state: 
         ratio, told = _ratio_of_run(Path(checkpoint).parent), f"r = {{}} as before in {checkpoint}"
     else:
         budget = memory_budget(config, state)
-        # One process plans, the others are told; an error of the first one is met by all.
+        # One process plans and broadcasts; its errors are raised in every process.
         engine = launched_engine(on_cpu=state.device.type == "cpu")
         planned = first_on_main(
             state, lambda: _planned(config, budget, engine, tokens) if state.is_main_process else None
@@ -74,7 +74,7 @@ def _ratio_of_run(folder: Path) -> float:
     ratio = load_config(file).selection.ratio if file.is_file() else None
     if not isinstance(ratio, float):
         raise UserError(
-            f"selection.ratio is auto, and {file}, which would tell the share that the run of this checkpoint was "
+            f"selection.ratio is auto, and {file}, which would give the share that the run of this checkpoint was "
             "trained with, holds none. Give it: --set selection.ratio=0.1."
         )
     return ratio

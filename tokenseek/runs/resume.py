@@ -336,7 +336,7 @@ def _read_json(path: Path) -> Any:
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}), and would tell what the run beside it was trained with. Remove it to go on "
-            "without that knowledge, or begin anew with training.resume=never."
+            "without that knowledge, or start over with training.resume=never."
         ) from error
 
 

@@ -177,7 +177,7 @@ def seek_abandoned(
             progress.poll()
         for shard in sorted(left):
             if holder := store.take_over(shard, run_id, lease_seconds):
-                _log.warning("Shard %d is scored anew: %s, which had it, gives no sign any more.", shard, holder)
+                _log.warning("Shard %d is scored again: %s, which had it, gives no sign any more.", shard, holder)
                 return True, shard
         return bool(left), None
 

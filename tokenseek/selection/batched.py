@@ -48,7 +48,7 @@ def examples_of(
 
     Args:
         attention_mask: [B, T], 0 at padding; None where there is none.
-        position_ids: [B | 1, T] that begin anew with every packed example; not looked at where there is a mask.
+        position_ids: [B | 1, T] that restart with every packed example; not looked at where there is a mask.
     """
     batch, tokens = shape
     if attention_mask is not None:

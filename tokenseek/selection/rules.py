@@ -28,7 +28,7 @@ class Top:
 
 
 class Random:
-    """As many as "top", at random, drawn anew at every visit (the TokenTune baseline)."""
+    """As many as "top", at random, drawn again at every visit (the TokenTune baseline)."""
 
     name, needs_scores, weighs = "random", False, False
     reads = frozenset({"ratio", "seed"})

@@ -21,12 +21,12 @@ class SelectionRule:
         rule: one of
 
             - "top": the `ratio` with the highest score (Eq. 5), the method of the paper;
-            - "random": as many, at random, drawn anew at every visit (the TokenTune baseline);
+            - "random": as many, at random, drawn again at every visit (the TokenTune baseline);
             - "all": every token;
             - "bands": the ranks in `bands`, whatever `ratio` is (Table S11);
             - "top_random": the highest scores for most of the budget and random others for `explore` of it;
-            - "sampled": drawn anew at every visit, with a probability that grows with the score, and each loss weighted
-              by the inverse of its probability, so that the loss has the expectation of the loss of all tokens;
+            - "sampled": drawn again at every visit, with a probability that grows with the score, and each loss
+              weighted by the inverse of its probability: the loss has the expectation of the loss of all tokens;
             - ``my_package.my_module:my_rule``: a rule of yours, see :class:`tokenseek.selection.Definition`.
         ratio: share of the example's tokens that is selected, in (0, 1]; rounded half up, at least one token.
         alpha: weight of the context score, >= 0.

@@ -1,8 +1,8 @@
 """Many runs of one configuration that differ in a few settings: the engine under `tune` and `reproduce`.
 
 A sweep is a folder. Each trial leaves one line in its ``rows.jsonl``; trials that have one are not run again, so that a
-sweep that was killed goes on where it was, and trials may be added to it. Any number of processes, of one launch or of
-several, take trials from it without talking to each other: a trial is its lock file's holder's, and the operating
+sweep that was killed continues where it was, and trials may be added to it. Any number of processes, of one launch or
+of several, take trials from it without talking to each other: a trial is its lock file's holder's, and the operating
 system takes a lock back from a process that dies, however it dies. (Shards of an index are claimed by leases instead,
 which do without locks of the file system.)
 """
@@ -77,7 +77,7 @@ class Sweep:
         self.folder, self.base, self.trials, self.measure = Path(folder), base, list(trials), measure
         if len({trial.name for trial in trials}) < len(trials):
             raise UserError(f"Trials need names of their own, got {sorted(trial.name for trial in trials)}.")
-        self._configs = {trial.name: self._config(trial) for trial in trials}  # tells of mistakes before work starts
+        self._configs = {trial.name: self._config(trial) for trial in trials}  # reports mistakes before work starts
 
     def config(self, trial: Trial) -> RunConfig:
         """The whole configuration of a trial."""

@@ -49,7 +49,7 @@ def writing(folder: Path) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) else str(error).strip().split("\n")[0]
         raise UserError(
             f"output_dir: {folder} cannot be written: {reason}. Make room (training.save_total_limit=1 keeps one "
-            "checkpoint) or give another output_dir; the same command goes on from the last whole checkpoint."
+            "checkpoint) or give another output_dir; the same command continues from the last whole checkpoint."
         ) from error
 
 
@@ -67,9 +67,9 @@ def fit_checkpoint(checkpoint: Path, arguments: TrainingArguments, state: Partia
     deepspeed = plugin is not None
     if bool(parts) != deepspeed:
         raise UserError(
-            f"{checkpoint} was written {'with' if parts else 'without'} DeepSpeed, and this run goes on "
+            f"{checkpoint} was written {'with' if parts else 'without'} DeepSpeed, and this run continues "
             f"{'with' if deepspeed else 'without'} it; optimizer states are kept in another way. Launch with the kind "
-            "of accelerate config that the run began with, or begin anew with training.resume=never."
+            "of accelerate config that the run began with, or start over with training.resume=never."
         )
     if not deepspeed or len(parts) == state.num_processes:
         return

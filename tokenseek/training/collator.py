@@ -55,7 +55,7 @@ class PaddingCollator:
 def pack_rows(input_ids: Sequence[Numbers], labels: Sequence[Numbers]) -> dict[str, torch.Tensor]:
     """Examples one behind the other in one row, ``input_ids``, ``position_ids`` and ``labels`` [1, T].
 
-    Positions begin anew with every example, which is how models tell them apart, and no label stands where the end of
+    Positions restart with every example, by which models distinguish examples, and no label stands where the end of
     one example would predict the beginning of the next.
     """
     kept = [np.append(IGNORED, row[1:]) for row in labels]
@@ -86,11 +86,11 @@ class TokenSeekCollator(PaddingCollator):
         ratio: share of each example's tokens that are trained on, in (0, 1].
         rule: name of a rule, or a whole :class:`SelectionRule` (`ratio` and `options` then replace its fields).
         packing: lay the examples of a batch behind each other in one row instead of padding them: no ``attention_mask``
-            then but ``position_ids`` that begin anew with every example. The batch has the same loss and gradients.
+            then but ``position_ids`` that restart with every example. The batch has the same loss and gradients.
             Its items may be rows of a :class:`tokenseek.data.packing.PackedDataset`.
         options: other fields of :class:`SelectionRule`: alpha, beta, explore, bands, seed, scope, ...
 
-    Random rules draw anew in every epoch: call :meth:`set_epoch` at its start (:class:`TokenSeekTrainer` does).
+    Random rules draw again in every epoch: call :meth:`set_epoch` at its start (:class:`TokenSeekTrainer` does).
 
     Example:
         >>> collator = TokenSeekCollator("run/index.arrow", ratio=0.1, pad_token_id=tokenizer.pad_token_id)

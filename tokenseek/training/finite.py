@@ -92,5 +92,5 @@ def _message(step: int, losses: list[float], norm: float, named: list[str], exam
     return (
         f"step {step}: {what}; nothing was written into the weights. Examples: {some or 'without example_id'}. Lower "
         "training.learning_rate, train in bfloat16 or float32 instead of float16, or look at these examples; "
-        "training.on_nan=continue lets the run go on."
+        "training.on_nan=continue lets the run continue."
     )

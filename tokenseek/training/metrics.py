@@ -21,7 +21,7 @@ from tokenseek.training.checkpoints import writing
 class MetricsFile(TrainerCallback):
     """Appends every log of the Trainer to a JSONL file, with the step, the seconds of training and the peak memory.
 
-    A resumed run goes on in the same file, after the step of its checkpoint: what the interrupted run logged later is
+    A resumed run continues in the same file, after the step of its checkpoint: what the interrupted run logged later is
     dropped, since those steps are taken again. A run that is not resumed begins a new file.
     """
 
