@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ class MemoryPlan:
 
     def as_dict(self, gpu: Gpu | None = None) -> dict:
         """What JSON takes; with the seconds on a GPU, if one is given."""
-        work = {"flops": self.work.flops, "sent": self.work.sent}
+        work: dict[str, float] = {"flops": self.work.flops, "sent": self.work.sent}
         if gpu:
             work |= {"seconds": self.work.seconds(gpu), "sending_seconds": self.work.sending_seconds(gpu)}
         return {f.name: getattr(self, f.name) for f in fields(self)} | {
@@ -123,7 +123,7 @@ def plan_memory(
     elif engine.sp_size > 1:  # ranks that share a text select all of it
         positions_BS = _spread_positions(1.0, *shape)
     reach = None if positions_BS is None else PlainReach(partition(positions_BS, None, shape[1]))
-    parts = reach and reach.parts
+    parts = None if reach is None else reach.parts
     if reach:
         tiles.tiles_of(reach, config.training.tile_rows)
     if engine.sp_size > 1 and is_online(config, method):
@@ -132,7 +132,7 @@ def plan_memory(
             "scoring.mode=index, or all of it without sp_size."
         )
     model = _build(config, model_config, method, engine)
-    if engine.sp_size > 1:
+    if engine.sp_size > 1 and parts is not None:
         plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts)
     decoder, work = find_decoder(model), Work()
     try:
@@ -197,7 +197,7 @@ def _reaching(model: nn.Module, reach: Reach | None, online: bool) -> Iterator[N
             yield
 
 
-def _nbytes(tensors: list[torch.Tensor]) -> int:
+def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -233,7 +233,7 @@ def _spread_positions(ratio: float, batch: int, tokens: int) -> torch.Tensor:
 def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, engine: Engine) -> nn.Module:
     """The model of a run with its adapter, on the meta device."""
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
+        model: Any = AutoModelForCausalLM.from_config(
             model_config,
             dtype=getattr(torch, config.model.dtype),
             attn_implementation=config.model.attn_implementation,
@@ -250,8 +250,13 @@ def _build(config: RunConfig, model_config: PreTrainedConfig, method: Method, en
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(precision)
     if method.ratio is not None:
-        options = dict(kv_storage=config.training.kv_storage, tile_rows=config.training.tile_rows)
-        enable_token_ditching(model, recompute=method.recompute, seeking=seeking_of(config), **options)
+        enable_token_ditching(
+            model,
+            recompute=method.recompute,
+            kv_storage=config.training.kv_storage,
+            tile_rows=config.training.tile_rows,
+            seeking=seeking_of(config),
+        )
     elif method.recompute:
         enable_checkpointing(model)
     return model.train()
@@ -261,13 +266,14 @@ def _materialise(model: nn.Module) -> None:
     """Replace meta tensors by tensors of the mode in force."""
     made: dict[torch.Tensor, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in tables:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
                 if tensor not in made:
                     new = torch.empty_like(tensor, device="cpu")
-                    made[tensor] = nn.Parameter(new, tensor.requires_grad) if tensors is module._parameters else new
+                    made[tensor] = nn.Parameter(new, tensor.requires_grad) if tensors is tables[0] else new
                 tensors[name] = made[tensor]
 
 
@@ -284,7 +290,7 @@ def _train_pass(
 ) -> None:
     """Forward and backward of one micro batch, as Transformers' Trainer takes them."""
     ids = torch.zeros(shape, dtype=torch.int64)
-    extra = {} if positions_BS is None else {"selected_positions": positions_BS}
+    extra: dict[str, Any] = {} if positions_BS is None else {"selected_positions": positions_BS}
     if online:
         extra = {"selection": config.selection.to_rule(), "selection_keys": ids[:, 0]}
     decoder.body.register_forward_pre_hook(lambda module, args: _enter_body(ledger))
@@ -294,7 +300,8 @@ def _train_pass(
     saved = saved_tensors_hooks(lambda tensor: _save(ledger, tensor), lambda tensor: tensor)
     # As from the collator, with the count that Trainer hands on.
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_items_in_batch=ids.numel())
-    with saved, torch.autocast("cpu", precision) if autocasts else nullcontext():
+    casting: AbstractContextManager[Any] = torch.autocast("cpu", precision) if autocasts else nullcontext()
+    with saved, casting:
         output = model(**inputs, **extra)
     loss = (convert_to_fp32(output) if autocasts else output)["loss"]
     del output
@@ -357,7 +364,7 @@ def _optimizer(config: RunConfig, engine: Engine) -> Callable[[list[nn.Parameter
     """The optimizer that Trainer would make, as a function of its parameters."""
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(config.training.model_copy(update={"mixed_precision": "no"}), folder, 0)
+        arguments = training_arguments(config.training.model_copy(update={"mixed_precision": "no"}), Path(folder), 0)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     if not kind.__module__.startswith(("torch.", "transformers.")):
         raise UserError(

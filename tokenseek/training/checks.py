@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -160,7 +161,7 @@ def _try_out(training: TrainingConfig, arguments: TrainingArguments, skeleton: P
             torch.optim.SGD(parameters, lr=training.learning_rate),
             num_warmup_steps=0,
             num_training_steps=_SCHEDULED_STEPS,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs or {},
+            scheduler_specific_kwargs=cast(dict[str, Any], arguments.lr_scheduler_kwargs or {}),
         )
     except (ValueError, TypeError) as error:
         raise UserError(

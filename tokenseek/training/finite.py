@@ -69,8 +69,9 @@ class StopAtNan(TrainerCallback):
         if not losses:
             return
         device = losses[0][0].device
-        values = [*(loss.detach().float() for loss, _ in losses), torch.as_tensor(norm, dtype=torch.float32)]
-        *values, norm = torch.stack([_whole(value).to(device, non_blocking=True) for value in values]).tolist()
+        tensors = [*(loss.detach().float() for loss, _ in losses), torch.as_tensor(norm, dtype=torch.float32)]
+        values: list[float]
+        *values, norm = torch.stack([_whole(value).to(device, non_blocking=True) for value in tensors]).tolist()
         if all(map(math.isfinite, [*values, norm])):
             return
         named = [

@@ -101,11 +101,11 @@ class GroupTrainer(Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with writing(Path(output_dir or self.args.output_dir)):
+        with writing(Path(output_dir or str(self.args.output_dir))):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        with writing(Path(self.args.output_dir)):
+        with writing(Path(str(self.args.output_dir))):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -118,23 +118,26 @@ class GroupTrainer(Trainer):
 
     def _collator_of_training(self) -> Callable[[list], dict]:
         # A stream's batches may be dealt from the main process by accelerate, which cuts up tensors alone.
-        return NamedExamples(self.data_collator) if has_length(self.train_dataset) else self.data_collator
+        collator = cast(Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]], self.data_collator)
+        return NamedExamples(collator) if has_length(self.train_dataset) else collator
 
     def _train_dataloader(self) -> DataLoader:
-        plain, strategy = self.train_dataset, self.args.train_sampling_strategy
+        plain: Any = self.train_dataset
+        strategy = self.args.train_sampling_strategy
         if not has_length(plain) or strategy not in ("random", "sequential", "group_by_length"):
             return super().get_train_dataloader()
+        examples: Any = plain
         per_round = self._train_batch_size * self.num_groups
         blanks = 0 if self.args.dataloader_drop_last else -len(plain) % per_round
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if strategy == "group_by_length":
             group = per_round * self.args.gradient_accumulation_steps
-            sampler = LengthGroupedSampler(_lengths(plain), blanks, seed, group)
+            sampler: LengthGroupedSampler | EpochSampler = LengthGroupedSampler(_lengths(examples), blanks, seed, group)
         else:
             sampler = EpochSampler(len(plain), blanks, seed if strategy == "random" else None)
         self.new_epoch.sampler = sampler
         return self._get_dataloader(
-            dataset=WithBlanks(cast(Sequence[dict[str, Any]], plain), blanks),
+            dataset=WithBlanks(examples, blanks),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=lambda _: sampler,
@@ -142,7 +145,7 @@ class GroupTrainer(Trainer):
         )
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
+        loader: Any = super()._get_dataloader(*args, **kwargs)
         shard = loader.dataset
         stream = shard.dataset if isinstance(shard, IterableDatasetShard) else shard
         if isinstance(stream, StreamedExamples):

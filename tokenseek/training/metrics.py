@@ -46,7 +46,7 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            self.write(state.global_step, logs)
+            self.write(state.global_step, logs or {})
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append a line; the main process alone does."""

@@ -62,4 +62,4 @@ class Samples(TrainerCallback):
                 )
         finally:
             model.train(was_training)
-        return self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        return str(self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
