@@ -97,12 +97,31 @@ _KINDS = {
     "granite": ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
     "smollm3": ("smollm3", {}),
 }
+# Kinds whose layers differ: with a state and with attention, or with keys and values of layers below.
+_LINEAR = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4, "head_dim": 8,
+}  # fmt: skip
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+_HYBRID_KINDS = {
+    "qwen3_5": ("qwen3_5_text", {**_LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2}),
+    "qwen3_next": ("qwen3_next", {**_LINEAR, **_MOE, "layer_types": ["linear_attention", "full_attention"] * 2,
+                                  "shared_expert_intermediate_size": 24}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "full_attention", "conv"], "block_ff_dim": 48,
+                      "block_auto_adjust_ff_dim": False}),
+    "granite_hybrid": ("granitemoehybrid", {**_MAMBA, "layer_types": ["mamba", "attention", "mamba", "attention"],
+                                            "num_local_experts": 0, "shared_intermediate_size": 48, "mamba_expand": 2}),
+    "gemma4": ("gemma4_text", {"head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 2, "sliding_window": 5,
+                               "layer_types": ["sliding_attention", "full_attention"] * 2,
+                               "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}),
+}  # fmt: skip
 _OWN_BASE = ("gpt2", "opt")  # whose configs name everything differently
 
 KINDS = tuple(_KINDS)
+HYBRIDS = tuple(_HYBRID_KINDS)
 EAGER_ONLY = ("gemma2", "gpt_oss")  # soft-cap and attention sinks, which sdpa does not serve
 # These compute norms, rotary embeddings, routing or softmax in float32 inside, whatever the model's dtype.
-FLOAT32_INSIDE = ("gemma2", "gemma3", "qwen3_moe", "gpt_oss")
+FLOAT32_INSIDE = ("gemma2", "gemma3", "qwen3_moe", "gpt_oss", "qwen3_5", "qwen3_next", "granite_hybrid", "gemma4")
 
 
 def computed_in(kind: str, attn: str = "sdpa") -> torch.dtype:
@@ -118,7 +137,7 @@ def tiny_model(
     Weights are larger than a fresh initialisation's, so that attention is far from uniform. Experts run eagerly, since
     grouped GEMMs have no float64.
     """
-    model_type, values = _KINDS[kind]
+    model_type, values = (_KINDS | _HYBRID_KINDS)[kind]
     base = {} if kind in _OWN_BASE else _BASE
     config = AutoConfig.for_model(model_type, **{**base, **values, **overrides})
     torch.manual_seed(seed)

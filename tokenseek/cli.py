@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from tokenseek.commands import (
     Command,
+    chat,
     data,
     evaluate,
     export_positions,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "show": show,
     "export-positions": export_positions,
     "evaluate": evaluate,
+    "chat": chat,
     "merge-adapter": merge_adapter,
     "presets": presets,
 }

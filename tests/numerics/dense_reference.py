@@ -33,6 +33,8 @@ def dense_loss(
 ) -> torch.Tensor:
     """Loss whose gradient is Algorithm 1's; arguments as the patched model takes them.
 
+    In layers that carry a state, the inputs of unselected tokens to what carries it are detached, and its outputs.
+
     Args:
         exact_layers: so many top layers see all tokens with gradient; below, a selected row's gradient is that of the
             loss at its output into them, times its weight.
@@ -64,7 +66,14 @@ def dense_loss(
         border.extend([hidden, hidden.detach().requires_grad_()])
         return ((border[1], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": border[1]})
 
-    hooks = [layer.register_forward_pre_hook(inject, with_kwargs=True) for layer in cut_layers]
+    def cut_input(mixer, args, kwargs):
+        hidden = kwargs["hidden_states"]
+        return args, kwargs | {"hidden_states": torch.where(keep[..., None], hidden, hidden.detach())}
+
+    mixers = [decoder.mixers[layer] for layer in cut_layers if layer in decoder.mixers]
+    attending = [layer for layer in cut_layers if layer not in decoder.mixers]
+    hooks = [layer.register_forward_pre_hook(inject, with_kwargs=True) for layer in attending]
+    hooks += [mixer.register_forward_pre_hook(cut_input, with_kwargs=True) for mixer in mixers]
     hooks += [layer.register_forward_hook(cut) for layer in cut_layers]
     if exact_layers:
         first_exact = decoder.layers[len(cut_layers)]

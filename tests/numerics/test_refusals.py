@@ -33,9 +33,24 @@ def config(model_type, **values):
             "encoder-decoder",
         ),
         (lambda: AutoModelForCausalLM.from_config(config("mamba", state_size=4)), "state-space"),
+        (
+            lambda: AutoModelForCausalLM.from_config(
+                config(
+                    "falcon_h1",
+                    num_key_value_heads=2,
+                    mamba_n_heads=4,
+                    mamba_d_head=8,
+                    mamba_d_ssm=32,
+                    mamba_d_state=4,
+                    mamba_n_groups=1,
+                )
+            ),
+            "layer 0 of it is not either such a layer or attention but holds FalconH1Mixer and FalconH1Attention.*"
+            "training.ditching: false",
+        ),
         (lambda: torch.nn.Linear(2, 2), "not a Transformers model"),
     ],
-    ids=["no-head", "masked-lm", "bert", "seq2seq", "mamba", "not-transformers"],
+    ids=["no-head", "masked-lm", "bert", "seq2seq", "mamba", "falcon-h1", "not-transformers"],
 )
 def test_models_that_are_no_decoders(build, message):
     with pytest.raises(UserError, match=message):

@@ -182,7 +182,42 @@ def shared_keys_model():
 @pytest.mark.parametrize("settings", [[], ["selection.rule=random"]], ids=["scores", "random"])
 def test_row28_layers_that_share_keys_and_values(settings, refused, model_with):
     message = refused(f"model.name_or_path={model_with(shared_keys_model())}", *settings)
-    assert "2 layers that share the keys and values of layers below" in message
+    assert "passes 4 hidden states per token from layer to layer (Gemma 3n)" in message
+    assert "Ordinary training (training.ditching: false) takes it" in message
+
+
+@pytest.mark.parametrize("settings", [[], ["selection.rule=random"], ["training.ditching=false"]])
+def test_row28_gemma_4_is_served(settings, folder, model_with, tmp_path):
+    made = model_with(tiny_model("gemma4", vocab_size=400, vocab_size_per_layer_input=400))
+    assert (
+        train(tiny_preset(folder, f"model.name_or_path={made}", f"output_dir={tmp_path / 'run'}", *settings)).steps == 2
+    )
+
+
+ONLINE = [
+    "scoring.mode=online", "selection.rule=sampled", "selection.alpha=0", "selection.beta=1", "selection.explore=0.3",
+]  # fmt: skip
+
+
+def test_row28_exact_layers_of_gemma_4(refused, folder, model_with, tmp_path, capsys):
+    made = model_with(tiny_model("gemma4", vocab_size=400, vocab_size_per_layer_input=400))
+    model = f"model.name_or_path={made}"
+    assert "selection.exact_layers: 2, and Gemma4ForCausalLM" in refused(model, *ONLINE, "selection.exact_layers=2")
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_h1", "gemma3n_text"])
+def test_what_cannot_be_ditched_trains_ordinarily(kind, folder, model_with, tmp_path):
+    small = dict(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    ssm = dict(state_size=4, mamba_n_heads=4, mamba_d_head=8, mamba_d_ssm=32, mamba_d_state=4, mamba_n_groups=1)
+    if kind == "gemma3n_text":
+        model = shared_keys_model()
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, **ssm, intermediate_size=64))
+    settings = [f"model.name_or_path={model_with(model)}", f"output_dir={tmp_path / 'run'}", "training.ditching=false"]
+    if kind == "mamba":  # it has neither attention nor feed-forward layers
+        settings += ["model.attn_implementation=eager", "peft.target_modules=[in_proj]"]
+    summary = train(tiny_preset(folder, *settings))
+    assert summary.steps == 2 and summary.loss_before is None
 
 
 def test_row26_a_file_in_the_place_of_the_output(refused, tmp_path):

@@ -149,6 +149,8 @@ class DitchingSettings(Section):
     - `load_best`: `final/` is the checkpoint with the least held-out loss, and not the last.
     - `sample_prompts`: at each evaluation the model continues these, into `metrics.jsonl` and the terminal. They are
       rendered as instructions of the training data are; for data of kind `text` and `completion` they are texts.
+    - `push_to_hub`: upload the finished model, its card and the configuration to `hub_model_id`, a name on the hub like
+      `me/my-model`, which is made before training.
     - `resume`: `auto` (from the newest checkpoint in output_dir, if any), `never` (what output_dir holds is moved to
       `earlier-1` in it), or the path of a checkpoint.
     """
@@ -167,6 +169,8 @@ class DitchingSettings(Section):
     early_stopping_patience: PositiveInt | None = None
     load_best: bool = False
     sample_prompts: list[str] = []
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
     resume: str = "auto"
     extra: dict[str, Any] = {}
 
@@ -229,6 +233,14 @@ class TrainingConfig(DitchingSettings):
         if budget is not None:
             parse_size(budget)
         return budget
+
+    @model_validator(mode="after")
+    def _check_hub(self) -> Self:
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub needs hub_model_id, a name on the hub such as me/my-model")
+        if self.hub_model_id and not self.push_to_hub:
+            raise ValueError("hub_model_id is for push_to_hub: true; set that, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_packing(self) -> Self:

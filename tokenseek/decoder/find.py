@@ -5,16 +5,16 @@ Shapes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tokenseek.decoder.names import CACHE_ARGUMENTS, cache_argument
+from tokenseek.decoder.names import CACHE_ARGUMENTS, cache_argument, shared_argument
 from tokenseek.errors import UserError
 from tokenseek.versions import what_to_install
 
@@ -28,12 +28,17 @@ class Decoder:
         body: embeddings, layers and final norm; maps token ids to hidden states [B, T, D].
         layers: the decoder layers, in order.
         cache_argument: the name of the key/value cache among the arguments of a layer's ``forward``.
+        mixers: of the layers that carry a state from token to token and have no keys and values (linear attention,
+            state-space layers, short convolutions), the module that does it; all else in them is row by row.
+        sharing: the layers that attend to the keys and values of a layer below.
     """
 
     causal_lm: PreTrainedModel
     body: nn.Module
     layers: nn.ModuleList
     cache_argument: str
+    mixers: Mapping[nn.Module, nn.Module] = field(default_factory=dict, compare=False)
+    sharing: frozenset[nn.Module] = field(default=frozenset(), compare=False)
 
     @property
     def name(self) -> str:
@@ -46,22 +51,29 @@ class Decoder:
         return embeddings.weight.device
 
 
-def find_decoder(model: nn.Module) -> Decoder:
-    """The :class:`Decoder` inside `model`: a Transformers causal LM, plain or wrapped by PEFT or a parallel engine.
+def find_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal LM inside `model`, plain or wrapped by PEFT or a parallel engine: what ordinary training takes.
 
     Raises:
-        UserError: for anything that is not a causal decoder whose every layer keeps keys and values.
+        UserError: for anything that is not a causal language model of Transformers.
     """
-    if prompt_learning := [c.peft_type for c in getattr(model, "peft_config", {}).values() if c.is_prompt_learning]:
-        raise UserError(
-            f"{prompt_learning[0]} prepends virtual tokens to every example, so token positions no longer match the "
-            "index. Use a PEFT method that keeps the sequence as it is: LoRA, LoHa, LoKr, IA3, OFT, ..."
-        )
-    causal_lm = _unwrap(model)
+    causal_lm = unwrapped(model)
     name = type(causal_lm).__name__
     if not isinstance(causal_lm, PreTrainedModel):
         raise UserError(f"{name} is not a Transformers model. Load one with AutoModelForCausalLM.from_pretrained(...).")
-    _require_causal_lm(causal_lm)
+    if causal_lm.config.is_encoder_decoder:
+        raise UserError(f"{name} is an encoder-decoder model. {_ACCEPTED}")
+    if causal_lm.get_output_embeddings() is None or not causal_lm.can_generate():
+        raise UserError(f"{name} has no causal language-modelling head. {_ACCEPTED}")
+    return causal_lm
+
+
+def find_layers(causal_lm: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """Its body (embeddings, layers and final norm; of a model of several modalities, of the text) and its layers.
+
+    Raises:
+        UserError: there is no list of layers in it.
+    """
     body = causal_lm.get_decoder()
     # Transformers' last resort, where base_model_prefix names no attribute (Llama-4's text model).
     if body is causal_lm:
@@ -69,12 +81,47 @@ def find_decoder(model: nn.Module) -> Decoder:
     layers = _find_layers(body, causal_lm.config.get_text_config().num_hidden_layers)
     if layers is None:
         raise UserError(
-            f"{name}: no list of decoder layers found inside {type(body).__name__}; this model is not supported."
+            f"{type(causal_lm).__name__}: no list of decoder layers found inside {type(body).__name__}; this model is "
+            "not supported."
         )
-    return Decoder(causal_lm, body, layers, _cache_argument(name, layers))
+    return body, layers
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def find_decoder(model: nn.Module) -> Decoder:
+    """The :class:`Decoder` inside `model`: a Transformers causal LM, plain or wrapped by PEFT or a parallel engine.
+
+    Of a model of several modalities it is that of the text.
+
+    Raises:
+        UserError: for anything that is not a causal decoder whose layers have keys and values or a known kind of state.
+    """
+    if prompt_learning := [c.peft_type for c in getattr(model, "peft_config", {}).values() if c.is_prompt_learning]:
+        raise UserError(
+            f"{prompt_learning[0]} prepends virtual tokens to every example, so token positions no longer match the "
+            "index. Use a PEFT method that keeps the sequence as it is: LoRA, LoHa, LoKr, IA3, OFT, ..."
+        )
+    causal_lm = find_causal_lm(model)
+    name = type(causal_lm).__name__
+    if not name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        raise UserError(f"{name} is not a text-only causal language model. {_ACCEPTED}")
+    body, layers = find_layers(causal_lm)
+    if any(getattr(module, "is_causal", True) is False for module in body.modules()):
+        raise UserError(f"{name} has attention that looks ahead, so it is not a causal decoder. {_ACCEPTED}")
+    argument, mixers = _cache_argument(name, layers), _mixers(causal_lm, layers)
+    return Decoder(causal_lm, body, layers, argument, mixers, _sharing(causal_lm, layers))
+
+
+_ACCEPTED = (
+    "Accepted: decoder-only models loaded with AutoModelForCausalLM (Llama, Qwen, Mistral, Gemma, GPT-2, ...). "
+    "docs/models.md lists them."
+)
+_ORDINARY = "Ordinary training (training.ditching: false) takes it."
+# Kinds of layers, in a config, that carry a state from token to token.
+_STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What is inside PEFT and parallel engines."""
     while True:
         if base_model := getattr(model, "get_base_model", None):  # PEFT
             model = base_model()
@@ -84,33 +131,59 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _require_causal_lm(model: PreTrainedModel) -> None:
-    name, config = type(model).__name__, model.config
-    accepted = (
-        "Accepted: decoder-only models loaded with AutoModelForCausalLM (Llama, Qwen, Mistral, Gemma, GPT-2, ...)."
-    )
-    if config.is_encoder_decoder:
-        raise UserError(f"{name} is an encoder-decoder model. {accepted}")
-    if model.get_output_embeddings() is None or not model.can_generate():
-        raise UserError(f"{name} has no causal language-modelling head. {accepted}")
-    if not name.endswith(("ForCausalLM", "LMHeadModel")):
-        raise UserError(f"{name} is not a text-only causal language model. {accepted}")
-    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
-        raise UserError(f"{name} has attention that looks ahead, so it is not a causal decoder. {accepted}")
-    without_cache = {"linear_attention", "mamba", "recurrent", "conv", "ssm"} & set(
-        getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    )
-    if without_cache or getattr(model, "_is_stateful", False):
+def _mixers(causal_lm: PreTrainedModel, layers: nn.ModuleList) -> dict[nn.Module, nn.Module]:
+    """By layer, the mixer of those that carry a state.
+
+    Raises:
+        UserError: there are such layers, and not each layer has either a mixer or attention alone.
+    """
+    name, config = type(causal_lm).__name__, causal_lm.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    kinds = list(kinds) if len(kinds) == len(layers) else [""] * len(layers)
+    mixers = {}
+    for layer, kind in zip(layers, kinds, strict=True):
+        with_cache = [child for child in layer.children() if cache_argument(child)]
+        if kind in _STATEFUL and len(with_cache) == 1:
+            mixers[layer] = with_cache[0]
+        elif (kind in _STATEFUL or mixers or causal_lm._is_stateful) and len(with_cache) != 1:
+            parts = " and ".join(type(child).__name__ for child in with_cache) or "neither"
+            raise UserError(
+                f"{name} has layers with a state (state-space, recurrent or linear attention), and layer "
+                f"{len(mixers)} of it is not either such a layer or attention but holds {parts}. Token scoring and "
+                f"ditching cannot cut gradients there. {_ORDINARY}"
+            )
+    if (causal_lm._is_stateful and not mixers) or len(mixers) == len(layers):
         raise UserError(
-            f"{name} has layers without a key/value cache (state-space, recurrent or linear attention), through which "
-            f"gradients cannot be cut token by token. {accepted}"
+            f"{name} has no layer with keys and values, or carries a state (state-space, recurrent or linear "
+            f"attention) in layers that its config does not tell. Its state mixes all tokens, so that no token could "
+            f"be left out of the backward pass: token scoring and ditching would save nothing. {_ORDINARY}"
         )
-    if sharing := [module for module in model.modules() if getattr(module, "is_kv_shared_layer", False)]:
+    return mixers
+
+
+def _sharing(causal_lm: PreTrainedModel, layers: nn.ModuleList) -> frozenset[nn.Module]:
+    """The layers that attend to keys and values of layers below, which are handed on in an argument.
+
+    Raises:
+        UserError: these layers are not handed them so, or hidden states are several per token.
+    """
+    name, config = type(causal_lm).__name__, causal_lm.config.get_text_config()
+    if getattr(config, "altup_num_inputs", 1) > 1:
         raise UserError(
-            f"{name} has {len(sharing)} layers that share the keys and values of layers below (Gemma 3n and 4); these "
-            "do not pass through the cache, where gradients are cut. Token scoring and ditching do not support them. "
-            f"{accepted}"
+            f"{name} passes {config.altup_num_inputs} hidden states per token from layer to layer (Gemma 3n), which "
+            f"token scoring and ditching do not serve. {_ORDINARY}"
         )
+    sharing = frozenset(layer for layer in layers if any(_shares(module) for module in layer.modules()))
+    if without := [layer for layer in sharing if shared_argument(layer) is None]:
+        raise UserError(
+            f"{name} has {len(without)} layers that share the keys and values of layers below and are not handed them "
+            f"in an argument that is known here. Token scoring and ditching do not support them. {_ORDINARY}"
+        )
+    return sharing
+
+
+def _shares(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_kv_shared_layer", False))
 
 
 def _find_layers(body: nn.Module, count: int) -> nn.ModuleList | None:

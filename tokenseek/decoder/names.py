@@ -21,6 +21,8 @@ from tokenseek.versions import what_to_install
 
 # The key/value cache among the arguments of layers and models.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past", "past_key_value")
+# Keys and values of layers below, by kind of layer, which some layers take over.
+SHARED_ARGUMENTS = ("shared_kv_states",)
 # Places in that cache [T], shared by the examples of a batch. Layers pass them on to the cache.
 CACHE_PLACES = ("cache_position",)
 # What a token may look at, [B | 1, N | 1, T, T].
@@ -40,9 +42,18 @@ MASK_FUNCTION_ARGUMENTS = ("batch_size", "q_length", "kv_length", "mask_function
 
 def cache_argument(layer: nn.Module) -> str | None:
     """The name of the key/value cache among the arguments of a layer's ``forward``; None where it takes none."""
+    return _named_argument(layer, CACHE_ARGUMENTS)
+
+
+def shared_argument(layer: nn.Module) -> str | None:
+    """The name of other layers' keys and values among the arguments of a layer's ``forward``, if it takes any."""
+    return _named_argument(layer, SHARED_ARGUMENTS)
+
+
+def _named_argument(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     # The class's forward, since an instance's own may be a wrapper (accelerate's device hooks, for one).
     parameters = inspect.signature(type(layer).forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+    return next((name for name in names if name in parameters), None)
 
 
 def require_known_mask_function(make_mask: Callable) -> None:

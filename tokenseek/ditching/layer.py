@@ -15,15 +15,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenseek.decoder.attention import Replace, replacement_in_force
-from tokenseek.decoder.names import without_checkpointing
+from tokenseek.decoder.names import MASK_ARGUMENTS, shared_argument, without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.autocast import autocast_cache
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache, _OnceCache
+from tokenseek.ditching.mixer import MixerSeam, recording_input
 from tokenseek.ditching.recorded import RecordedCache, RecordingCache
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.state import Ditching, argument_names, original_forward
 from tokenseek.ditching.storage import TakenOnce, saved_as_kept
-from tokenseek.ditching.tiles import TiledLayer, tiles_of
+from tokenseek.ditching.tiles import TiledLayer, tile_attention, tiles_of
 from tokenseek.errors import UserError
 from tokenseek.versions import what_to_install
 
@@ -75,27 +76,37 @@ def _recorded_layer(layer: nn.Module, ditching: Ditching, args: tuple, kwargs: d
     arguments = dict(zip(names, args, strict=False)) | kwargs
     arguments.pop(ditching.decoder.cache_argument, None)
     hidden = arguments.pop(names[0])
+    mixer = ditching.decoder.mixers.get(layer)
+    seen: list[torch.Tensor] = []
 
-    def call(hidden: torch.Tensor, cache: RecordingCache) -> Any:
+    def make_cache() -> RecordingCache | None:
+        # A layer that shares keys and values, or has none, puts nothing into a cache.
+        return None if mixer or layer in ditching.decoder.sharing else RecordingCache(recorder.exchange)
+
+    def call(hidden: torch.Tensor, cache: RecordingCache | None) -> Any:
         return original_forward(layer)(hidden, **arguments, **{ditching.decoder.cache_argument: cache})
 
-    cache = RecordingCache(recorder.exchange)
-    if layer in recorder.scored:
-        outputs = []
+    cache = make_cache()
+    with recording_input(mixer, seen) if mixer else nullcontext():
+        if layer in recorder.scored:
+            outputs = []
 
-        def run(leaf: torch.Tensor) -> torch.Tensor:
-            outputs.append(call(leaf, cache))
-            return _hidden_states(outputs[0])
+            def run(leaf: torch.Tensor) -> torch.Tensor:
+                outputs.append(call(leaf, cache))
+                return _hidden_states(outputs[0])
 
-        if recorder.top is not None:
-            replace = replacement_in_force(ditching.decoder.causal_lm)
-            recorder.top.put(layer, hidden, lambda hidden: call(hidden, RecordingCache(recorder.exchange)), replace)
-        hidden = recorder.run_scored(layer, run, hidden)
-        output = (hidden, *outputs[0][1:]) if isinstance(outputs[0], tuple) else hidden
-    else:
-        output = call(hidden, cache)
-    _require_updated(cache, layer, ditching)
-    recorder.put(layer, cache.keys, cache.values)
+            if recorder.top is not None:
+                replace = replacement_in_force(ditching.decoder.causal_lm)
+                recorder.top.put(layer, hidden, lambda hidden: call(hidden, make_cache()), replace)
+            hidden = recorder.run_scored(layer, run, hidden)
+            output = (hidden, *outputs[0][1:]) if isinstance(outputs[0], tuple) else hidden
+        else:
+            output = call(hidden, cache)
+    if cache is not None:
+        _require_updated(cache, layer, ditching)
+        recorder.put(layer, cache.keys, cache.values)
+    elif seen:
+        recorder.put(layer, seen[0])
     recorder.returns_tuple = isinstance(output, tuple)
     return output
 
@@ -109,16 +120,45 @@ def _run_both_passes(
     with_gradient, caches_casts = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
     checkpointing, attention_is_ours = layer in step.recomputed, ditching.attention_is_ours
 
-    def run(hidden: torch.Tensor, rows: Rows, cache: _OnceCache, replace: Replace) -> Any:
-        # Only an attention function of ours knows the rows; a model that has its own needs the mask in full.
-        shrunk = {name: rows.shrink(name, value, attention_is_ours) for name, value in arguments.items()}
+    mixer = ditching.decoder.mixers.get(layer)
+    seam_of_mixer = MixerSeam(mixer, reach) if mixer else None
+    shares, shared = layer in ditching.decoder.sharing, shared_argument(layer)
+
+    def shrunk_to(rows: Rows) -> dict[str, Any]:
+        # Only an attention function of ours knows the rows; a model that has its own needs the mask in full. A mixer
+        # sees all tokens, and their mask.
+        return {
+            name: value if mixer and name in MASK_ARGUMENTS else rows.shrink(name, value, attention_is_ours)
+            for name, value in arguments.items()
+        }
+
+    # Made once, outside of what is recomputed: some models hand layers an argument that has a gradient.
+    with torch.set_grad_enabled(with_gradient):
+        arguments_of_selected = shrunk_to(parts.selected)
+    if shared:
+        arguments_of_selected[shared] = step.shared  # the others' have no gradient
+
+    def run(hidden: torch.Tensor, rows: Rows, cache: _OnceCache | None, replace: Replace | None) -> Any:
+        shrunk = arguments_of_selected if rows is parts.selected else shrunk_to(rows)
         attention = reach.attention(ditching.decoder, replace if attention_is_ours else None)
         with without_checkpointing(layer), attention:
             return original_forward(layer)(hidden, **shrunk, **{ditching.decoder.cache_argument: cache})
 
+    def run_selected_alone(hidden: torch.Tensor, recorded_BTD: torch.Tensor | None = None) -> Any:
+        """Of a layer with a mixer, or one that takes over the keys and values of another."""
+        if not seam_of_mixer:
+            return run(hidden, parts.selected, None, reach.replacement(reach.whole.selected, selected_attention))
+        seam_of_mixer.recorded_BTD = recorded_BTD
+        with seam_of_mixer.in_selected_pass():
+            output = run(hidden, parts.selected, None, None)
+        seam_of_mixer.require_run(layer)
+        return output
+
     def run_selected(
         hidden: torch.Tensor, keys: torch.Tensor | None = None, values: torch.Tensor | None = None
     ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
+        if mixer or shares:
+            return run_selected_alone(hidden, keys), None, None
         cache = (SelectedCache if step.recording is None else RecordedCache)(reach, keys, values)
         replace = reach.replacement(reach.whole.selected, selected_attention)
         # What is recomputed saves nothing until then.
@@ -127,6 +167,18 @@ def _run_both_passes(
             output = run(hidden, parts.selected, cache, replace)
         _require_updated(cache, layer, ditching)
         return output, cache.keys, cache.values
+
+    def run_unselected_alone(hidden_BUD: torch.Tensor) -> torch.Tensor:
+        """Of a layer that takes over the keys and values of another."""
+        outputs = []
+        for tile in tiles_of(reach, ditching.tile_rows) or ():
+            replace = tile_attention(tile, lambda: None)
+            outputs.append(_hidden_states(run(tile.take(hidden_BUD), tile.rows, None, replace)))
+        if outputs:
+            return torch.cat(outputs, dim=1)
+        attend = partial(unselected_attention, on_call=lambda: None)
+        replace = reach.replacement(reach.whole.unselected, attend)
+        return _hidden_states(run(hidden_BUD, parts.unselected, None, replace))
 
     def selected_pass(*keys_and_values: torch.Tensor) -> Any:
         with torch.set_grad_enabled(with_gradient), autocast_cache(caches_casts):
@@ -143,6 +195,21 @@ def _run_both_passes(
         return selected_pass()[0]
     # An engine that casts what enters a layer does not see the rows that wait aside.
     unselected_BUD = step.unselected_BUD.to(selected_BSD)
+    if seam_of_mixer:
+        outputs = []
+        with torch.no_grad(), autocast_cache(False):
+            try:
+                with seam_of_mixer.in_unselected_pass(lambda: outputs.append(selected_pass()[0]), stop=is_last):
+                    step.unselected_BUD = _hidden_states(run(unselected_BUD, parts.unselected, None, None))
+            except KeysAndValuesSeen:
+                step.unselected_BUD = None
+        seam_of_mixer.require_run(layer)
+        return outputs[0]
+    if shares:
+        output = selected_pass()[0]
+        with torch.no_grad(), autocast_cache(False):
+            step.unselected_BUD = None if is_last else run_unselected_alone(unselected_BUD)
+        return output
     if tiles := tiles_of(reach, ditching.tile_rows):
         with torch.no_grad(), autocast_cache(False):
             tiled = TiledLayer(layer, tiles, unselected_BUD, lambda *given: _hidden_states(run(*given)))

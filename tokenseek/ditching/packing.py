@@ -268,6 +268,11 @@ def require_packable(decoder: Decoder) -> None:
     Raises:
         UserError: it takes no position_ids, or makes its masks itself.
     """
+    if decoder.mixers:
+        raise UserError(
+            f"{decoder.name} carries a state from token to token in {len(decoder.mixers)} of its layers, which would "
+            "go on from one packed example to the next. Pad the examples (training.packing: false)."
+        )
     _require_position_ids(decoder)
     embeddings: Any = decoder.causal_lm.get_input_embeddings()
     weight = embeddings.weight

@@ -55,18 +55,18 @@ class Recording:
         self.top = top
         self.storage, self.unrecorded, self.scored, self.exchange = storage, unrecorded, scored, exchange
         self._graphs: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
-        self._kept: dict[nn.Module, tuple[Kept, Kept]] = {}
+        self._kept: dict[nn.Module, tuple[Kept, ...]] = {}
         self.returns_tuple = False
         self.border: torch.Tensor | None = None
 
-    def put(self, layer: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def put(self, layer: nn.Module, *tensors: torch.Tensor) -> None:
+        """Keep a layer's keys and values, or what its mixer was given."""
         if layer not in self.unrecorded:
-            self._kept[layer] = tuple(Kept(_alone(tensor.detach()), self.storage) for tensor in (keys, values))
+            self._kept[layer] = tuple(Kept(_alone(tensor.detach()), self.storage) for tensor in tensors)
 
-    def take(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, which are removed: they belong to the caller."""
-        keys, values = self._kept.pop(layer)
-        return keys.restore(), values.restore()
+    def take(self, layer: nn.Module) -> tuple[torch.Tensor, ...]:
+        """What was kept of a layer, which is removed: it belongs to the caller. Nothing of one that shares keys."""
+        return tuple(kept.restore() for kept in self._kept.pop(layer, ()))
 
     def run_scored(self, layer: nn.Module, run: Callable[[torch.Tensor], tuple], hidden: torch.Tensor) -> torch.Tensor:
         """Run a scored layer's forward with a graph of its own, and return its hidden states without.
@@ -147,14 +147,17 @@ class RecordedCache(_OnceCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self.reach.whole.selected
         own = self.reach.exchange(keys_BNSH, values_BNSH)
-        written = [_Written.apply(whole, mine, rows) for whole, mine in zip(self.recorded, own, strict=True)]
-        self._record(*written, layer_idx)
+        both = [written(whole, mine, rows) for whole, mine in zip(self.recorded, own, strict=True)]
+        self._record(*both, layer_idx)
         return self.keys, self.values
 
 
-class _Written(torch.autograd.Function):
+def written(whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
     """`whole` with `mine` written into its `rows`, in place; they alone have a gradient."""
+    return _Written.apply(whole_BNTH, mine_BNRH, rows)
 
+
+class _Written(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
         ctx.rows = rows.alone

@@ -47,6 +47,11 @@ class Seeking:
         if layers > len(decoder.layers):
             name = "gradient_layer" if self.gradient_layer == layers else "exact_layers"
             raise UserError(f"{name} is {layers}, and {decoder.name} has {len(decoder.layers)} layers.")
+        if self.exact_layers and decoder.sharing:
+            raise UserError(
+                f"exact_layers is {self.exact_layers}, and {decoder.name} has layers that share the keys and values of "
+                "layers below, past the border; set it to 0."
+            )
         if self.exact_layers and not (rule.has_weights and rule.needs_scores and rule.alpha == 0):
             raise UserError(
                 f"exact_layers is {self.exact_layers} with rule {rule.rule!r} (alpha {rule.alpha:g}): the rows "

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tokenseek.decoder.attention import has_attention_interface
-from tokenseek.decoder.find import Decoder, find_decoder
+from tokenseek.decoder.find import Decoder, find_decoder, unwrapped
 from tokenseek.decoder.names import checkpoints, without_checkpointing
 from tokenseek.ditching.autocast import autocast_cache
 from tokenseek.ditching.reach import Reach
@@ -139,12 +139,14 @@ class Step:
         self.recomputed = recomputed
         self.recording = recording
         self.unselected_BUD: torch.Tensor | None = None
+        # Keys and values of layers below, with the selected rows' gradient, for layers that take them over.
+        self.shared: dict = {}
         self.started = False
 
 
 def ditching_of(model: nn.Module) -> Ditching | None:
     """What :func:`tokenseek.enable_token_ditching` left on a model, wrapped or not; None where it is not enabled."""
-    return getattr(find_decoder(model).causal_lm, "_token_ditching", None)
+    return getattr(unwrapped(model), "_token_ditching", None)
 
 
 def require_ditching(model: nn.Module) -> Ditching:

@@ -86,7 +86,7 @@ def evaluate(
         raise UserError(
             f"parallelism_config: evaluation shares no texts between processes (sp_size {size}). Launch with ddp.yaml."
         )
-    require_decoder(model)
+    require_decoder(model, ditching=False)
     tokenizer = load_tokenizer(model)
     loaded: dict[str, dict[str, Any]] = {}
     if chosen:
@@ -102,7 +102,7 @@ def evaluate(
         if limit:
             held_out_data = held_out_data.select(range(min(limit, len(held_out_data))))
 
-    network = _load(model, adapter, state)
+    network = load_network(model, adapter, state)
     scores: dict[str, Score] = {}
     answers: dict[str, list] | None = None
     if chosen:
@@ -164,7 +164,8 @@ def evaluate_subject(
             _log.info("prompts and answers: %s", samples)
 
 
-def _load(model: ModelConfig, adapter: str | Path | None, state: PartialState) -> PreTrainedModel | PeftModel:
+def load_network(model: ModelConfig, adapter: str | Path | None, state: PartialState) -> PreTrainedModel | PeftModel:
+    """The model, with the adapter if there is one, ready to answer."""
     with whole_models():
         network: PreTrainedModel | PeftModel = load_model(model)
         if not model.quantization:

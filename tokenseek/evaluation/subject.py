@@ -56,7 +56,9 @@ def find_subject(name_or_path: str, adapter: Path | None = None, overrides: Sequ
         if not is_adapter:
             model = model.model_copy(update={"name_or_path": str(final), "revision": None})
         return Subject(model, final if is_adapter else None, config.eval_data, run)
-    base = _base_of(path) if is_adapter else name_or_path
+    base, revision = _base_of(path) if is_adapter else (name_or_path, None)
+    if revision:
+        overrides = [f"model.revision={revision}", *overrides]
     evaluated = load_evaluated(base, overrides)
     return Subject(evaluated.model, path if is_adapter else adapter, evaluated.eval_data)
 
@@ -70,8 +72,10 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _base_of(adapter: Path) -> str:
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+def _base_of(adapter: Path) -> tuple[str, str | None]:
+    """The name of an adapter's base model, and its revision on the hub."""
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter} does not name its base model; give the model, and this folder with --adapter")
-    return base
+    return base, settings.get("revision")

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tokenseek.config import RunConfig
-from tokenseek.decoder.find import find_decoder
+from tokenseek.decoder.find import find_causal_lm, find_layers
 from tokenseek.errors import UserError
 from tokenseek.launching import environment
 
@@ -82,7 +82,7 @@ def compile_regions(model: nn.Module, backend: str | Callable = "inductor") -> i
 
 
 def _regions(model: nn.Module) -> Iterator[nn.Module]:
-    for layer in find_decoder(model).layers:
+    for layer in find_layers(find_causal_lm(model))[1]:
         for child in layer.children():
             holds_attention = any(type(module).__name__.endswith("Attention") for module in child.modules())
             is_one_kernel = type(child).__module__.startswith("torch.nn.")  # a LayerNorm, a dropout

@@ -18,8 +18,10 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tokenseek.config import ModelConfig, PeftSettings
-from tokenseek.decoder.find import find_decoder, keep_4bit_differentiable
+from tokenseek.decoder.find import find_causal_lm, find_decoder, find_layers, keep_4bit_differentiable
 from tokenseek.ditching.packing import require_packable
 from tokenseek.errors import UserError
 from tokenseek.launching import environment
@@ -145,12 +147,13 @@ def _sample_tensors(path: Path) -> dict[str, list]:
 
 
 def require_decoder(
-    model: ModelConfig, *, packing: bool = False, group: dist.ProcessGroup | None = None
+    model: ModelConfig, *, packing: bool = False, group: dist.ProcessGroup | None = None, ditching: bool = True
 ) -> PreTrainedModel:
     """Refuse a model that cannot be scored or trained, by its configuration: no weight is read.
 
     Args:
         group: the sequence-parallel ranks that are to share its texts, if any.
+        ditching: it is to be scored, or trained on selected tokens; otherwise any causal language model will do.
 
     Returns:
         The model on the meta device, for further checks.
@@ -165,7 +168,8 @@ def require_decoder(
     try:
         config = AutoConfig.from_pretrained(folder, **trust)
         with whole_models(), torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=model.attn_implementation, **trust)
+            auto = auto_class(config)
+            skeleton = auto.from_config(config, attn_implementation=model.attn_implementation, **trust)
     except (ValueError, OSError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -174,6 +178,9 @@ def require_decoder(
             f"model.trust_remote_code={str(model.trust_remote_code).lower()}: {reason}"
         ) from error
     try:
+        if not ditching and group is None:
+            find_causal_lm(skeleton)
+            return skeleton
         decoder = find_decoder(skeleton)
         if packing:
             require_packable(decoder)
@@ -219,8 +226,9 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
     elif model.quantization:
         options["device_map"] = {"": "cpu"}
     folder = model_folder(model)
+    auto = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code))
     # A pair, by `output_loading_info`, of which Transformers' types know nothing.
-    both: Any = AutoModelForCausalLM.from_pretrained(
+    both: Any = auto.from_pretrained(
         folder,
         dtype=getattr(torch, model.dtype),
         attn_implementation=model.attn_implementation,
@@ -236,8 +244,33 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Fetch the model again."
         )
     keep_4bit_differentiable(loaded)
+    keep_text_alone(loaded)
     loaded.name_or_path = name_of(model, folder)  # what an adapter calls its base model
     return loaded
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """What makes a model of this configuration: of text, or of text and other modalities with a decoder of text."""
+    if (
+        type(config) not in AutoModelForCausalLM._model_mapping
+        and type(config) in AutoModelForImageTextToText._model_mapping
+    ):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def keep_text_alone(model: PreTrainedModel) -> None:
+    """Of a model of several modalities, keep what is no part of its text decoder from being trained.
+
+    Text reaches none of it, and engines wait for the gradients of all that is trained.
+    """
+    if model.config.get_text_config() is model.config:
+        return
+    body, head = find_layers(find_causal_lm(model))[0], model.get_output_embeddings()
+    text = {id(parameter) for part in (body, head) for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in text:
+            parameter.requires_grad_(False)
 
 
 def name_of(model: ModelConfig, folder: Path) -> str:
@@ -320,9 +353,19 @@ def _feed_forward_among(model: PreTrainedModel, target_modules: str | list[str])
 
 
 def _target_modules(model: PreTrainedModel, target: str | list[str]) -> str | list[str]:
-    if target not in ("feed_forward", "attention"):
+    groups = {"feed_forward": (False,), "attention": (True,), "all-linear": (False, True)}
+    of_text_alone = model.config.get_text_config() is not model.config
+    if isinstance(target, list) or (target == "all-linear" and not of_text_alone):
         return target
-    names = _linear_modules(model, attention=target == "attention")
+    names = [name for attention in groups[target] for name in _linear_modules(model, attention)]
+    if of_text_alone:  # modules of other modalities may have the same names
+        _, layers = find_layers(find_causal_lm(model))
+        within = {id(module) for layer in layers for module in layer.modules()}
+        names = [
+            path
+            for path, module in model.named_modules()
+            if id(module) in within and any(f".{path}".endswith(f".{name}") for name in names)
+        ]
     if not names:
         raise UserError(
             f"peft.target_modules: {target} finds no linear layer in {type(model).__name__} (experts are often one "
@@ -334,7 +377,7 @@ def _target_modules(model: PreTrainedModel, target: str | list[str]) -> str | li
 def _linear_modules(model: PreTrainedModel, attention: bool) -> list[str]:
     """Names, within a decoder layer, of the linear modules inside (or outside) its attention."""
     found = set()
-    for layer in find_decoder(model).layers:
+    for layer in find_layers(find_causal_lm(model))[1]:
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
                 if attention == ("attn" in name or "attention" in name):

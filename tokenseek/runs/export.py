@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from tokenseek.config import ModelConfig, RunConfig
 from tokenseek.errors import UserError
-from tokenseek.models.loading import model_folder, revision_of, weight_files
+from tokenseek.models.loading import auto_class, model_folder, revision_of, weight_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -89,7 +89,9 @@ def merge_adapter(adapter: Path, output: Path, dtype: str | None = None, base: s
             f"--base: the base model {name!r} of {adapter} is not available; give its folder, or its name on the hub, "
             f"as --base. {error}"
         ) from error
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype) if dtype else "auto")
+    model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+        folder, dtype=getattr(torch, dtype) if dtype else "auto"
+    )
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:  # other shapes, other modules

@@ -41,14 +41,19 @@ class RunInputs:
 
 
 def read_inputs(
-    config: RunConfig, state: PartialState, group: dist.ProcessGroup | None, *, packing: bool = False
+    config: RunConfig,
+    state: PartialState,
+    group: dist.ProcessGroup | None,
+    *,
+    packing: bool = False,
+    ditching: bool = True,
 ) -> RunInputs:
     """Check the model by its configuration, then load the tokenizer and prepare the data; every process calls this.
 
     Raises:
         UserError: for a model, a tokenizer or data that does not fit.
     """
-    skeleton = require_decoder(config.model, packing=packing, group=group)
+    skeleton = require_decoder(config.model, packing=packing, group=group, ditching=ditching)
     tokenizer = load_tokenizer(config.model)
     data = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
     require_fitting_data(skeleton, tokenizer, data.dataset)

@@ -50,7 +50,7 @@ _WITHOUT_EFFECT: dict[str, Any] = {
         *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),  # as `batch`
         *("num_train_epochs", "max_steps"),  # as `length`
         *("logging_steps", "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps"),
-        *("dataloader_num_workers", "report_to", "sample_prompts"),
+        *("dataloader_num_workers", "report_to", "sample_prompts", "push_to_hub", "hub_model_id"),
     },
 }
 _EXTRA_WITHOUT_EFFECT = (

@@ -30,7 +30,7 @@ from transformers.trainer_utils import TrainOutput, set_seed
 from tokenseek.config import RunConfig
 from tokenseek.data import StreamedExamples, hold_out, prepare_dataset, require_supervised, stream_examples
 from tokenseek.data.packing import PackedDataset
-from tokenseek.decoder.find import find_decoder
+from tokenseek.decoder.find import find_causal_lm
 from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
@@ -42,8 +42,9 @@ from tokenseek.models.loading import add_adapter, load_model, model_folder, revi
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.allocation import StepAllocation
 from tokenseek.runs.batch import settle_batch, with_batch
-from tokenseek.runs.exact import settle_exact_layers
+from tokenseek.runs.exact import fit_exact_layers, settle_exact_layers
 from tokenseek.runs.export import write_model_card
+from tokenseek.runs.hub import push, require_hub
 from tokenseek.runs.inputs import RunInputs, read_inputs
 from tokenseek.runs.outline import log_outline
 from tokenseek.runs.prompts import render_prompts, require_samples
@@ -130,6 +131,7 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     state = join_processes()
     require_engine(state, config.model.quantization)
     require_kernels(config)
+    auto = config.selection.exact_layers == "auto"
     config = settle_exact_layers(config, state)
     output = Path(config.output_dir)
     make_output(output)
@@ -142,7 +144,9 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
         )
     require_reports(config.training.report_to)
     require_samples(config, state, shares_texts=group is not None)
-    inputs = read_inputs(config, state, group, packing=bool(config.training.packing))
+    packs, ditches = bool(config.training.packing), config.training.ditching
+    inputs = read_inputs(config, state, group, packing=packs, ditching=ditches)
+    config = fit_exact_layers(config, inputs.skeleton, state, auto=auto)
     auto_batch = config.training.per_device_train_batch_size == "auto"
     require_arguments(with_batch(config, 1) if auto_batch else config, inputs.skeleton)
     planned_model = require_adapter(inputs.skeleton, config.peft) if config.peft else inputs.skeleton
@@ -167,6 +171,7 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
         raise RuntimeError(f"Trainer sees {arguments.world_size} processes of the {state.num_processes} launched.")
     if start.finished:
         return Run(config, inputs, training, held_out, packed, None, None, arguments, output, start)
+    first_on_main(state, lambda: require_hub(config))
     if outlined:
         log_outline(config, inputs, training, planned_model, longest)
     index = _index(config, inputs) if config.needs_index else None
@@ -281,6 +286,8 @@ def finish(
     if state.is_main_process:
         (run.output / SUMMARY_NAME).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
         write_model_card(final, run.config, card_rows(summary, None if run.stream else len(run.training)))
+        if run.config.training.push_to_hub:
+            _log.info(f"on the hub: {push(run.config, final)}")
     state.wait_for_everyone()
     return summary
 
@@ -309,7 +316,7 @@ def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedMode
     revision = revision_of(config.model, model_folder(config.model))
     model = add_adapter(base, config.peft, revision=revision) if config.peft else base
     if config.training.liger:
-        apply_liger(find_decoder(model).causal_lm)
+        apply_liger(find_causal_lm(model))
     if config.training.compile:
         compile_regions(model)
     if config.training.ditching:

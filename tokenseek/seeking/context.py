@@ -1,5 +1,7 @@
 """Context importance, Eq. 3: how much attention a token receives in the last layer. The attention map is never built.
 
+Where layers without attention are above it, that is the last layer that attends.
+
 With A the attention map of one head, the output is A V. Its vector-Jacobian product with respect to V is A^T C for a
 cotangent C, so the backward pass of the attention kernel, which is fused and needs memory linear in T, sums the columns
 of A. Nothing else is known of the attention: windows, soft-caps, sinks and grouped heads are in A already.
@@ -43,7 +45,8 @@ def attention_received(
     Raises:
         UserError: on leaving the block, if the last layer computed its attention in code of its own.
     """
-    attention_modules = set(decoder.layers[-1].modules())
+    attending = [layer for layer in decoder.layers if layer not in decoder.mixers]
+    attention_modules = set(attending[-1].modules())
     received: list[torch.Tensor] = []
 
     def replace(original: Attention) -> Attention:
@@ -57,11 +60,16 @@ def attention_received(
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             if module not in attention_modules:
                 return original(module, query, key, value_BKTH, *args, **kwargs)
-            if not value_BKTH.requires_grad:  # values that the last layer takes over from an earlier one
-                value_BKTH = value_BKTH.detach().requires_grad_()
-            output_BTNH, weights = original(module, query, key, value_BKTH, *args, **kwargs)
-            received.append(_column_sums(output_BTNH, value_BKTH, valid_BT))
-            return output_BTNH, weights
+            if value_BKTH.requires_grad:
+                output_BTNH, weights = original(module, query, key, value_BKTH, *args, **kwargs)
+                received.append(_column_sums(output_BTNH, value_BKTH, valid_BT))
+                return output_BTNH, weights
+            # Values that the last layer takes over from an earlier one, or layers without attention above.
+            leaf_BKTH = value_BKTH.detach().requires_grad_()
+            with torch.enable_grad():
+                output_BTNH, weights = original(module, query, key, leaf_BKTH, *args, **kwargs)
+                received.append(_column_sums(output_BTNH, leaf_BKTH, valid_BT))
+            return (output_BTNH if query.requires_grad else output_BTNH.detach()), weights
 
         return attention
 

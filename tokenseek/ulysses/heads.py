@@ -46,6 +46,12 @@ def require_shareable(decoder: Decoder, group: dist.ProcessGroup) -> None:
     """Raise UserError unless the ranks of `group` can share the decoder's attention."""
     if not has_attention_interface(decoder):
         raise UserError(_NO_INTERFACE.format(name=decoder.name))
+    if decoder.mixers or decoder.sharing:
+        what = "carries a state from token to token" if decoder.mixers else "shares keys and values"
+        raise UserError(
+            f"{decoder.name} {what} in {len(decoder.mixers) or len(decoder.sharing)} of its layers, which ranks that "
+            "share texts do not serve. Train without sequence parallelism (sp_size)."
+        )
     shard_heads(query_heads(decoder), query_heads(decoder), group.size())
 
 
