@@ -273,15 +273,16 @@ def test_keys_and_values_on_the_host_are_exact(kind, attn, recompute):
     assert_same(model, make_batch((13,)), torch.arange(13)[None], computed_in(kind, attn))
 
 
+@pytest.mark.parametrize("storage", ["int8", "int8_host"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
-def test_keys_and_values_in_8_bits_leave_the_loss_and_change_gradients_a_little(recompute):
+def test_keys_and_values_in_8_bits_leave_the_loss_and_change_gradients_a_little(recompute, storage):
     model = tokenseek.enable_token_ditching(tiny_model("llama"), recompute=recompute)
     batch = make_batch((120, 90))
     selected = torch.arange(2, 120, 3).expand(2, -1)
     selected = selected.where(selected < torch.tensor([[120], [90]]), -1)
     exact_loss = model(**batch, selected_positions=selected).loss
     exact = copied(gradients(model, exact_loss))
-    tokenseek.enable_token_ditching(model, recompute=recompute, kv_storage="int8")
+    tokenseek.enable_token_ditching(model, recompute=recompute, kv_storage=storage)
     loss = model(**batch, selected_positions=selected).loss
     assert torch.equal(loss, exact_loss)
     assert 0 < max(errors(gradients(model, loss), exact).values()) < 0.02
@@ -294,7 +295,7 @@ def test_keys_and_values_put_away_leave_the_device(recompute):
     batch = dict(input_ids=torch.randint(3, VOCAB, (1, 400)))
     batch["labels"], selected = batch["input_ids"], torch.arange(0, 400, 40)[None]
     alive = {}
-    for storage in ("device", "host", "int8"):
+    for storage in ("device", "host", "int8", "int8_host"):
         tokenseek.enable_token_ditching(model, recompute=recompute, kv_storage=storage)
         with LiveStorages() as live, mock.patch("tokenseek.ditching.storage.to_host", lambda x: x.new_empty(0)):
             loss = model(**batch, selected_positions=selected).loss
@@ -303,6 +304,7 @@ def test_keys_and_values_put_away_leave_the_device(recompute):
     heads, layers = model.config.num_key_value_heads * model.config.head_dim, model.config.num_hidden_layers
     numbers = 2 * 400 * heads * layers
     assert alive["device"] - alive["host"] > 0.85 * 4 * numbers
+    assert alive["device"] - alive["int8_host"] > 0.85 * 4 * numbers
     assert alive["device"] - alive["int8"] > 0.85 * (4 - 1 - 4 / model.config.head_dim) * numbers
 
 

@@ -271,19 +271,33 @@ def test_the_command(tmp_path, capsys):
     LLAMA.save_pretrained(tmp_path)
     settings = {"model.name_or_path": tmp_path, "data.max_length": 64, "output_dir": tmp_path / "run"}
     command = ["plan", "--preset", "llama-3.2-1b-loha", *(f"--set={key}={value}" for key, value in settings.items())]
-    assert main([*command, "--ratios", "0.2", "--accelerate-config", "zero2", "--json", str(tmp_path / "p.json")]) == 0
+    outputs = [
+        "--json",
+        str(tmp_path / "p.json"),
+        "--plot",
+        str(tmp_path / "p.png"),
+        "--html",
+        str(tmp_path / "p.html"),
+    ]
+    assert main([*command, "--ratios", "0.2", "--accelerate-config", "zero2", *outputs]) == 0
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    page = (tmp_path / "p.html").read_text()
+    assert "default-src" in page and "TokenSeek r = 0.2" in page
     plans = json.loads((tmp_path / "p.json").read_text())
-    assert [plan["method"]["ratio"] for plan in plans] == [None, None, 0.2]
+    assert [plan["method"]["ratio"] for plan in plans] == [None] * 4 + [0.2] * 5
     assert set(plans[0]["parts"]) == set(CATEGORIES)
     assert "zero2, 8 processes; 1 x 64 tokens" in capsys.readouterr().out
     assert main([*command, "--ratios", "0.2", "--gpu", "H100", "--json", str(tmp_path / "p.json")]) == 0
     plans = json.loads((tmp_path / "p.json").read_text())
-    assert plans[0]["work"]["seconds"] > plans[2]["work"]["seconds"] > 0 and plans[2]["work"]["sent"] == 0
+    assert plans[0]["work"]["seconds"] > plans[4]["work"]["seconds"] > 0 and plans[4]["work"]["sent"] == 0
     assert "H100, estimate" in capsys.readouterr().out
     assert main([*command, "--gpu", "H10"]) == 2
     assert "did you mean H100?" in capsys.readouterr().err
     assert main([*command, "--budget", "1GiB"]) == 0
-    assert "r = 1 is the largest share that fits" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "r = 1 is the largest share that fits" in printed
+    assert "fits, fastest on A100-40 first" in printed
+    assert "--set training.per_device_train_batch_size=1" in printed and "--set selection.ratio=0.1" in printed
     assert main([*command, "--budget", "1MiB"]) == 1
     assert "nothing fits" in capsys.readouterr().out
     assert main([*command, "--budget", "8 elephants"]) == 2

@@ -14,7 +14,7 @@ from tokenseek.config.resources import list_resources, resolve_accelerate_config
 from tokenseek.errors import UserError
 from tokenseek.planning import Engine, Method, launched_engine, plan_memory, read_engine
 from tokenseek.runs import ratio
-from tokenseek.runs.ratio import settle_ratio
+from tokenseek.runs.ratio import settle_ratio, settle_recompute
 
 TOKENS = 128
 LLAMA = model_config("llama", hidden=64, layers=2, vocab=500, tokens=TOKENS)
@@ -74,6 +74,34 @@ def test_the_largest_share_that_fits_is_taken(auto, capsys):
 def test_without_a_budget_nine_tenths_of_the_free_memory_are_used(auto, monkeypatch):
     monkeypatch.setattr(ratio, "free_memory_bytes", lambda state: peak(auto(), 0.42) / 0.9 + 1)
     assert settle(auto()).selection.ratio == 0.42
+
+
+@pytest.mark.parametrize("spare, expected", [(0, False), (-1, True)])
+def test_what_does_not_fit_is_recomputed(auto, caplog, spare, expected):
+    caplog.set_level("INFO", "tokenseek")
+    config = auto("selection.ratio=0.3", "training.recompute=auto")
+    budget = peak(config, 0.3) + spare
+    config = auto("selection.ratio=0.3", "training.recompute=auto", f"training.memory_budget='{budget}'")
+    settled = settle_recompute(config, None, TOKENS, PartialState(cpu=True))
+    assert settled == auto("selection.ratio=0.3", f"training.recompute={str(expected).lower()}")
+    assert f"training.recompute: auto: {str(expected).lower()}; without, " in caplog.text
+    assert settle_recompute(settled, None, TOKENS, PartialState(cpu=True)) is settled
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (("training.recompute=auto",), "selection.ratio and training.recompute are both auto"),
+        (
+            ("selection.ratio=0.1", "training.recompute=auto", "training.ditching=false"),
+            "recompute: auto needs ditching",
+        ),
+        (("selection.ratio=0.1", "training.memory_budget=1GiB"), "memory_budget is for selection.ratio: auto or"),
+    ],
+)
+def test_settings_that_do_not_go_together(auto, settings, message):
+    with pytest.raises(UserError, match=message):
+        auto(*settings)
 
 
 def test_where_nothing_fits_it_is_told_what_would_help(auto):

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenseek.commands.arguments import add_config_arguments, configuration, positive, split_ratios
 from tokenseek.config import RunConfig, load_config
 from tokenseek.config.resources import list_resources
 from tokenseek.config.sizes import parse_size
+from tokenseek.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenseek.planning import MemoryPlan
 
 HELP = "report the peak memory and the time of a run's steps, without its weights, its data or a GPU"
 DESCRIPTION = (
@@ -17,6 +22,7 @@ DESCRIPTION = (
     "without data"
 )
 LAUNCHED = False
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,18 +41,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is planned")
     group.add_argument("--ratios", default="0.1,0.3,0.5", metavar="R,R", help="shares of the tokens to compare")
     group.add_argument("--tokens", type=positive, metavar="T", help="length of an example (default: data.max_length)")
-    group.add_argument("--budget", metavar="SIZE", help="find the largest share that fits into, say, 8GiB")
+    group.add_argument("--budget", metavar="SIZE", help="find the largest share, and the fastest settings, that fit")
+    group.add_argument(
+        "--longest",
+        action="store_true",
+        help="find the longest example for each method in --budget (7GiB,23GiB: several), or in the "
+        "memory of --gpu less 1 GiB",
+    )
     group.add_argument("--gpu", metavar="NAME", help="estimate seconds on a GPU too: H100, A100-80, L40S, RTX4090, ...")
     group = parser.add_argument_group("output")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the plans to this file, in bytes")
+    group.add_argument("--html", type=Path, metavar="FILE", help="write a page with the plans to turn by hand")
+    group.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw memory against the share of tokens (with --longest: against length) and over the time of a step",
+    )
 
 
 def check(args: argparse.Namespace) -> RunConfig:
     config = _shaped(args) if args.shape else configuration(args)
-    if args.budget:
+    if args.plot and args.plot.suffix not in PICTURES:
+        raise UserError(f"--plot {args.plot}: a picture's name ends with {' or '.join(PICTURES)}.")
+    if args.longest:
+        _check_longest(args, config)
+    elif args.budget:
         parse_size(args.budget)
     split_ratios(args.ratios)
     return config
+
+
+def _check_longest(args: argparse.Namespace, config: RunConfig) -> None:
+    if not (args.budget or args.gpu):
+        raise UserError("--longest needs a memory to fit into: --budget 23GiB, or --gpu RTX4090.")
+    if args.tokens:
+        raise UserError(f"--longest finds a length and --tokens {args.tokens} gives one: leave one of them out.")
+    if config.training.packing:
+        raise UserError(
+            f"--longest with training.packing={config.training.packing}, which lays several examples in one row: add "
+            "--set training.packing=false."
+        )
+    for size in (args.budget or "").split(","):
+        if size:
+            parse_size(size)
 
 
 def _shaped(args: argparse.Namespace) -> RunConfig:
@@ -60,19 +98,23 @@ def _shaped(args: argparse.Namespace) -> RunConfig:
 def run(args: argparse.Namespace, config: RunConfig) -> int:
     """Returns 1 if a budget is too small for any share of the tokens."""
     from tokenseek.planning import (  # late: a mistake in the configuration is reported before torch is imported
-        Method,
+        REFERENCE,
         describe_choice,
         describe_length,
+        describe_proposals,
         find_gpu,
         largest_ratio,
         load_model_config,
-        method_of,
+        methods_of_table,
         plan_memory,
         plan_table,
+        proposals,
         read_engine,
         time_table,
     )
 
+    if args.longest:
+        return _run_longest(args, config)
     budget = args.budget and parse_size(args.budget)
     gpu = args.gpu and find_gpu(args.gpu)
     engines = [read_engine(name, args.num_processes) for name in args.accelerate_config or ["single"]]
@@ -85,15 +127,81 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
         if budget:
             choice = largest_ratio(config, budget, engine, tokens=args.tokens)
             print(describe_choice(choice, budget))
+            name = args.gpu or REFERENCE
+            if fitting := proposals(config, budget, find_gpu(name), engine, ratios=ratios, tokens=args.tokens):
+                print(describe_proposals(fitting, name, find_gpu(name)))
             found = [choice.plan]
             status = max(status, int(choice.ratio is None))
         else:
-            methods = [Method(), Method(recompute=True), *(method_of(config, ratio) for ratio in ratios)]
+            methods = methods_of_table(config, ratios)
             found = [plan_memory(config, method, engine, tokens=args.tokens) for method in methods]
         print(plan_table(found), end="\n\n")
         if gpu:
             print(time_table(found, args.gpu, gpu), end="\n\n")
         plans += found
+    _write_page(args, config, plans)
+    if args.plot:
+        from tokenseek.planning.draw import plan_figure
+
+        plan_figure(plans, budget).savefig(args.plot, dpi=150)
+        print(f"picture: {args.plot}")
     if args.json:
         args.json.write_text(json.dumps([plan.as_dict(gpu) for plan in plans], indent=1) + "\n", encoding="utf-8")
     return status
+
+
+def _run_longest(args: argparse.Namespace, config: RunConfig) -> int:
+    """Returns 1 if no method fits into the smallest budget."""
+    from tokenseek.planning import (
+        RESERVE,
+        Lengths,
+        describe_length,
+        find_gpu,
+        load_model_config,
+        longest_table,
+        methods_of_lengths,
+        read_engine,
+        time_table,
+    )
+
+    gpu = args.gpu and find_gpu(args.gpu)
+    budgets = [parse_size(size) for size in args.budget.split(",")] if args.budget else [gpu.memory - RESERVE]
+    model_config, found = load_model_config(config), []
+    for name in args.accelerate_config or ["single"]:
+        engine = read_engine(name, args.num_processes)
+        print(f"{engine}; {config.training.micro_batch} x tokens of the longest example that fits")
+        rows, searched = [], []
+        for method in methods_of_lengths(split_ratios(args.ratios)[0]):
+            lengths = Lengths(config, method, engine, model_config=model_config)
+            searched.append(lengths)
+            plan = lengths.longest(max(budgets))
+            of_budgets = [lengths.longest_on_lines(budget) for budget in budgets]
+            rows.append((method, of_budgets, plan))
+        print(longest_table(rows, budgets), end="\n\n")
+        plans = [plan for _, _, plan in rows if plan]
+        if gpu and plans:
+            print(time_table(plans, args.gpu, gpu), end="\n\n")
+        found += plans
+        curves = {str(lengths.method): lengths.known for lengths in searched}
+    _write_page(args, config, found)
+    if args.plot and found:
+        from tokenseek.planning.draw import length_figure
+
+        length_figure(curves, budgets).savefig(args.plot, dpi=150)
+        print(f"picture: {args.plot}")
+    longest = max((plan.tokens[1] for plan in found), default=0)
+    if longest and (note := describe_length(model_config, longest)):
+        print(note)
+    if args.json:
+        args.json.write_text(json.dumps([plan.as_dict(gpu) for plan in found], indent=1) + "\n", encoding="utf-8")
+    return int(not found)
+
+
+def _write_page(args: argparse.Namespace, config: RunConfig, plans: list[MemoryPlan]) -> None:
+    if args.html and plans:
+        from tokenseek.planning.page import plan_page
+
+        how = f", {config.model.quantization}" if config.model.quantization else ""
+        how += f", {config.peft.method} r = {config.peft.r}" if config.peft else ""
+        args.html.write_text(plan_page(plans, f"{config.model.name_or_path}{how}"), encoding="utf-8")
+        print(f"page: {args.html}")

@@ -130,8 +130,10 @@ class DitchingSettings(Section):
     """The settings of training that are no fields of `transformers.TrainingArguments`.
 
     - `ditching`: false is ordinary fine-tuning on all tokens.
-    - `recompute`: the selected pass once more in the backward pass.
-    - `kv_storage`: where keys and values wait for it: on the `device`, on the `host`, or in 8 bits (`int8`, not exact).
+    - `recompute`: the selected pass once more in the backward pass. `auto` does so where a step does not fit into
+      `memory_budget` otherwise, by its plan.
+    - `kv_storage`: where keys and values wait for it: on the `device`, on the `host`, or in 8 bits (`int8`, not exact),
+      there or on the host (`int8_host`).
     - `compile`: norms and feed-forward blocks compiled by torch, for fewer and larger kernels on a GPU.
     - `liger`: Liger's kernels for norms, rotary embeddings and gated feed-forward blocks, on a GPU.
     - `tile_rows`: how many unselected tokens go through a layer at once: a number, or `auto`, 2048 where there are 4096
@@ -143,8 +145,8 @@ class DitchingSettings(Section):
     - `sequence_layout`: which tokens of a text each rank holds where the accelerate config has ranks share texts
       (`sp_size`): `balanced`; `contiguous`, as stock Ulysses; or `regroup`, contiguous and regrouped in each layer as
       in the paper. Losses are the same in all three.
-    - `memory_budget`: what a process may take on its device where `selection.ratio` or `per_device_train_batch_size` is
-      `auto`, such as `8GiB`; left out, nine tenths of what is free there.
+    - `memory_budget`: what a process may take on its device where `selection.ratio`, `per_device_train_batch_size` or
+      `recompute` is `auto`, such as `8GiB`; left out, nine tenths of what is free there.
     - `early_stopping_patience`: end the run after so many evaluations in a row without a lower held-out loss.
     - `load_best`: `final/` is the checkpoint with the least held-out loss, and not the last.
     - `sample_prompts`: at each evaluation the model continues these, into `metrics.jsonl` and the terminal. They are
@@ -156,8 +158,8 @@ class DitchingSettings(Section):
     """
 
     ditching: bool = True
-    recompute: bool = False
-    kv_storage: Literal["device", "host", "int8"] = "device"
+    recompute: bool | Literal["auto"] = False
+    kv_storage: Literal["device", "host", "int8", "int8_host"] = "device"
     tile_rows: Literal["auto"] | PositiveInt = "auto"
     packing: bool | Literal["bins"] = False
     sequence_layout: Literal["balanced", "contiguous", "regroup"] = "balanced"
@@ -358,10 +360,16 @@ class RunConfig(Section):
                 "selection.ratio and training.per_device_train_batch_size are both auto; each takes what memory is "
                 "free, so give a number for one of them"
             )
-        if self.training.memory_budget and not (auto or auto_batch):
+        recompute_auto = self.training.recompute == "auto"
+        if recompute_auto and (auto or auto_batch):
+            other = "selection.ratio" if auto else "training.per_device_train_batch_size"
+            raise ValueError(f"{other} and training.recompute are both auto; give one of them")
+        if recompute_auto and not self.training.ditching:
+            raise ValueError("training.recompute: auto needs ditching: true; without, set true or false")
+        if self.training.memory_budget and not (auto or auto_batch or recompute_auto):
             raise ValueError(
-                "training.memory_budget is for selection.ratio: auto and training.per_device_train_batch_size: auto; "
-                "leave it out or set one of them"
+                "training.memory_budget is for selection.ratio: auto and training.per_device_train_batch_size: auto, "
+                "and for training.recompute: auto; leave it out or set one of them"
             )
         if self.eval_data is not None and self.eval_data.is_streamed:
             raise ValueError("eval_data is measured again and again and cannot be streamed: set its streaming to false")

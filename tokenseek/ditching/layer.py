@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, S selected, U unselected, D hidden.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,13 @@ from tokenseek.ditching.attention import selected_attention, unselected_attentio
 from tokenseek.ditching.autocast import autocast_cache
 from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache, _OnceCache
 from tokenseek.ditching.mixer import MixerSeam, recording_input
+from tokenseek.ditching.projected import ProjectedAgain
+from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.recorded import RecordedCache, RecordingCache
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.state import Ditching, argument_names, original_forward
 from tokenseek.ditching.storage import TakenOnce, saved_as_kept
-from tokenseek.ditching.tiles import TiledLayer, tile_attention, tiles_of
+from tokenseek.ditching.tiles import ProjectedCache, TiledLayer, tile_attention, tiles_of
 from tokenseek.errors import UserError
 from tokenseek.versions import what_to_install
 
@@ -171,7 +173,7 @@ def _run_both_passes(
     def run_unselected_alone(hidden_BUD: torch.Tensor) -> torch.Tensor:
         """Of a layer that takes over the keys and values of another."""
         outputs = []
-        for tile in tiles_of(reach, ditching.tile_rows) or ():
+        for tile in tiles_of(reach, ditching.tile_rows, checkpointing) or ():
             replace = tile_attention(tile, lambda: None)
             outputs.append(_hidden_states(run(tile.take(hidden_BUD), tile.rows, None, replace)))
         if outputs:
@@ -180,14 +182,19 @@ def _run_both_passes(
         replace = reach.replacement(reach.whole.unselected, attend)
         return _hidden_states(run(hidden_BUD, parts.unselected, None, replace))
 
-    def selected_pass(*keys_and_values: torch.Tensor) -> Any:
+    def selected_pass(*keys_and_values: torch.Tensor, projected: ProjectedAgain | None = None) -> Any:
         with torch.set_grad_enabled(with_gradient), autocast_cache(caches_casts):
             if not (checkpointing and with_gradient):
                 return run_selected(selected_BSD, *keys_and_values)
-            kept = [TakenOnce(rows, ditching.kv_storage) for rows in keys_and_values]
-            return checkpoint(
-                lambda hidden: run_selected(hidden, *(rows.take() for rows in kept)), selected_BSD, use_reentrant=False
-            )
+            if projected is not None and projected.keep_instead_of(keys_and_values):
+                take = projected.take
+            else:
+                kept = [TakenOnce(rows, ditching.kv_storage) for rows in keys_and_values]
+
+                def take() -> Any:
+                    return [rows.take() for rows in kept]
+
+            return checkpoint(lambda hidden: run_selected(hidden, *take()), selected_BSD, use_reentrant=False)
 
     if step.recording is not None:
         return selected_pass(*step.recording.take(layer))[0]
@@ -210,15 +217,29 @@ def _run_both_passes(
         with torch.no_grad(), autocast_cache(False):
             step.unselected_BUD = None if is_last else run_unselected_alone(unselected_BUD)
         return output
-    if tiles := tiles_of(reach, ditching.tile_rows):
+    tiles = tiles_of(reach, ditching.tile_rows, checkpointing)
+
+    def project(hidden_BUD: torch.Tensor) -> Any:
+        if tiles:
+            return TiledLayer(layer, tiles, hidden_BUD, run).keys_and_values()
+        cache = ProjectedCache()
+        with suppress(KeysAndValuesSeen):
+            run(hidden_BUD, parts.unselected, cache, lambda original: original)
+        return cache.keys, cache.values
+
+    projected = None
+    if checkpointing and with_gradient and isinstance(reach, PlainReach) and ditching.kv_storage in ("device", "host"):
+        projected = ProjectedAgain(project, unselected_BUD, ditching.kv_storage)
+    if tiles:
         with torch.no_grad(), autocast_cache(False):
             tiled = TiledLayer(layer, tiles, unselected_BUD, lambda *given: _hidden_states(run(*given)))
-            output, *keys_and_values = selected_pass(*tiled.keys_and_values())
+            output, *keys_and_values = selected_pass(*tiled.keys_and_values(), projected=projected)
+            tiled.keeps_input = projected is not None and projected.is_used
             step.unselected_BUD = None if is_last else tiled.finish(*keys_and_values)
             if attention_is_ours and not (is_last or tiled.attended):
                 raise _attends_otherwise(layer, ditching)
         return output
-    seam = UnselectedCache(lambda *rows: selected_pass(*reach.exchange(*rows)), stop=is_last)
+    seam = UnselectedCache(lambda *rows: selected_pass(*reach.exchange(*rows), projected=projected), stop=is_last)
     with torch.no_grad(), autocast_cache(False):
         try:
             calls: list[nn.Module] = []

@@ -5,7 +5,9 @@ Shapes: B batch, T tokens, S selected, R supervised rows, D hidden, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -89,7 +91,7 @@ def supervised_loss(
         nonlocal once
         chunks = chunks_of(hidden_RD)
         if has_gradient and _is_constant(head):
-            return sum(_LossWithGradient.apply(chunk_loss, *chunk) for chunk in chunks)
+            return sum(_run_chunk.get()(_LossWithGradient.apply, chunk_loss, *chunk) for chunk in chunks)
         if not (recompute or len(chunks) > 1):
             once = False
             return chunk_loss(*chunks[0])
@@ -136,6 +138,21 @@ class _CrossEntropy(torch.autograd.Function):
         gradient_CV = log_probs_CV.exp_() if ctx.once else log_probs_CV.exp()
         gradient_CV.mul_(gradient_C1).scatter_add_(-1, ctx.labels_C1, -gradient_C1)
         return gradient_CV.to(ctx.dtype), None, None
+
+
+# How a chunk of a head without gradient is run: as it is.
+RunChunk: TypeAlias = Callable[..., torch.Tensor]
+_run_chunk: ContextVar[RunChunk] = ContextVar("_run_chunk", default=lambda run, *chunk: run(*chunk))
+
+
+@contextmanager
+def chunks_run_by(run_chunk: RunChunk) -> Iterator[None]:
+    """Inside the block, chunks are run by `run_chunk`, given their function and its arguments; a plan skips some."""
+    token = _run_chunk.set(run_chunk)
+    try:
+        yield
+    finally:
+        _run_chunk.reset(token)
 
 
 class _LossWithGradient(torch.autograd.Function):

@@ -197,7 +197,7 @@ def _recording(ditching: Ditching, wanted: _Wanted, text: DealtText | None, top:
     if exact:
         scored = 0 if top is None else exact
     return Recording(
-        "host" if ditching.kv_storage == "host" else "device",
+        "host" if ditching.kv_storage in ("host", "int8_host") else "device",
         unrecorded=tuple(layers[-exact:]) if exact else (),
         scored=tuple(layers[-scored:]) if scored else (),
         exchange=text and text.share_keys,

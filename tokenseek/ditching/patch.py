@@ -63,7 +63,7 @@ def enable_token_ditching(
             means the same.
         kv_storage: where the keys and values of all tokens wait for the backward pass: "device"; "host", copied to and
             from pinned memory; or "int8", 8 bits a number and a scale for each token and head, with which gradients are
-            no longer exact (docs/performance.md says by how much).
+            no longer exact (docs/performance.md says by how much); or both, "int8_host".
         tile_rows: how many unselected rows run at once. Nothing of them is kept, so a layer need not hold them all;
             queries, keys and values are then projected twice. "auto" takes 2048 where there are at least 4096.
         seeking: how tokens are scored with ``selection``; by the gradient at the last layer's input by default.

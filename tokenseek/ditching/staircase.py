@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 
 from tokenseek.decoder.device import kind_of
 from tokenseek.decoder.masks import aligned_mask
+from tokenseek.ditching.visits import visited
 from tokenseek.errors import UserError
 
 _aten = torch.ops.aten
@@ -142,7 +143,7 @@ class _Staircase(torch.autograd.Function):
             query, output = (_grouped(x, key_heads) for x in (query_BNSH[b], output_BSNH[b].transpose(0, 1)))
             key, value = key_BKTH[b], value_BKTH[b]
             lse = _grouped(lse_BNS[b], key_heads)
-            for first, last, before, keys, mask in of_example:
+            for (first, last, before, keys, _), mask in visited([(span, span.mask_sR) for span in of_example]):
                 query_s = query[:, :, first:last]
                 near = slice(before, keys)
                 out, total = masked.forward(query_s, key[:, near], value[:, near], mask, scale)
@@ -172,11 +173,12 @@ class _Staircase(torch.autograd.Function):
             dquery = _grouped(dquery_BNSH[b], key_heads)
             key, value = key_BKTH[b], value_BKTH[b]
             end = of_example[-1].last if of_example else 0
-            for first, last, before, keys, _ in of_example:
+            masked_spans = [(span, next(masks)) for span in of_example]
+            for (first, last, before, keys, _), mask in visited(masked_spans):
                 # The keys under this step: the span's own rows see some of them, the rows of all later spans see all.
                 near = slice(before, keys)
                 for kernel, some, mask_sR in (
-                    (masked, slice(first, last), next(masks)),
+                    (masked, slice(first, last), mask),
                     (unmasked, slice(last, end), None),
                 ):
                     if some.start == some.stop:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-STORAGES = ("device", "host", "int8")
+STORAGES = ("device", "host", "int8", "int8_host")
 
 # What is done with the tensors that a storage, by its name, is made of.
 Watch = Callable[[str, tuple[torch.Tensor, ...]], None]
@@ -38,7 +38,8 @@ def _report(storage: str, *tensors: torch.Tensor) -> None:
 
 
 class Kept:
-    """A tensor [B, N, T, H] in storage: itself ("device"), a copy on the host, or 8 bits for each of its numbers.
+    """A tensor [B, N, T, H] in storage: itself ("device"), a copy on the host, or 8 bits for each of its numbers, there
+    or on the host ("int8_host").
 
     In 8 bits, every row of H numbers has a scale of its own, after the mean over the tokens is taken off.
     """
@@ -54,7 +55,12 @@ class Kept:
             _report(storage, self.numbers)
         else:
             self.numbers, self.scale, self.mean = to_int8(tensor.detach())
-            _report(storage, self.numbers, self.scale, self.mean)
+            if storage == "int8_host":
+                self.numbers, self.scale = to_host(self.numbers), to_host(self.scale)
+                _report("host", self.numbers, self.scale)
+                _report("int8", self.mean)
+            else:
+                _report(storage, self.numbers, self.scale, self.mean)
 
     def restore(self) -> torch.Tensor:
         """The tensor again, with the strides that it had."""
@@ -63,7 +69,8 @@ class Kept:
         restored = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
         if self.storage == "host":
             return restored.copy_(self.numbers, non_blocking=True)
-        return torch.addcmul(self.mean, self.numbers, self.scale, out=restored)
+        numbers, scale = (x.to(self.device, non_blocking=True) for x in (self.numbers, self.scale))
+        return torch.addcmul(self.mean, numbers, scale, out=restored)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,7 @@ Shapes: B batch, T tokens, U unselected, R rows of a tile, D hidden, N query hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -25,11 +23,14 @@ from tokenseek.ditching.cache import KeysAndValuesSeen, _OnceCache
 from tokenseek.ditching.reach import PlainReach, Reach
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.staircase import Span, is_served, staircase_attention
+from tokenseek.ditching.visits import visited
 from tokenseek.errors import UserError
 
 # With "auto", tiles have so many rows, and there are none where fewer than twice as many rows run: a second projection
 # is then not worth what it saves.
 AUTO_ROWS = 2048
+# Who recomputes asks for memory: there tiles are smaller, and begin with fewer rows.
+AUTO_ROWS_RECOMPUTED = 768
 
 
 def require_tile_rows(tile_rows: int | str) -> None:
@@ -67,8 +68,11 @@ class Tile:
         return spans
 
 
-def tiles_of(reach: Reach, tile_rows: int | str) -> list[Tile] | None:
+def tiles_of(reach: Reach, tile_rows: int | str, recomputed: bool = False) -> list[Tile] | None:
     """The tiles of the unselected rows, made once a step; None where they run at once.
+
+    Args:
+        recomputed: the selected rows run once more in the backward pass.
 
     Where ranks share a text, or a row holds several examples, attention knows rows in another order.
     """
@@ -76,8 +80,10 @@ def tiles_of(reach: Reach, tile_rows: int | str) -> list[Tile] | None:
     if type(reach) is not PlainReach or parts.unselected is None:
         return None
     batch, count = parts.unselected.index_BR.shape
-    size = max(1, (AUTO_ROWS if tile_rows == "auto" else tile_rows) // batch)
-    if count <= size or (tile_rows == "auto" and count < 2 * size):
+    auto = tile_rows == "auto"
+    size = (AUTO_ROWS_RECOMPUTED if recomputed else AUTO_ROWS) if auto else tile_rows
+    size = max(1, size // batch)
+    if count <= size or (auto and count < (1.5 if recomputed else 2) * size):
         return None
     rows = parts.unselected
     return rows._once(f"tiles.{size}", rows.index_BR, lambda: _make_tiles(rows, size))
@@ -97,21 +103,6 @@ def _make_tiles(rows: Rows, size: int) -> list[Tile]:
         extents.append(torch.stack([here_B, *ends], dim=1))
     on_host = torch.stack(extents).tolist()  # one transfer
     return [Tile(rows, first, last, own) for (first, last), own in zip(pairwise(borders), on_host, strict=True)]
-
-
-# The tiles of a layer that are computed: all.
-Visit = Callable[[list[Tile]], Iterator[Tile]]
-_visit: ContextVar[Visit] = ContextVar("_visit", default=iter)
-
-
-@contextmanager
-def visited_by(visit: Visit) -> Iterator[None]:
-    """Inside the block, layers compute the tiles that `visit` gives of theirs; a plan takes some for all."""
-    token = _visit.set(visit)
-    try:
-        yield
-    finally:
-        _visit.reset(token)
 
 
 class ProjectedCache(_OnceCache):
@@ -143,21 +134,22 @@ class TiledLayer:
 
     Attributes:
         attended: whether the layer looked its attention function up and found ours.
+        keeps_input: the hidden states are needed later; :meth:`finish` writes to memory of its own.
 
     Args:
         run: takes hidden states [B, R, D], :class:`Rows`, a cache and a replacement for attention; returns the output
             [B, R, D] of the layer.
-        hidden_BUD: of all unselected rows; written over by :meth:`finish`.
+        hidden_BUD: of all unselected rows; written over by :meth:`finish` unless it is kept.
     """
 
     def __init__(self, layer: nn.Module, tiles: list[Tile], hidden_BUD: torch.Tensor, run: Callable) -> None:
         self.layer, self.tiles, self.hidden_BUD, self.run = layer, tiles, hidden_BUD, run
-        self.attended = False
+        self.attended = self.keeps_input = False
 
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, K, U, H], by the first sweep."""
         buffers: list[torch.Tensor] = []
-        for tile in _visit.get()(self.tiles):
+        for tile in visited(self.tiles):
             cache = ProjectedCache()
             try:
                 self.run(tile.take(self.hidden_BUD), tile.rows, cache, lambda original: original)
@@ -178,8 +170,8 @@ class TiledLayer:
 
     def finish(self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor) -> torch.Tensor:
         """The layer's output for all unselected rows, [B, U, D], by the second sweep."""
-        output_BUD = self.hidden_BUD
-        for tile in _visit.get()(self.tiles):
+        output_BUD = torch.empty_like(self.hidden_BUD) if self.keeps_input else self.hidden_BUD
+        for tile in visited(self.tiles):
             cache = WholeCache(keys_BKTH.detach(), values_BKTH.detach())
             replace = tile_attention(tile, self._note_attention)
             output_BRD = self.run(tile.take(self.hidden_BUD), tile.rows, cache, replace)

@@ -3,11 +3,20 @@
 from tokenseek.launching.engine import Engine, launched_engine, read_engine
 from tokenseek.planning.budget import Choice, Knob, largest_ratio
 from tokenseek.planning.ledger import CATEGORIES
-from tokenseek.planning.method import Method, method_of
-from tokenseek.planning.report import describe_choice, describe_length, plan_table, time_table
+from tokenseek.planning.longest import RESERVE, Lengths
+from tokenseek.planning.method import Method, method_of, methods_of_lengths, methods_of_table
+from tokenseek.planning.proposal import proposals
+from tokenseek.planning.report import (
+    describe_choice,
+    describe_length,
+    describe_proposals,
+    longest_table,
+    plan_table,
+    time_table,
+)
 from tokenseek.planning.shapes import Shape, find_shape, known_shapes
 from tokenseek.planning.step import MemoryPlan, load_model_config, plan_memory
-from tokenseek.planning.work import EFFICIENCY, GPUS, Gpu, StepWork, find_gpu
+from tokenseek.planning.work import EFFICIENCY, GPUS, REFERENCE, Gpu, StepWork, find_gpu
 
 __all__ = [
     "CATEGORIES",
@@ -17,21 +26,29 @@ __all__ = [
     "Engine",
     "Gpu",
     "Knob",
+    "Lengths",
     "MemoryPlan",
     "Method",
+    "REFERENCE",
+    "RESERVE",
     "Shape",
     "StepWork",
     "describe_choice",
     "describe_length",
+    "describe_proposals",
     "find_gpu",
     "find_shape",
     "known_shapes",
     "largest_ratio",
     "load_model_config",
+    "longest_table",
     "launched_engine",
     "method_of",
+    "methods_of_lengths",
+    "methods_of_table",
     "plan_memory",
     "plan_table",
+    "proposals",
     "read_engine",
     "time_table",
 ]

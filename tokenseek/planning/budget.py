@@ -96,7 +96,7 @@ def _knobs(config: RunConfig, engine: Engine, tokens: int) -> Iterator[tuple[str
 
     if config.training.optim == "adamw_torch" and not engine.on_cpu:
         yield "--set training.optim=adamw_torch_fused", changed("training", optim="adamw_torch_fused"), engine, tokens
-    if not config.training.recompute:
+    if config.training.recompute is not True:
         yield "--set training.recompute=true", changed("training", recompute=True), engine, tokens
     if config.training.kv_storage == "device" and not engine.on_cpu:
         yield "--set training.kv_storage=host", changed("training", kv_storage="host"), engine, tokens

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,25 @@ CATEGORIES = {
     "logits": "the head: logits, their softmax and their gradients",
     "workspace": "what is needed for a moment only",
 }
+# Category of what is in the host's memory and no part of the sum.
+HOST = "host"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A stretch of a step, from one mark to the next.
+
+    Attributes:
+        peak, parts: the most bytes alive in it, and those by category.
+        seconds: by the ledger's clock.
+        average: bytes alive over that time.
+    """
+
+    name: Hashable
+    peak: int
+    parts: dict[str, int]
+    seconds: float
+    average: float
 
 
 class Ledger(TorchDispatchMode):
@@ -33,7 +53,8 @@ class Ledger(TorchDispatchMode):
         region: category of what is born from now on.
         peak: the most bytes that were alive at once.
         at_peak: those bytes, by category.
-        byte_seconds, seconds: of the time up to the last :meth:`note_time`; their quotient is the average.
+        host_peak: the most bytes that were in the host's memory at once.
+        byte_seconds, seconds: of the present stretch up to the last :meth:`note_time`; their quotient is its average.
 
     Example:
         >>> with Ledger() as ledger:
@@ -45,17 +66,49 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, clock: Callable[[], float] = lambda: 0.0) -> None:
         super().__init__()
+        self.clock = clock
         self.region = "workspace"
         self.alive = dict.fromkeys(CATEGORIES, 0)
-        self.total = 0
-        self.clock = clock
+        self.total = self.host = self.host_peak = 0
         self.reset_peak()
-        self.reset_time()
         self._storages: dict[int, tuple[weakref.ref, int, str | None]] = {}
 
-    def reset_peak(self) -> None:
-        """Begin a new peak with what is alive now."""
-        self.peak, self.at_peak = self.total, dict(self.alive)
+    def reset_peak(self, name: Hashable = None) -> None:
+        """Begin anew with what is alive now, with a stretch called `name`."""
+        self._ended: list[Stretch] = []
+        self.host_peak = self.host
+        self._begin(name)
+
+    def mark(self, name: Hashable) -> None:
+        """End a stretch of the step here, and begin one called `name`."""
+        self._ended.append(self._stretch)
+        self._begin(name)
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        return [*self._ended, self._stretch]
+
+    @property
+    def peak(self) -> int:
+        return self._highest.peak
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        return self._highest.parts
+
+    @property
+    def _highest(self) -> Stretch:
+        return max(self.stretches, key=lambda stretch: stretch.peak)
+
+    def _begin(self, name: Hashable) -> None:
+        self._name, self._high, self._at_high = name, self.total, dict(self.alive)
+        self.reset_time()
+
+    @property
+    def _stretch(self) -> Stretch:
+        self.note_time()
+        average = self.byte_seconds / self.seconds if self.seconds else float(self.total)
+        return Stretch(self._name, self._high, self._at_high, self.seconds, average)
 
     def reset_time(self) -> None:
         """Begin a new average now."""
@@ -70,14 +123,18 @@ class Ledger(TorchDispatchMode):
 
     def add(self, category: str, nbytes: int) -> None:
         """Count bytes (or discount, where negative) that no tensor of this process stands for."""
+        if category == HOST:
+            self.host += nbytes
+            self.host_peak = max(self.host_peak, self.host)
+            return
         self.note_time()
         self.alive[category] += nbytes
         self.total += nbytes
-        if self.total > self.peak:
-            self.reset_peak()
+        if self.total > self._high:
+            self._high, self._at_high = self.total, dict(self.alive)
 
     def track(self, tensors: Iterable[torch.Tensor], category: str | None) -> None:
-        """Count the storages of `tensors` in `category`, wherever they were counted before; None: nowhere."""
+        """Count the storages of `tensors` in `category` (or :data:`HOST`), wherever they were before; None: nowhere."""
         for tensor in tensors:
             self._put(tensor.untyped_storage(), category)
 
@@ -89,12 +146,18 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in self._storages:
-                    self._put(storage, self.region)
+        if isinstance(result, torch.Tensor):
+            self._see(result)
+        elif isinstance(result, (tuple, list)):
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    self._see(tensor)
         return result
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._storages:
+            self._put(storage, self.region)
 
     def _put(self, storage: torch.UntypedStorage, category: str | None) -> None:
         key = id(storage)

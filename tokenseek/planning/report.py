@@ -10,6 +10,8 @@ from tokenseek.config.sizes import format_size
 from tokenseek.errors import UserError
 from tokenseek.planning.budget import Choice
 from tokenseek.planning.ledger import CATEGORIES
+from tokenseek.planning.method import Method
+from tokenseek.planning.proposal import seconds_per_token
 from tokenseek.planning.step import MemoryPlan
 from tokenseek.planning.work import Gpu
 
@@ -18,10 +20,10 @@ def plan_table(plans: Sequence[MemoryPlan]) -> str:
     """One line for each plan: the bytes of its peak and of its average, then what those of the peak are for."""
     giant = max(plan.peak for plan in plans) >= 2**30
     unit, digits = (2**30, 2) if giant else (2**20, 1)
-    parts = [name.replace("keys_values", "K/V") for name in CATEGORIES]
-    lines = [["GiB" if giant else "MiB", "peak", "average", *parts]]
+    columns = [*(name.replace("keys_values", "K/V") for name in CATEGORIES), "on host"]
+    lines = [["GiB" if giant else "MiB", "peak", "average", *columns]]
     for plan in plans:
-        sizes = [plan.peak, plan.average, *(plan.parts[name] for name in CATEGORIES)]
+        sizes = [plan.peak, plan.average, *(plan.parts[name] for name in CATEGORIES), plan.host]
         lines.append([str(plan.method), *(f"{size / unit:.{digits}f}" for size in sizes)])
     return _aligned(lines)
 
@@ -57,11 +59,10 @@ def describe_length(model_config: PreTrainedConfig, tokens: int) -> str | None:
     Raises:
         UserError: its positions are learned, and there are no more.
     """
-    text_config = model_config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None) or tokens
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or tokens
     if tokens <= positions:
         return None
-    if not getattr(text_config, "rope_parameters", None):
+    if most_positions(model_config):
         raise UserError(
             f"{tokens:,} tokens: the model has {positions:,} positions and learned each of them; give --tokens or "
             f"data.max_length up to {positions}."
@@ -71,6 +72,42 @@ def describe_length(model_config: PreTrainedConfig, tokens: int) -> str | None:
         f'would need rotary scaling, such as "rope_type": "yarn" with "factor": {-(-tokens // positions)}.0. Memory is '
         "the same."
     )
+
+
+def most_positions(model_config: PreTrainedConfig) -> int | None:
+    """How long an example can be at most; None where positions are no table of learned ones."""
+    text_config = model_config.get_text_config()
+    learned = not getattr(text_config, "rope_parameters", None)
+    return getattr(text_config, "max_position_embeddings", None) if learned else None
+
+
+def longest_table(rows: Sequence[tuple[Method, Sequence[int], MemoryPlan | None]], budgets: Sequence[int]) -> str:
+    """One line for each method: tokens of the longest example in each budget; what the longest keeps on the host."""
+    lines = [["longest example, tokens", *map(format_size, budgets), "on host"]]
+    for method, tokens, plan in rows:
+        lengths = [f"{n:,}" if n else "-" for n in tokens]
+        lines.append([str(method), *lengths, format_size(plan.host) if plan and plan.host else "-"])
+    return _aligned(lines)
+
+
+def describe_proposals(plans: Sequence[MemoryPlan], name: str, gpu: Gpu) -> str:
+    """One line for each plan, the fastest first, and the settings of that one."""
+    lines = [[f"fits, fastest on {name} first", "micro batch", "peak", "on host", "tokens/s"]]
+    for plan in plans:
+        speed = f"{1 / seconds_per_token(plan, gpu):,.0f}"
+        host = format_size(plan.host) if plan.host else "-"
+        lines.append(
+            [str(plan.method), f"{plan.tokens[0]} x {plan.micro_batches}", format_size(plan.peak), host, speed]
+        )
+    best = plans[0]
+    settings = {
+        "selection.ratio": f"{best.method.ratio:g}",
+        "training.per_device_train_batch_size": best.tokens[0],
+        "training.gradient_accumulation_steps": best.micro_batches,
+        "training.recompute": str(best.method.recompute).lower(),
+        "training.kv_storage": best.method.kv_storage,
+    }
+    return _aligned(lines) + "\n  " + " ".join(f"--set {key}={value}" for key, value in settings.items())
 
 
 def describe_choice(choice: Choice, budget: int) -> str:

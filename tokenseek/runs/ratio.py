@@ -1,4 +1,4 @@
-"""`selection.ratio: auto`: the largest share of the tokens whose training step fits into memory."""
+"""`auto`: the largest share of the tokens whose training step fits into memory, and whether it is recomputed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenseek.config.sizes import format_size, parse_size
 from tokenseek.errors import UserError
 from tokenseek.launching.memory import free_memory_bytes
 from tokenseek.launching.processes import first_on_main, log_once
-from tokenseek.planning import Engine, describe_choice, largest_ratio, launched_engine
+from tokenseek.planning import Engine, describe_choice, largest_ratio, launched_engine, method_of, plan_memory
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,36 @@ def settle_ratio(config: RunConfig, checkpoint: str | None, tokens: int, state: 
     selection = config.selection.model_copy(update={"ratio": ratio})
     training = config.training.model_copy(update={"memory_budget": None})
     return config.model_copy(update={"selection": selection, "training": training})
+
+
+def settle_recompute(config: RunConfig, checkpoint: str | None, tokens: int, state: PartialState) -> RunConfig:
+    """`config` with true or false for `training.recompute`: true where a step does not fit into memory without.
+
+    A run that resumes goes on as its checkpoint's run.
+
+    Args:
+        checkpoint: that the run resumes from, if any.
+        tokens: of the longest example.
+    """
+    if config.training.recompute != "auto":
+        return config
+    if checkpoint and (file := Path(checkpoint).parent / "config.yaml").is_file():
+        before = load_config(file).training.recompute
+        if before != "auto":
+            log_once(_log, state, f"training.recompute: auto: {str(before).lower()} as before in {checkpoint}.")
+            training = config.training.model_copy(update={"recompute": before, "memory_budget": None})
+            return config.model_copy(update={"training": training})
+    budget = memory_budget(config, state)
+    engine = launched_engine(on_cpu=state.device.type == "cpu")
+    peak = first_on_main(
+        state,
+        lambda: plan_memory(config, method_of(config), engine, tokens=tokens).peak if state.is_main_process else None,
+    )
+    (peak,) = broadcast_object_list([peak])
+    told = f"{str(peak > budget).lower()}; without, {format_size(peak)} are planned at the peak of a step, and "
+    log_once(_log, state, f"training.recompute: auto: {told}{format_size(budget)} may be used.")
+    training = config.training.model_copy(update={"recompute": peak > budget, "memory_budget": None})
+    return config.model_copy(update={"training": training})
 
 
 def _planned(config: RunConfig, budget: int, engine: Engine, tokens: int) -> tuple[float, int]:

@@ -48,7 +48,7 @@ from tokenseek.runs.hub import push, require_hub
 from tokenseek.runs.inputs import RunInputs, read_inputs
 from tokenseek.runs.outline import log_outline
 from tokenseek.runs.prompts import render_prompts, require_samples
-from tokenseek.runs.ratio import settle_ratio
+from tokenseek.runs.ratio import settle_ratio, settle_recompute
 from tokenseek.runs.resume import (
     METRICS_NAME,
     SUMMARY_NAME,
@@ -160,6 +160,7 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
         longest = config.data.max_length
     config = settle_batch(config, start.settled_by, longest, state)
     config = settle_ratio(config, start.settled_by, longest, state)
+    config = settle_recompute(config, start.settled_by, longest, state)
     groups = state.num_processes // (group.size() if group else 1)
     require_a_batch(config.training, len(training), groups)
     fingerprint = fingerprint_run(config, inputs, training, held_out, groups)
