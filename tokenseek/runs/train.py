@@ -326,7 +326,7 @@ def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedMode
         seeking = Seeking(scoring.reduction, scoring.gradient_layer, exact_layers)
         enable_token_ditching(
             model,
-            recompute=training.recompute,
+            recompute=training.recompute is True,  # `prepare` has settled `auto`
             kv_storage=training.kv_storage,
             tile_rows=training.tile_rows,
             seeking=seeking,
