@@ -228,7 +228,8 @@ def _run_both_passes(
         return cache.keys, cache.values
 
     projected = None
-    if checkpointing and with_gradient and isinstance(reach, PlainReach) and ditching.kv_storage in ("device", "host"):
+    is_plain = isinstance(reach, PlainReach) and not shared and ditching.kv_storage in ("device", "host")
+    if checkpointing and with_gradient and is_plain:
         projected = ProjectedAgain(project, unselected_BUD, ditching.kv_storage)
     if tiles:
         with torch.no_grad(), autocast_cache(False):
