@@ -164,7 +164,7 @@ def _all_stretches(shallow: TakenStep, deeper: TakenStep, depths: Depths) -> lis
         )
         return time_in_other, Stretch(name, peak, dict(zip(second.parts, parts, strict=True)), seconds, average)
 
-    def of_layer(what: str, layer: int, time: int) -> tuple[float, Stretch] | None:
+    def of_layer(what: Hashable, layer: int, time: int) -> tuple[float, Stretch] | None:
         """Counted from the first layer or from the last; None where this layer has no such stretch."""
         is_early = layer < 2 * period
         keys = [(what, layer if is_early else layer - depths.whole + depth, time) for depth in depths.of]
@@ -181,9 +181,9 @@ def _all_stretches(shallow: TakenStep, deeper: TakenStep, depths: Depths) -> lis
             # Between two of its kind, of which memory is a linear function.
             low = period + layer % period
             high = next(n for n in range(depths.whole - of_end, depths.whole) if n % period == layer % period)
-            ends = of_layer(what, low, time), of_layer(what, high, time)
-            if ends[0] and ends[1]:
-                found.append(_between(*ends, (what, layer), layer - low, high - low))
+            below, above = of_layer(what, low, time), of_layer(what, high, time)
+            if below and above:
+                found.append(_between(below, above, (what, layer), layer - low, high - low))
     return [stretch for _, stretch in sorted(found, key=lambda entry: entry[0])]
 
 

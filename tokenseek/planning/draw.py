@@ -4,6 +4,7 @@ matplotlib (the extra `report`)."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,9 @@ def _against_ratio(axes: Axes, plans: Sequence[MemoryPlan], budget: int | None) 
             axes.plot(*zip(*shares, strict=True), color=colour, marker=".", label=f"TokenSeek{words}")
         for plan in own:
             if plan.method.ratio is None:
-                style = dict(color=colour, linewidth=1, linestyle="--" if not plan.method.chunked_loss else ":")
+                style: dict[str, Any] = dict(
+                    color=colour, linewidth=1, linestyle="--" if not plan.method.chunked_loss else ":"
+                )
                 axes.axhline(plan.peak / GIB, label=str(plan.method), **style)
     if budget:
         axes.axhline(budget / GIB, color="#8a929c", label="budget")

@@ -246,7 +246,9 @@ def _train_pass(
     autocasts = precision and not engine.is_deepspeed
     saved = _saved(ledger, _HostCheckpoints(ledger, decoder, shape) if method.offload else None)
     # As from the collator, with the count that Trainer hands on.
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_items_in_batch=ids.numel())
+    inputs: dict[str, Any] = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_items_in_batch=ids.numel()
+    )
     casting: AbstractContextManager[Any] = torch.autocast("cpu", precision) if autocasts else nullcontext()
     with saved, casting:
         output = {"loss": _chunked_loss(decoder, **inputs)} if method.chunked_loss else model(**inputs, **extra)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import count
-
 from transformers import PreTrainedConfig
 
 from tokenseek.config import RunConfig
@@ -66,7 +64,9 @@ class Lengths:
             )
         self.plan(min(_SECOND, self.most))
         spare = TOLERANCE * (budget - first.states)
-        for tries in count():
+        tries = 0
+        while True:
+            tries += 1
             low = max((tokens for tokens, plan in self.known.items() if plan.peak <= budget), default=0)
             high = min((tokens for tokens in self.known if tokens > low), default=None)
             if low and (low == self.most or budget - self.known[low].peak <= spare):
