@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _LARGE = 256
 # Settings that say where in a model an adapter is, which a model of one layer does not have.
 _PLACES = (
+    "base_model_name_or_path",
     "modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters", "trainable_token_indices",
     "exclude_modules", "layer_replication", "rank_pattern", "alpha_pattern", "feedforward_modules", "task_type",
 )  # fmt: skip
