@@ -16,7 +16,14 @@ from tokenseek.config.resources import list_resources
 from tokenseek.errors import UserError
 from tokenseek.sweeps.paper import NOT_HERE, load_table
 from tokenseek.sweeps.reproduce_claims import CLAIMS, HELD, NOT_HELD, NOT_RUN, PARTLY, Measured
-from tokenseek.sweeps.reproduce_here import HereOptions, here_config, here_trials, plan_table_1, run_here, tables_here
+from tokenseek.sweeps.reproduce_here import (
+    HereOptions,
+    here_config,
+    here_trials,
+    plan_memory_of_paper,
+    run_here,
+    tables_here,
+)
 from tokenseek.sweeps.reproduce_page import as_html, as_markdown, page_blocks, page_of_file
 from tokenseek.sweeps.sweep import read_rows
 
@@ -147,7 +154,7 @@ def test_rows_of_evidence_count_for_the_claims_that_they_answer():
     assert verdict.held == PARTLY and "spreads of 0.100 and 0.300" in verdict.measured
 
 
-def test_table_1_is_planned_once(tmp_path, monkeypatch):
+def test_memory_is_planned_once(tmp_path, monkeypatch):
     planned = []
 
     def plan(config, method, *, tokens):
@@ -155,10 +162,11 @@ def test_table_1_is_planned_once(tmp_path, monkeypatch):
         return SimpleNamespace(average=1, peak=2)
 
     monkeypatch.setattr("tokenseek.sweeps.reproduce_here.plan_memory", plan)
-    rows = plan_table_1(tmp_path / "plans.jsonl", models=["llama-3.2-1b"])
-    assert len(rows) == len(planned) == 12
+    tables = [("1", "llama-3.2-1b"), ("2", "llama-3.2-1b")]
+    rows = plan_memory_of_paper(tmp_path / "plans.jsonl", tables)
+    assert len(rows) == len(planned) == 2 * (6 + 4)  # three methods with all tokens and 10 %, four more ratios
     assert ("nf4", 0.1, 2048) in planned and (None, None, 512) in planned
-    assert plan_table_1(tmp_path / "plans.jsonl", models=["llama-3.2-1b"]) == rows and len(planned) == 12
+    assert plan_memory_of_paper(tmp_path / "plans.jsonl", tables) == rows and len(planned) == 20
 
 
 def test_planned_memory_is_judged_by_the_paper_s_shares():

@@ -181,15 +181,26 @@ def _bands(measured: Measured) -> Verdict:
 
 
 def _budget(measured: Measured) -> Verdict:
-    found = {r: rows[0] for r in RATIOS if 0 in (rows := measured.of("2", f"r-{r}"))}
-    if not {10, 50} <= set(found):
-        return Verdict("", NOT_RUN)
     told, falls = [], []
-    for title, column in (("average", "average_memory_bytes"), ("peak", "step_peak_bytes")):
-        sizes = [found[r][column] / 2**20 for r in found]
-        told.append(f"{title} {', '.join(f'{size:.0f}' for size in sizes)} MiB")
-        falls.append(sizes == sorted(sizes, reverse=True))
-    return _verdict([f"LoRA, r = {', '.join(map(str, found))} %: {'; '.join(told)}"], falls)
+    for title, lengths in (("average", "average_tokens"), ("peak", "peak_tokens")):
+        names = [f"r-{r}" if r > 10 else "qlora-tokenseek" for r in RATIOS]
+        shares = [planned_share(measured.plans, "llama-3.2-1b", name, lengths) for name in names]
+        planned = [share for share in shares if share is not None]
+        if len(planned) == len(RATIOS):
+            told.append(f"planned for Llama-3.2 1B with QLoRA, {title}: {_listed(planned, 1)} % of full tuning's")
+            falls.append(planned == sorted(planned, reverse=True))
+    found = {r: rows[0] for r in RATIOS if 0 in (rows := measured.of("2", f"r-{r}"))}
+    if {10, 50} <= set(found):
+        for title, column in (("average", "average_memory_bytes"), ("peak", "step_peak_bytes")):
+            sizes = [found[r][column] / 2**20 for r in found]
+            ratios = ", ".join(map(str, found))
+            told.append(f"measured here with LoRA, r = {ratios} %, {title}: {_listed(sizes, 0)} MiB")
+            falls.append(sizes == sorted(sizes, reverse=True))
+    return _verdict([f"r = {', '.join(map(str, RATIOS))} %", *told] if told else [], falls)
+
+
+def _listed(numbers: Sequence[float], digits: int) -> str:
+    return ", ".join(f"{number:.{digits}f}" for number in numbers)
 
 
 def _memory(measured: Measured) -> Verdict:

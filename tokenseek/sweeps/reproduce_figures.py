@@ -48,6 +48,7 @@ def _by_ratio(table: PaperTable, rows: Sequence[Row]) -> Figure:
         ylabel="average score" if by_average else "held-out loss (nats per token)",
         title=table.title,
     )
+    axes.set_xlim(5, 55)
     return _finish(figure, axes)
 
 

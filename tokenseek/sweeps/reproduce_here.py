@@ -38,7 +38,7 @@ FIRST = (
     ("1", ("full-random",), False),
     ("1", ("qlora",), True),
 )
-PLANNED_MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b")
+PLANNED = (("1", "qwen2.5-0.5b"), ("2", "llama-3.2-1b"), ("1", "llama-3.2-1b"), ("1", "llama-3.2-3b"))
 # The paper's texts are of unknown length: usual ones make its averages, the longest its peaks.
 LENGTHS = {"average_tokens": 512, "peak_tokens": 2048}
 # Weights of 4 bits are slow on a CPU: QLoRA is LoRA on float32 weights here.
@@ -148,28 +148,40 @@ def run_here(config: RunConfig, options: HereOptions, run: bool = True) -> Path 
     if number:
         return None
     planned = folder / "plans.jsonl"
-    plans = plan_table_1(planned) if run and "1" in tables else read_rows(planned)
+    plans = plan_memory_of_paper(planned) if run and "1" in tables else read_rows(planned)
     file = folder / "here.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*_slim(sweep.rows()), *plans]), encoding="utf-8")
     return file
 
 
-def plan_table_1(file: Path, models: Sequence[str] = PLANNED_MODELS) -> list[Row]:
-    """The planned memory of Table 1 at the sizes of the paper's models; what `file` has is not planned again."""
-    table, rows = load_table("1"), read_rows(file)
+def plan_memory_of_paper(file: Path, planned: Sequence[tuple[str, str]] = PLANNED) -> list[Row]:
+    """Memory of Tables 1 and 2 at the sizes of the paper's models; what `file` has is not planned again.
+
+    Args:
+        planned: pairs of a table and a model.
+    """
+    rows = read_rows(file)
     done = {(row["model"], row["row"], row["lengths"]) for row in rows}
-    for model in models:
+    for name, model in planned:
+        table = load_table(name)
         base = table_config(table, None, paper=model)
         for row in table.rows:
-            if row.method not in ("full", "loha", "qlora") or row.name.endswith("-random"):
+            if not _is_planned(row.name, row.method):
                 continue
             config = override_config(base, row_settings(row, base))
             for lengths, tokens in LENGTHS.items():
                 if (model, row.name, lengths) not in done:
+                    done.add((model, row.name, lengths))
                     plan = plan_memory(config, method_of(config), tokens=tokens)
                     sizes = {"tokens": tokens, "average": plan.average, "peak": plan.peak}
                     append_row(file, {"model": model, "row": row.name, "lengths": lengths, **sizes})
     return read_rows(file)
+
+
+def _is_planned(name: str, method: str) -> bool:
+    """Random tokens take the memory of sought ones, whatever their weights; 10 % is in Table 1."""
+    same = name.endswith("-random") or name.startswith("alpha-") or name == "r-10"
+    return method in ("full", "loha", "qlora") and not same
 
 
 def _slim(rows: Sequence[Row]) -> Iterator[Row]:

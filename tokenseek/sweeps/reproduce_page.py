@@ -113,7 +113,7 @@ def _size(rows: Sequence[Row]) -> str:
 
 
 def _planned(plans: Sequence[Row]) -> list[Block]:
-    rows = {row.name: row for row in load_table("1").rows}
+    rows = {row.name: row for table in ("2", "1") for row in load_table(table).rows}
     lengths = {row["lengths"]: row["tokens"] for row in plans}
     lines = []
     for model in dict.fromkeys(row["model"] for row in plans):
@@ -128,7 +128,7 @@ def _planned(plans: Sequence[Row]) -> list[Block]:
         f"{lengths.get('peak_tokens')}."
     )
     titles = ["model", "setting", "ave. mem. % (paper)", "planned", "max. mem. % (paper)", "planned"]
-    return [Heading("Memory of Table 1 at the paper's sizes, planned"), Text(text), Table(titles, lines)]
+    return [Heading("Memory of Tables 1 and 2 at the paper's sizes, planned"), Text(text), Table(titles, lines)]
 
 
 def _name(table: str) -> str:
