@@ -90,6 +90,11 @@ class SharedAttention:
                 f"{self.name} has a layer of {query_BNRH.shape[1]} query heads where its config says {heads}; "
                 "sequence parallelism does not support this model."
             )
+        if key_BkTH.shape[1] > heads // ranks:
+            raise UserError(
+                f"{self.name} hands its keys and values to its cache in another form (latent) than to attention, which "
+                "ranks that share texts do not support. Train without sequence parallelism (sp_size)."
+            )
         share = heads, ranks, rank
         some_heads = _OfSomeHeads(module, heads // ranks // key_BkTH.shape[1], share)
         if attention_mask is not None and attention_mask.shape[1] == heads > 1:
