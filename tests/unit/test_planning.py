@@ -293,11 +293,11 @@ def test_the_command(tmp_path, capsys):
     assert "H100, estimate" in capsys.readouterr().out
     assert main([*command, "--gpu", "H10"]) == 2
     assert "did you mean H100?" in capsys.readouterr().err
-    assert main([*command, "--budget", "1GiB"]) == 0
+    assert main([*command, "--ratios", "0.2", "--budget", "1GiB"]) == 0
     printed = capsys.readouterr().out
     assert "r = 1 is the largest share that fits" in printed
     assert "fits, fastest on A100-40 first" in printed
-    assert "--set training.per_device_train_batch_size=1" in printed and "--set selection.ratio=0.1" in printed
+    assert "--set selection.ratio=0.2 --set training.per_device_train_batch_size=8" in printed
     assert main([*command, "--budget", "1MiB"]) == 1
     assert "nothing fits" in capsys.readouterr().out
     assert main([*command, "--budget", "8 elephants"]) == 2
