@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full", "full+checkpoint+chunked-ce", "tokenseek@0.1", "tokenseek@0.1+recompute", "online@0.1")
 LORA = ("full+lora+checkpoint", "tokenseek@0.1+lora", "online@0.1+lora")
+FEW_LAUNCHES = ("full+compile", "tokenseek@0.1+compile", "full+liger", "tokenseek@0.1+liger")
 QLORA = ("full+qlora", "full+qlora+checkpoint", "tokenseek@0.1+qlora", "tokenseek@0.1+qlora+recompute")
 ONE, THREE, EIGHT = "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"
 HEADS = {ONE: (32, 8, 64), "tiny": (4, 2, 16)}
@@ -126,6 +127,7 @@ PARTS = {
     "steps-1x8192": Part(150, partial(_steps, ONE, 1, 8192, METHODS)),
     "attention": Part(90, _attention),
     "steps-1x32768": Part(150, partial(_steps, ONE, 1, 32768, METHODS)),
+    "few-launches": Part(150, partial(_steps, ONE, 1, 2048, FEW_LAUNCHES)),
     "scoring": Part(60, _scoring),
     "tests": Part(120, _tests),
     "qlora-8b": Part(150, partial(_steps, EIGHT, 1, 2048, QLORA)),

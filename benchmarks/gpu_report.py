@@ -107,7 +107,7 @@ def step_table(rows: Sequence[Row]) -> str:
 def planned(row: Row) -> MemoryPlan | None:
     """The plan of a row's step; None for methods that the planner does not know."""
     method, settings = Measured.parse(row["method"]), [f"model.dtype={DTYPES[row['dtype']]}"]
-    if method.base == "algorithm1" or method.options & {"chunked-ce", "packed"}:
+    if method.base == "algorithm1" or method.options & {"chunked-ce", "packed", "compile", "liger"}:
         return None
     settings.append(f"training.per_device_train_batch_size={row['batch']}")
     if method.options & {"lora", "qlora"}:

@@ -32,7 +32,7 @@ from tokenseek.ditching.planned import PlannedRows
 from tokenseek.labels import IGNORED
 
 SHORTEST = 0.75
-NEEDS = {"qlora": "bitsandbytes", "lora": "peft"}
+NEEDS = {"qlora": "bitsandbytes", "lora": "peft", "liger": "liger_kernel"}
 
 
 def step_rows(
@@ -48,6 +48,9 @@ def step_rows(
         row = about | dict(method=method)
         if missing := missing_package(method):
             yield row | dict(skipped=f"{missing} is not installed")
+            continue
+        if device == "cpu" and method.endswith(("+compile", "+liger")):
+            yield row | dict(skipped="is not rehearsed: it is for GPUs")
             continue
         try:
             trained = Trained(method, shape, device, dtype)

@@ -19,13 +19,14 @@ from tokenseek.decoder.head import next_token_labels
 from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.ditching.loss import selected_loss
+from tokenseek.models.kernels import apply_liger, compile_regions
 from tokenseek.selection import SelectionRule
 
 _OPTIONS = {
-    "full": {"checkpoint", "chunked-ce", "lora", "qlora"},
+    "full": {"checkpoint", "chunked-ce", "lora", "qlora", "compile", "liger"},
     "algorithm1": {"lora", "qlora"},
-    "tokenseek": {"recompute", "kv-host", "kv-int8", "lora", "qlora", "packed"},
-    "online": {"error", "exact", "recompute", "kv-host", "lora", "qlora"},
+    "tokenseek": {"recompute", "kv-host", "kv-int8", "lora", "qlora", "packed", "compile", "liger"},
+    "online": {"error", "exact", "recompute", "kv-host", "lora", "qlora", "compile", "liger"},
 }
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]  # where the paper puts its adapters (section S1.7)
 
@@ -69,6 +70,11 @@ def build(name: str, shape: str, dtype: torch.dtype, device: str) -> tuple[nn.Mo
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=FEED_FORWARD)).train()
     if "checkpoint" in method.options:
         enable_checkpointing(find_decoder(model).causal_lm)
+
+    if "liger" in method.options:
+        apply_liger(find_decoder(model).causal_lm)
+    if "compile" in method.options:
+        compile_regions(model)
 
     if method.base == "tokenseek":
         kv_storage = next((s for s in ("host", "int8") if f"kv-{s}" in method.options), "device")

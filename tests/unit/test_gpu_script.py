@@ -75,6 +75,11 @@ def test_steps_are_measured_with_old_and_new_batches(rehearsed):
 def test_what_is_not_installed_is_left_out_by_name(rehearsed):
     rows = [row for row in read_rows(rehearsed[1]) if row["part"] == "qlora-8b"]
     assert {row["skipped"] for row in rows} == {"bitsandbytes is not installed"} and len(rows) == len(gpu.QLORA)
+    rows = [row for row in read_rows(rehearsed[1]) if row["part"] == "few-launches"]
+    assert [row["skipped"] for row in rows[::2]] == [
+        "is not rehearsed: it is for GPUs",
+        "liger_kernel is not installed",
+    ]
 
 
 def test_the_report_has_every_row_and_its_plan(rehearsed):

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tokenseek.config import RunConfig
 from tokenseek.decoder.find import find_causal_lm, find_layers
 from tokenseek.errors import UserError
 from tokenseek.launching import environment
+
+if TYPE_CHECKING:  # the kernels themselves need no library of settings
+    from tokenseek.config import RunConfig
 
 
 def require_kernels(config: RunConfig) -> None:
