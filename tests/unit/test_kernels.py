@@ -114,7 +114,7 @@ def test_models_are_loaded_on_their_device(monkeypatch, on_gpu, zero3, fsdp, pla
 
     def from_pretrained(folder, **options):
         asked.append(options)
-        return object(), {"missing_keys": []}
+        return SimpleNamespace(), {"missing_keys": []}
 
     load = SimpleNamespace(from_pretrained=from_pretrained)
     monkeypatch.setattr(loading, "AutoModelForCausalLM", load)
