@@ -61,6 +61,9 @@ def test_what_may_be_left_out():
     model.model.layers[0].experts = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
     assert leaves_parameters_out(model)
     model = tiny_model("llama")
+    model.model.layers[1].self_attn.is_kv_shared_layer = True
+    assert leaves_parameters_out(model)
+    model = tiny_model("llama")
     model.beside = torch.nn.Linear(2, 2)
     assert leaves_parameters_out(model)
     model.beside.requires_grad_(False)

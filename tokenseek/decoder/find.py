@@ -207,17 +207,21 @@ def _cache_argument(name: str, layers: nn.ModuleList) -> str:
 def leaves_parameters_out(model: nn.Module) -> bool:
     """Whether a step may leave some trained parameter without a gradient, by the look of the modules.
 
-    Every row runs through all of a dense decoder. Where a layer holds a list of modules (experts), the rows may choose,
-    and what is neither in the body nor the head may not run at all.
+    Every row runs through all of a dense decoder. Where a layer holds a list of modules (experts), the rows may choose;
+    layers that take over keys and values may have projections of their own all the same; and what is neither in the
+    body nor the head may not run at all.
     """
-    decoder = find_decoder(model)
-    chooses = any(
-        isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1
-        for layer in decoder.layers
-        for module in layer.modules()
-    )
-    reached = {id(p) for part in (decoder.body, decoder.causal_lm.get_output_embeddings()) for p in part.parameters()}
-    return chooses or any(p.requires_grad and id(p) not in reached for p in model.parameters())
+    causal_lm = find_causal_lm(model)
+    lists = [module for module in causal_lm.modules() if _holds_several(module)]
+    chooses = any(_holds_several(inner) for each in lists for inner in each.modules() if inner is not each)
+    shares = any(getattr(module, "is_kv_shared_layer", False) for module in causal_lm.modules())
+    parts = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
+    reached = {id(p) for part in parts for p in part.parameters()}
+    return chooses or shares or any(p.requires_grad and id(p) not in reached for p in model.parameters())
+
+
+def _holds_several(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1
 
 
 @contextmanager
