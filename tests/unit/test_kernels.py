@@ -110,14 +110,16 @@ def test_adamw_is_fused_on_a_gpu(monkeypatch, tmp_path, on_gpu, optim):
 def test_models_are_loaded_on_their_device(monkeypatch, on_gpu, zero3, fsdp, placed):
     asked = []
     monkeypatch.setattr(loading, "model_folder", lambda model: model.name_or_path)
-    monkeypatch.setattr(loading, "keep_4bit_differentiable", lambda model: None)
+    for name in ("keep_4bit_differentiable", "keep_text_alone"):
+        monkeypatch.setattr(loading, name, lambda model: None)
 
     def from_pretrained(folder, **options):
         asked.append(options)
         return SimpleNamespace(), {"missing_keys": []}
 
     load = SimpleNamespace(from_pretrained=from_pretrained)
-    monkeypatch.setattr(loading, "AutoModelForCausalLM", load)
+    monkeypatch.setattr(loading, "AutoConfig", SimpleNamespace(from_pretrained=lambda folder, **options: None))
+    monkeypatch.setattr(loading, "auto_class", lambda config: load)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: bool(on_gpu))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: bool(zero3))
