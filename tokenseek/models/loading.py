@@ -31,6 +31,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.decoder.find import find_causal_lm, find_decoder, find_layers, keep_4bit_differentiable
+from tokenseek.decoder.names import cache_argument
 from tokenseek.ditching.packing import require_packable
 from tokenseek.errors import UserError
 from tokenseek.launching import environment
@@ -375,11 +376,16 @@ def _target_modules(model: PreTrainedModel, target: str | list[str]) -> str | li
 
 
 def _linear_modules(model: PreTrainedModel, attention: bool) -> list[str]:
-    """Names, within a decoder layer, of the linear modules inside (or outside) its attention."""
+    """Names, within a decoder layer, of the linear modules inside its attention, or in its feed-forward layers.
+
+    Those of a layer's state (a state-space mixer, say) are in neither.
+    """
     found = set()
     for layer in find_layers(find_causal_lm(model))[1]:
+        mixing = tuple(f"{name}." for name, child in layer.named_children() if cache_argument(child))
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-                if attention == ("attn" in name or "attention" in name):
+                in_attention = "attn" in name or "attention" in name
+                if in_attention if attention else not (in_attention or name.startswith(mixing)):
                     found.add(name)
     return sorted(found)
