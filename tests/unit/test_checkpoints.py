@@ -7,7 +7,7 @@ import pytest
 from tokenseek.errors import UserError
 from tokenseek.training.checkpoints import fit_checkpoint
 
-TWO = SimpleNamespace(num_processes=2, is_main_process=True, print=print)
+TWO = SimpleNamespace(num_processes=2, is_main_process=True, is_local_main_process=True)
 
 
 def arguments(deepspeed: bool):

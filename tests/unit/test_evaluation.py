@@ -360,7 +360,7 @@ def no_model(monkeypatch):
 
 def test_local_files_that_do_not_fit(world, config, tmp_path, no_model):
     write_jsonl(tmp_path / "hellaswag.jsonl", [{"query": "a", "choices": ["b"], "gold": 0}, {"query": "a"}])
-    with pytest.raises(UserError, match="hellaswag.jsonl, row 2: is not of the layout of hellaswag.*'choices'"):
+    with pytest.raises(UserError, match="hellaswag.jsonl, row 2: does not have the layout of hellaswag.*'choices'"):
         evaluate(config, tasks="hellaswag", data=[tmp_path])
     (tmp_path / "hellaswag.jsonl").write_text("{")
     (tmp_path / "arc_easy.jsonl").write_text("")

@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_recomputed(auto, caplog, spare, expected):
             ("selection.ratio=0.1", "training.recompute=auto", "training.ditching=false"),
             "recompute: auto needs ditching",
         ),
-        (("selection.ratio=0.1", "training.memory_budget=1GiB"), "memory_budget is for selection.ratio: auto or"),
+        (("selection.ratio=0.1", "training.memory_budget=1GiB"), "memory_budget is for selection.ratio: auto and"),
     ],
 )
 def test_settings_that_do_not_go_together(auto, settings, message):
@@ -112,7 +112,7 @@ def test_where_nothing_fits_it_is_told_what_would_help(auto):
 def test_a_resumed_run_goes_on_with_the_share_of_its_checkpoint(auto, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoint-5").mkdir(parents=True)
-    with pytest.raises(UserError, match="config.yaml, which would tell.*holds none"):
+    with pytest.raises(UserError, match="config.yaml, which would give the share.*holds none"):
         settle(auto(), str(run / "checkpoint-5"))
     save_resolved(auto("selection.ratio=0.37"), run / "config.yaml")
     assert settle(auto("training.memory_budget=1KiB"), str(run / "checkpoint-5")).selection.ratio == 0.37

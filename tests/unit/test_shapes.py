@@ -50,8 +50,8 @@ def test_an_unknown_shape_names_the_nearest():
         find_shape("llama-3.1-9b")
 
 
-# Two presets are made for folders of the user's own.
-@pytest.mark.parametrize("preset", sorted({*list_resources("preset")} - {"gsm8k", "quickstart"}))
+# Three presets are made for folders of the user's own.
+@pytest.mark.parametrize("preset", sorted({*list_resources("preset")} - {"gsm8k", "here", "quickstart"}))
 def test_every_shipped_preset_is_planned_without_a_hub(preset):
     config = load_config(preset)
     assert known_shape(config.model.name_or_path), f"{config.model.name_or_path} is not in shapes.yaml"
