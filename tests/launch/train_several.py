@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import Trainer, TrainerCallback
 
+from tokenseek.commands.terminal import log_to_terminal
 from tokenseek.config import load_config
 from tokenseek.launching.environment import zero_stage
 from tokenseek.launching.processes import join_processes
@@ -116,4 +117,5 @@ def main(preset: str, runs: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+    log_to_terminal()
     main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))
