@@ -32,7 +32,10 @@ def config(model_type, **values):
             ),
             "encoder-decoder",
         ),
-        (lambda: AutoModelForCausalLM.from_config(config("mamba", state_size=4)), "state-space|takes no key/value cache"),
+        (
+            lambda: AutoModelForCausalLM.from_config(config("mamba", state_size=4)),
+            "state-space|takes no key/value cache",
+        ),
         (
             lambda: AutoModelForCausalLM.from_config(
                 config(

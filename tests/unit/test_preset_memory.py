@@ -1,4 +1,4 @@
-"""docs/long-context.md: with recompute, a step at r = 0.1 needs no more than checkpointing with chunked cross-entropy."""
+"""docs/long-context.md: recomputed, r = 0.1 needs no more memory than checkpointing with chunked cross-entropy."""
 
 from __future__ import annotations
 
