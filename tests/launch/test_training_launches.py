@@ -124,7 +124,7 @@ def test_a_run_goes_on_with_another_number_of_processes(workspace, lora, lora_of
     assert_close_steps(steps(workspace.folder / "two-to-one"), steps(lora_of_two)[8:])
     # With another batch it is another run from there on, and says so.
     other = script("train", *arguments, "--set", "training.gradient_accumulation_steps=1")
-    assert "WARNING: an epoch had 6 steps" in other.out and "now it has 11" in other.out, other
+    assert "WARNING: an epoch had 6 steps" in other.err and "now it has 11" in other.err, other
 
 
 def test_a_resumed_run_draws_the_random_selections_of_the_whole_one(workspace, script):

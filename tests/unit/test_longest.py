@@ -19,6 +19,7 @@ LLAMA = model_config("llama", hidden=64, layers=2, vocab=500, tokens=96)
 CONFIG = benchmarks.plan.run_config(96, *LORA)
 
 
+@pytest.mark.slow
 def test_the_longest_example_fits_and_a_longer_one_does_not():
     method = Method(0.1, recompute=True)
     lengths = Lengths(CONFIG, method, model_config=LLAMA)
@@ -92,6 +93,7 @@ def test_a_gpu_stands_for_its_memory():
     assert all(2**34 < gpu.memory < 2**38 for gpu in GPUS.values())
 
 
+@pytest.mark.slow
 def test_proposals_fit_and_the_fastest_is_first():
     config = benchmarks.plan.run_config(512, *LORA, "training.gradient_accumulation_steps=4")
     gpu = GPUS["A100-40"]
