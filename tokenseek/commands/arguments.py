@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenseek.config import RunConfig, load_config
 from tokenseek.config.resources import list_resources
@@ -27,6 +28,20 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> argparse._A
         "--data", metavar="D", help="a file, a folder or a data set of the hub, whose format is recognised"
     )
     return group
+
+
+def add_subject_arguments(parser: argparse.ArgumentParser, sections: str) -> None:
+    """A trained model, as :func:`tokenseek.evaluation.subject.find_subject` takes it; `sections` can be set."""
+    group = parser.add_argument_group("model")
+    group.add_argument("model", help="a run's folder, an adapter's or a model's, or a model's name on the hub")
+    group.add_argument("--adapter", type=Path, metavar="FOLDER", help="an adapter to put on the model")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        help=f"change a setting of {sections}, such as model.dtype=float32; may be given again",
+    )
 
 
 def configuration(args: argparse.Namespace) -> RunConfig:

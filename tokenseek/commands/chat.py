@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenseek.commands.arguments import positive
+from tokenseek.commands.arguments import add_subject_arguments, positive
 from tokenseek.errors import UserError
 from tokenseek.evaluation.subject import Subject, find_subject
 
@@ -23,16 +22,7 @@ TEMPLATES = ("chat", "alpaca", "plain", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("model", help="a run's folder, an adapter's or a model's, or a model's name on the hub")
-    group.add_argument("--adapter", type=Path, metavar="FOLDER", help="an adapter to put on the model")
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=VALUE",
-        help="change a setting of model, such as model.dtype=float32; may be given again",
-    )
+    add_subject_arguments(parser, "model")
     group = parser.add_argument_group("conversation")
     group.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     group.add_argument("--system", metavar="TEXT", help="a system message (template chat)")

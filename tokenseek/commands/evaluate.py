@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tokenseek.commands.arguments import add_subject_arguments
 from tokenseek.evaluation.benchmarks import BENCHMARKS, HELD_OUT_LOSS, TABLE_1, runnable_tasks
 from tokenseek.evaluation.subject import Subject, find_subject
 
@@ -14,16 +15,7 @@ LAUNCHED = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("model", help="a run's folder, an adapter's or a model's, or a model's name on the hub")
-    group.add_argument("--adapter", type=Path, metavar="FOLDER", help="an adapter to put on the model")
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=VALUE",
-        help="change a setting of model or eval_data, such as model.dtype=float32; may be given again",
-    )
+    add_subject_arguments(parser, "model or eval_data")
     group = parser.add_argument_group("tasks")
     group.add_argument(
         "--tasks",
