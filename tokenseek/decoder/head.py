@@ -98,7 +98,12 @@ def unwatched(module: nn.Module) -> Iterator[None]:
 
 def _is_split(module: nn.Module) -> bool:
     """By ZeRO-3 or FSDP2, whose hooks gather its weights for the length of a call."""
-    return isinstance(module, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+    return isinstance(module, FSDPModule) or is_partitioned(module)
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """By ZeRO-3, which gathers the parameters of a module for the length of each call."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

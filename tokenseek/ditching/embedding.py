@@ -20,8 +20,7 @@ from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
 from tokenseek.decoder.find import Decoder, forward_replaced
-from tokenseek.decoder.head import at_least_float32
-from tokenseek.ditching.zero3 import is_partitioned
+from tokenseek.decoder.head import at_least_float32, is_partitioned
 
 _EMBEDDING = inspect.signature(embedding)
 

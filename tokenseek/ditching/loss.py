@@ -18,9 +18,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from tokenseek.decoder.find import Decoder, forward_replaced
-from tokenseek.decoder.head import BodyOutput, at_least_float32, head_logits, in_one_call, rows_per_chunk, unwatched
+from tokenseek.decoder.head import (
+    BodyOutput,
+    at_least_float32,
+    head_logits,
+    in_one_call,
+    is_partitioned,
+    rows_per_chunk,
+    unwatched,
+)
 from tokenseek.ditching.planned import supervised_rows
-from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.labels import IGNORED
 
 # The sum of the losses of a chunk of rows, from their hidden states [C, D], targets [C] and weights [C].

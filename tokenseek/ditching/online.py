@@ -21,14 +21,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tokenseek.decoder.attention import Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.head import BodyOutput, at_least_float32, next_token_labels
+from tokenseek.decoder.head import BodyOutput, at_least_float32, is_partitioned, next_token_labels
 from tokenseek.decoder.masks import whole_masks
 from tokenseek.ditching.packing import every_example_alone
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.seeking import Seeking
 from tokenseek.ditching.state import Ditching
 from tokenseek.ditching.top import Top, seeds
-from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.seeking.context import attention_received

@@ -20,12 +20,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tokenseek.decoder.find import Decoder, forward_replaced
+from tokenseek.decoder.head import is_partitioned
 from tokenseek.ditching.cache import _OnceCache
 from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.storage import Kept
 from tokenseek.ditching.top import Top
-from tokenseek.ditching.zero3 import is_partitioned
 from tokenseek.errors import UserError
 
 

@@ -59,11 +59,6 @@ def fetch_a_layer_ahead(decoder: Decoder, zero_optimization: dict[str, Any]) -> 
         zero_optimization["stage3_prefetch_bucket_size"] = int(LAYERS_AHEAD * largest)
 
 
-def is_partitioned(module: nn.Module) -> bool:
-    """By ZeRO-3, which gathers the parameters of a module for the length of each call."""
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
-
-
 def _require_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()
