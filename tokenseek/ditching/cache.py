@@ -9,10 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache
 
+from tokenseek.decoder.find import Decoder
 from tokenseek.ditching.reach import Reach
 from tokenseek.errors import UserError
+from tokenseek.versions import what_to_install
 
 
 class KeysAndValuesSeen(Exception):
@@ -35,6 +38,19 @@ class _OnceCache(Cache):
         self.keys, self.values = keys, values
         return keys, values
 
+    def given_by(self, layer: nn.Module, decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that a layer of `decoder` has put in.
+
+        Raises:
+            UserError: it has put nothing in.
+        """
+        if self.keys is None or self.values is None:
+            raise UserError(
+                f"{type(layer).__name__} in {decoder.name} does not pass its keys and values through its cache; "
+                f"this model is not supported. {what_to_install('transformers')}"
+            )
+        return self.keys, self.values
+
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return 0
 
@@ -47,7 +63,10 @@ class SelectedCache(_OnceCache):
     """
 
     def __init__(
-        self, reach: Reach, unselected_keys: torch.Tensor | None, unselected_values: torch.Tensor | None
+        self,
+        reach: Reach,
+        unselected_keys: torch.Tensor | None = None,
+        unselected_values: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.reach = reach
@@ -71,12 +90,14 @@ class UnselectedCache(_OnceCache):
 
     Args:
         run_selected: takes the unselected keys and values [B, N, U, H]; returns the layer's output for the selected
-            rows and the keys and values [B, N, T, H] of all tokens.
+            rows, and the keys and values [B, N, T, H] of all tokens.
         stop: raise :class:`KeysAndValuesSeen` instead of going on.
     """
 
     def __init__(
-        self, run_selected: Callable[[torch.Tensor, torch.Tensor], tuple[Any, torch.Tensor, torch.Tensor]], stop: bool
+        self,
+        run_selected: Callable[[torch.Tensor, torch.Tensor], tuple[Any, tuple[torch.Tensor, ...]]],
+        stop: bool,
     ) -> None:
         super().__init__()
         self.run_selected = run_selected
@@ -87,7 +108,7 @@ class UnselectedCache(_OnceCache):
         self, keys_BNUH: torch.Tensor, values_BNUH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._record(keys_BNUH, values_BNUH, layer_idx)
-        self.selected_output, keys_BNTH, values_BNTH = self.run_selected(keys_BNUH, values_BNUH)
+        self.selected_output, (keys_BNTH, values_BNTH) = self.run_selected(keys_BNUH, values_BNUH)
         if self.stop:
             raise KeysAndValuesSeen
         return keys_BNTH.detach(), values_BNTH.detach()

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, U unselected, R rows of a tile, D hidden, N query hea
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from tokenseek.decoder.attention import Attention, Replace
+from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import aligned_mask
 from tokenseek.ditching.cache import KeysAndValuesSeen, _OnceCache
 from tokenseek.ditching.reach import PlainReach, Reach
@@ -142,8 +144,10 @@ class TiledLayer:
         hidden_BUD: of all unselected rows; written over by :meth:`finish` unless it is kept.
     """
 
-    def __init__(self, layer: nn.Module, tiles: list[Tile], hidden_BUD: torch.Tensor, run: Callable) -> None:
-        self.layer, self.tiles, self.hidden_BUD, self.run = layer, tiles, hidden_BUD, run
+    def __init__(
+        self, layer: nn.Module, decoder: Decoder, tiles: list[Tile], hidden_BUD: torch.Tensor, run: Callable[..., Any]
+    ) -> None:
+        self.layer, self.decoder, self.tiles, self.hidden_BUD, self.run = layer, decoder, tiles, hidden_BUD, run
         self.attended = self.keeps_input = False
 
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,16 +155,9 @@ class TiledLayer:
         buffers: list[torch.Tensor] = []
         for tile in visited(self.tiles):
             cache = ProjectedCache()
-            try:
+            with suppress(KeysAndValuesSeen):
                 self.run(tile.take(self.hidden_BUD), tile.rows, cache, lambda original: original)
-            except KeysAndValuesSeen:
-                pass
-            if cache.keys is None:
-                raise UserError(
-                    f"{type(self.layer).__name__} does not pass its keys and values through its cache; this model is "
-                    "not served."
-                )
-            for i, rows in enumerate((cache.keys, cache.values)):
+            for i, rows in enumerate(cache.given_by(self.layer, self.decoder)):
                 if len(buffers) <= i:
                     count = self.hidden_BUD.shape[1]
                     # Token-major, as a projection leaves them.

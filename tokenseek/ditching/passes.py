@@ -1,0 +1,334 @@
+"""Algorithm 1 of the paper in one decoder layer: its untouched code runs over the unselected rows without gradient and,
+in the middle of that, over the selected rows with gradient.
+
+Where the middle is depends on the kind of layer: at the keys and values of one with attention, at the inputs of a mixer
+that carries a state; a layer that takes over the keys and values of another has none, and its passes follow each other.
+Where the unselected rows have run before, the selected ones run alone, beside what was recorded.
+
+Shapes: B batch, T tokens, S selected, U unselected, R rows of one pass, N key/value heads, H head dim, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tokenseek.decoder.attention import Replace
+from tokenseek.decoder.names import MASK_ARGUMENTS, shared_argument, without_checkpointing
+from tokenseek.ditching.attention import selected_attention, unselected_attention
+from tokenseek.ditching.autocast import autocast_cache
+from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache, _OnceCache
+from tokenseek.ditching.mixer import MixerSeam
+from tokenseek.ditching.projected import ProjectedAgain
+from tokenseek.ditching.reach import PlainReach
+from tokenseek.ditching.recorded import RecordedCache
+from tokenseek.ditching.rows import Rows
+from tokenseek.ditching.state import Ditching, Step, original_forward
+from tokenseek.ditching.storage import TakenOnce, saved_as_kept
+from tokenseek.ditching.tiles import ProjectedCache, Tile, TiledLayer, tile_attention, tiles_of
+from tokenseek.errors import UserError
+
+# The layer's output for the selected rows and, where it has keys and values, those of all tokens, [B, N, T, H] each.
+PassOutput: TypeAlias = tuple[Any, tuple[torch.Tensor, ...]]
+
+
+def run_both_passes(
+    layer: nn.Module,
+    ditching: Ditching,
+    step: Step,
+    selected_BSD: torch.Tensor,
+    arguments: dict[str, Any],
+    is_last: bool,
+) -> Any:
+    """The layer's output for the selected rows; moves ``step.unselected_BUD`` through the layer too.
+
+    Args:
+        arguments: of the layer's forward, for all tokens, without hidden states and cache.
+        is_last: nobody needs this layer's unselected rows; they end where the selected ones have run.
+    """
+    code = LayerCode(layer, ditching, step, arguments)
+    kind = _kind_of(code)
+    selected_pass = SelectedPass(kind, code, selected_BSD)
+    if step.recording is not None:
+        return selected_pass(*step.recording.take(layer))[0]
+    if code.parts.unselected is None:
+        return selected_pass()[0]
+    assert step.unselected_BUD is not None, "set by the first layer, given up by the last"
+    # An engine that casts what enters a layer does not see the rows that wait aside.
+    unselected_BUD = step.unselected_BUD.to(selected_BSD)
+    with torch.no_grad(), autocast_cache(False):
+        output, step.unselected_BUD = kind.run_both(selected_pass, unselected_BUD, stop=is_last)
+    return output
+
+
+def hidden_states(layer_output: Any) -> torch.Tensor:
+    """Those of what a layer returns: itself, or the first of a tuple."""
+    hidden: torch.Tensor = layer_output[0] if isinstance(layer_output, tuple) else layer_output
+    return hidden
+
+
+class LayerCode:
+    """A layer's own forward, called on some of the rows for which it was called.
+
+    The graph holds on to it where the layer is recomputed, so that it holds no hidden states.
+    """
+
+    def __init__(self, layer: nn.Module, ditching: Ditching, step: Step, arguments: dict[str, Any]) -> None:
+        self.layer, self.ditching, self.step = layer, ditching, step
+        self.decoder, self.reach, self.parts = ditching.decoder, step.reach, step.reach.parts
+        self.recomputed, self.attention_is_ours = layer in step.recomputed, ditching.attention_is_ours
+        self.mixer = self.decoder.mixers.get(layer)
+        self.shared = shared_argument(layer)
+        self._arguments = arguments
+        # Made once, outside of what is recomputed: some models hand layers an argument that has a gradient.
+        self._of_selected = self._shrunk_to(self.parts.selected)
+        if self.shared is not None:
+            self._of_selected[self.shared] = step.shared  # the others' have no gradient
+
+    def __call__(self, hidden_BRD: torch.Tensor, rows: Rows, cache: _OnceCache | None, replace: Replace | None) -> Any:
+        """The layer's output for `rows`, whose keys and values go through `cache`.
+
+        Args:
+            replace: takes the place of the attention function, where that is ours to replace.
+        """
+        shrunk = self._of_selected if rows is self.parts.selected else self._shrunk_to(rows)
+        attention = self.reach.attention(self.decoder, replace if self.attention_is_ours else None)
+        with without_checkpointing(self.layer), attention:
+            return original_forward(self.layer)(hidden_BRD, **shrunk, **{self.decoder.cache_argument: cache})
+
+    def run_selected(self, hidden_BSD: torch.Tensor, cache: _OnceCache | None) -> Any:
+        replace = self.reach.replacement(self.reach.whole.selected, selected_attention)
+        return self(hidden_BSD, self.parts.selected, cache, replace)
+
+    def run_unselected(
+        self, hidden_BUD: torch.Tensor, cache: _OnceCache | None, on_attention: Callable[[], None] = lambda: None
+    ) -> Any:
+        """
+        Args:
+            on_attention: called when the layer calls its attention function, if that is ours.
+        """
+        attending = self.reach.whole.unselected
+        assert attending is not None and self.parts.unselected is not None, "there are unselected rows"
+        replace = self.reach.replacement(attending, partial(unselected_attention, on_call=on_attention))
+        return self(hidden_BUD, self.parts.unselected, cache, replace)
+
+    def tiles(self) -> list[Tile] | None:
+        """Of the unselected rows; None where they run at once."""
+        return tiles_of(self.reach, self.ditching.tile_rows, self.recomputed)
+
+    def _shrunk_to(self, rows: Rows) -> dict[str, Any]:
+        # Only an attention function of ours knows the rows; a model that has its own needs the mask in full. A mixer
+        # sees all tokens, and their mask.
+        return {
+            name: value if self.mixer and name in MASK_ARGUMENTS else rows.shrink(name, value, self.attention_is_ours)
+            for name, value in self._arguments.items()
+        }
+
+
+class KindOfLayer(Protocol):
+    """How both passes of a layer meet."""
+
+    def run_selected(self, hidden_BSD: torch.Tensor, *given: torch.Tensor) -> PassOutput:
+        """The selected rows through the layer, as often as they are recomputed.
+
+        Args:
+            given: keys and values of the unselected rows, or what was recorded of all.
+        """
+
+    def run_both(
+        self, selected_pass: SelectedPass, unselected_BUD: torch.Tensor, stop: bool
+    ) -> tuple[Any, torch.Tensor | None]:
+        """The layer's output for the selected rows and, unless it is to stop before, the unselected ones [B, U, D].
+
+        Runs without gradient, but for `selected_pass`, which it calls once.
+        """
+
+
+def _kind_of(code: LayerCode) -> KindOfLayer:
+    if code.mixer is not None:
+        return MixerPasses(code, code.mixer)
+    return SharingPasses(code) if code.layer in code.decoder.sharing else AttentionPasses(code)
+
+
+class SelectedPass:
+    """The selected rows' pass, with gradient and autocast as they were where this was made.
+
+    Args:
+        selected_BSD: what enters the layer.
+
+    Attributes:
+        recomputes: it runs once more in the backward pass.
+    """
+
+    def __init__(self, kind: KindOfLayer, code: LayerCode, selected_BSD: torch.Tensor) -> None:
+        self._run, self._selected_BSD = kind.run_selected, selected_BSD
+        self._with_gradient, self._caches_casts = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+        self.recomputes, self._storage = code.recomputed and self._with_gradient, code.ditching.kv_storage
+
+    def __call__(self, *given: torch.Tensor, projected: ProjectedAgain | None = None) -> PassOutput:
+        """What :meth:`KindOfLayer.run_selected` returns.
+
+        Args:
+            projected: may keep something else than `given` for the backward pass.
+        """
+        with torch.set_grad_enabled(self._with_gradient), autocast_cache(self._caches_casts):
+            run = self._run
+            if not self.recomputes:
+                return run(self._selected_BSD, *given)
+            take = _kept_for_backward(given, projected, self._storage)
+            output: PassOutput = checkpoint(
+                lambda hidden_BSD: run(hidden_BSD, *take()), self._selected_BSD, use_reentrant=False
+            )
+            return output
+
+
+def _kept_for_backward(
+    given: tuple[torch.Tensor, ...], projected: ProjectedAgain | None, storage: str
+) -> Callable[[], Sequence[torch.Tensor]]:
+    """What gives these tensors to a pass, and to the same pass once more."""
+    if projected is not None and projected.keep_instead_of(given):
+        return projected.take
+    kept = [TakenOnce(tensor, storage) for tensor in given]
+    return lambda: [tensor.take() for tensor in kept]
+
+
+class AttentionPasses:
+    """Of a layer with keys and values of its own: the selected rows run as soon as the unselected ones' are known."""
+
+    def __init__(self, code: LayerCode) -> None:
+        self.code = code
+
+    def run_selected(self, hidden_BSD: torch.Tensor, *given: torch.Tensor) -> PassOutput:
+        code, storage = self.code, self.code.ditching.kv_storage
+        cache = (SelectedCache if code.step.recording is None else RecordedCache)(code.reach, *given)
+        # What is recomputed saves nothing until then.
+        moves_kv = storage != "device" and torch.is_grad_enabled() and not code.recomputed
+        with saved_as_kept(lambda: (cache.keys, cache.values), storage) if moves_kv else nullcontext():
+            output = code.run_selected(hidden_BSD, cache)
+        return output, cache.given_by(code.layer, code.decoder)
+
+    def run_both(
+        self, selected_pass: SelectedPass, unselected_BUD: torch.Tensor, stop: bool
+    ) -> tuple[Any, torch.Tensor | None]:
+        tiles = self.code.tiles()
+        projected = self._projected_again(tiles, unselected_BUD) if selected_pass.recomputes else None
+        if tiles:
+            return self._in_tiles(tiles, selected_pass, unselected_BUD, stop, projected)
+        return self._at_once(selected_pass, unselected_BUD, stop, projected)
+
+    def _at_once(
+        self, selected_pass: SelectedPass, unselected_BUD: torch.Tensor, stop: bool, projected: ProjectedAgain | None
+    ) -> tuple[Any, torch.Tensor | None]:
+        code, attended = self.code, list[bool]()
+
+        def run_selected(*rows_BNUH: torch.Tensor) -> PassOutput:
+            return selected_pass(*code.reach.exchange(*rows_BNUH), projected=projected)
+
+        cache = UnselectedCache(run_selected, stop)
+        try:
+            output = code.run_unselected(unselected_BUD, cache, on_attention=lambda: attended.append(True))
+        except KeysAndValuesSeen:
+            return cache.selected_output, None
+        except (RuntimeError, AttributeError, LookupError, TypeError):
+            # The likelier cause: attention over the wrong shapes, or a use of caches that is not known here.
+            cache.given_by(code.layer, code.decoder)
+            raise
+        cache.given_by(code.layer, code.decoder)
+        self._require_attended(bool(attended))
+        return cache.selected_output, hidden_states(output)
+
+    def _in_tiles(
+        self,
+        tiles: list[Tile],
+        selected_pass: SelectedPass,
+        unselected_BUD: torch.Tensor,
+        stop: bool,
+        projected: ProjectedAgain | None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        code = self.code
+        tiled = TiledLayer(code.layer, code.decoder, tiles, unselected_BUD, lambda *given: hidden_states(code(*given)))
+        output, keys_and_values = selected_pass(*tiled.keys_and_values(), projected=projected)
+        if stop:
+            return output, None
+        tiled.keeps_input = projected is not None and projected.is_used
+        unselected_BUD = tiled.finish(*keys_and_values)
+        self._require_attended(tiled.attended)
+        return output, unselected_BUD
+
+    def _projected_again(self, tiles: list[Tile] | None, unselected_BUD: torch.Tensor) -> ProjectedAgain | None:
+        """What may keep `unselected_BUD` in the place of keys and values; None where these cannot be made again."""
+        code, storage = self.code, self.code.ditching.kv_storage
+        is_plain = isinstance(code.reach, PlainReach) and not code.shared and storage in ("device", "host")
+        return ProjectedAgain(partial(self._project, tiles), unselected_BUD, storage) if is_plain else None
+
+    def _project(self, tiles: list[Tile] | None, hidden_BUD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, N, U, H] of the unselected rows, without anything else of the layer."""
+        code = self.code
+        if tiles:
+            return TiledLayer(code.layer, code.decoder, tiles, hidden_BUD, code).keys_and_values()
+        cache = ProjectedCache()
+        with suppress(KeysAndValuesSeen):
+            code.run_unselected(hidden_BUD, cache)
+        return cache.given_by(code.layer, code.decoder)
+
+    def _require_attended(self, attended: bool) -> None:
+        if self.code.attention_is_ours and not attended:
+            raise UserError(
+                f"{type(self.code.layer).__name__} in {self.code.decoder.name} does not attend by Transformers' "
+                "AttentionInterface, although its module suggests it does: load the model with "
+                "attn_implementation='eager'."
+            )
+
+
+class MixerPasses:
+    """Of a layer whose mixer carries a state: it runs over all tokens, in the selected pass."""
+
+    def __init__(self, code: LayerCode, mixer: nn.Module) -> None:
+        self.code, self.seam = code, MixerSeam(mixer, code.reach)
+
+    def run_selected(self, hidden_BSD: torch.Tensor, *given: torch.Tensor) -> PassOutput:
+        self.seam.recorded_BTD = given[0] if given else None
+        with self.seam.in_selected_pass():
+            output = self.code(hidden_BSD, self.code.parts.selected, None, None)
+        self.seam.require_run(self.code.layer)
+        return output, ()
+
+    def run_both(
+        self, selected_pass: SelectedPass, unselected_BUD: torch.Tensor, stop: bool
+    ) -> tuple[Any, torch.Tensor | None]:
+        code, rows, outputs = self.code, self.code.parts.unselected, list[Any]()
+        assert rows is not None, "there are unselected rows"
+        run_selected, moved_BUD = lambda: outputs.append(selected_pass()[0]), None
+        with suppress(KeysAndValuesSeen), self.seam.in_unselected_pass(run_selected, stop):
+            moved_BUD = hidden_states(code(unselected_BUD, rows, None, None))
+        self.seam.require_run(code.layer)
+        return outputs[0], moved_BUD
+
+
+class SharingPasses:
+    """Of a layer that attends to the keys and values of a layer below: no pass waits for the other."""
+
+    def __init__(self, code: LayerCode) -> None:
+        self.code = code
+
+    def run_selected(self, hidden_BSD: torch.Tensor, *given: torch.Tensor) -> PassOutput:
+        return self.code.run_selected(hidden_BSD, None), ()
+
+    def run_both(
+        self, selected_pass: SelectedPass, unselected_BUD: torch.Tensor, stop: bool
+    ) -> tuple[Any, torch.Tensor | None]:
+        output = selected_pass()[0]
+        return output, None if stop else self._run_unselected(unselected_BUD)
+
+    def _run_unselected(self, hidden_BUD: torch.Tensor) -> torch.Tensor:
+        code, outputs = self.code, list[torch.Tensor]()
+        for tile in code.tiles() or ():
+            replace = tile_attention(tile, lambda: None)
+            outputs.append(hidden_states(code(tile.take(hidden_BUD), tile.rows, None, replace)))
+        return torch.cat(outputs, dim=1) if outputs else hidden_states(code.run_unselected(hidden_BUD, None))
