@@ -122,7 +122,7 @@ def _staircase(
 
     def make() -> list[list[Span]] | None:
         positions_BS = rows.on_host
-        return positions_BS and make_spans(positions_BS, rows.tokens, query_BNSH.device, dtype)
+        return None if positions_BS is None else make_spans(positions_BS, rows.tokens, query_BNSH.device, dtype)
 
     return rows._once(f"staircase.{dtype}", rows.index_BR, make)
 

@@ -46,7 +46,7 @@ def body_forward(self: Any, *args: Any, selected_positions: torch.Tensor | None 
     ditching: Ditching = self._token_ditching
     if selected_positions is None and ditching.handed is None:
         return original_forward(self)(*args, **kwargs)
-    arguments = dict(zip(argument_names(type(self)), args, strict=False)) | kwargs
+    arguments = dict(zip(argument_names(self), args, strict=False)) | kwargs
     for name in (*CACHE_ARGUMENTS, *OUTPUTS_OF_ALL_TOKENS):
         if arguments.pop(name, None) or getattr(self.config, name, None):
             raise UserError(f"{name} is incompatible with selected_positions: leave it out, in the config too.")

@@ -22,7 +22,7 @@ class KeysAndValuesSeen(Exception):
     """Ends the last layer's unselected pass: beyond its keys and values, nobody needs that layer's unselected rows."""
 
 
-class _OnceCache(Cache):
+class OnceCache(Cache):
     """A cache that lives for one pass through one layer and is updated once in it."""
 
     def __init__(self) -> None:  # the base class would build storage for every layer
@@ -30,11 +30,24 @@ class _OnceCache(Cache):
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
 
-    def _record(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer attends to, given keys and values [B, N, R, H] of the rows of its pass.
+
+        Raises:
+            UserError: the layer has been here before.
+        """
         if self.keys is not None:
             raise UserError(
                 f"layer {layer_idx} updates its key/value cache more than once; this model is not supported."
             )
+        return self._update(key_states, value_states)
+
+    def _update(self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def _record(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys, self.values = keys, values
         return keys, values
 
@@ -55,7 +68,7 @@ class _OnceCache(Cache):
         return 0
 
 
-class SelectedCache(_OnceCache):
+class SelectedCache(OnceCache):
     """Returns the unselected keys and values, constants, joined by the selected ones, which carry gradient.
 
     Args:
@@ -72,17 +85,15 @@ class SelectedCache(_OnceCache):
         self.reach = reach
         self.unselected_keys, self.unselected_values = unselected_keys, unselected_values
 
-    def update(
-        self, keys_BNSH: torch.Tensor, values_BNSH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _update(self, keys_BNSH: torch.Tensor, values_BNSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys_BNSH, values_BNSH = self.reach.exchange(keys_BNSH, values_BNSH)
         whole = self.reach.whole
         keys_BNTH = whole.assemble(self.unselected_keys, keys_BNSH)
         values_BNTH = whole.assemble(self.unselected_values, values_BNSH)
-        return self._record(keys_BNTH, values_BNTH, layer_idx)
+        return self._record(keys_BNTH, values_BNTH)
 
 
-class UnselectedCache(_OnceCache):
+class UnselectedCache(OnceCache):
     """Runs the selected pass as soon as the unselected keys and values are known; the unselected pass then continues.
 
     Selected rows attend to unselected keys and the other way round, in the same layer; running one pass inside the
@@ -104,10 +115,8 @@ class UnselectedCache(_OnceCache):
         self.stop = stop
         self.selected_output: Any = None
 
-    def update(
-        self, keys_BNUH: torch.Tensor, values_BNUH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._record(keys_BNUH, values_BNUH, layer_idx)
+    def _update(self, keys_BNUH: torch.Tensor, values_BNUH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._record(keys_BNUH, values_BNUH)
         self.selected_output, (keys_BNTH, values_BNTH) = self.run_selected(keys_BNUH, values_BNUH)
         if self.stop:
             raise KeysAndValuesSeen

@@ -23,7 +23,7 @@ def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     ditching: Ditching = self._token_ditching
     if ditching.recorder is None and ditching.step is None:
         return original_forward(self)(*args, **kwargs)
-    names = argument_names(type(self))
+    names = argument_names(self)
     arguments = dict(zip(names, args, strict=False)) | kwargs
     hidden = arguments.pop(names[0])
     arguments.pop(ditching.decoder.cache_argument, None)

@@ -60,7 +60,8 @@ class MixerSeam:
         Args:
             stop: raise :class:`KeysAndValuesSeen` instead of going on.
         """
-        forward = self.mixer.forward
+        forward, rows = self.mixer.forward, self.parts.unselected
+        assert rows is not None, "there are unselected rows"
 
         def unselected(*args: Any, **kwargs: Any) -> Any:
             self.unselected_BUD = _hidden(args, kwargs)
@@ -68,7 +69,7 @@ class MixerSeam:
                 run_selected()
             if stop:
                 raise KeysAndValuesSeen
-            return self._rows(self.parts.unselected, self.output)
+            return self._rows(rows, self.output)
 
         return forward_replaced(self.mixer, unselected)
 

@@ -23,7 +23,7 @@ from tokenseek.decoder.attention import Replace
 from tokenseek.decoder.names import MASK_ARGUMENTS, shared_argument, without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.autocast import autocast_cache
-from tokenseek.ditching.cache import KeysAndValuesSeen, SelectedCache, UnselectedCache, _OnceCache
+from tokenseek.ditching.cache import KeysAndValuesSeen, OnceCache, SelectedCache, UnselectedCache
 from tokenseek.ditching.mixer import MixerSeam
 from tokenseek.ditching.projected import ProjectedAgain
 from tokenseek.ditching.reach import PlainReach
@@ -91,7 +91,7 @@ class LayerCode:
         if self.shared is not None:
             self._of_selected[self.shared] = step.shared  # the others' have no gradient
 
-    def __call__(self, hidden_BRD: torch.Tensor, rows: Rows, cache: _OnceCache | None, replace: Replace | None) -> Any:
+    def __call__(self, hidden_BRD: torch.Tensor, rows: Rows, cache: OnceCache | None, replace: Replace | None) -> Any:
         """The layer's output for `rows`, whose keys and values go through `cache`.
 
         Args:
@@ -102,12 +102,12 @@ class LayerCode:
         with without_checkpointing(self.layer), attention:
             return original_forward(self.layer)(hidden_BRD, **shrunk, **{self.decoder.cache_argument: cache})
 
-    def run_selected(self, hidden_BSD: torch.Tensor, cache: _OnceCache | None) -> Any:
+    def run_selected(self, hidden_BSD: torch.Tensor, cache: OnceCache | None) -> Any:
         replace = self.reach.replacement(self.reach.whole.selected, selected_attention)
         return self(hidden_BSD, self.parts.selected, cache, replace)
 
     def run_unselected(
-        self, hidden_BUD: torch.Tensor, cache: _OnceCache | None, on_attention: Callable[[], None] = lambda: None
+        self, hidden_BUD: torch.Tensor, cache: OnceCache | None, on_attention: Callable[[], None] = lambda: None
     ) -> Any:
         """
         Args:

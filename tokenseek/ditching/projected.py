@@ -29,7 +29,9 @@ class ProjectedAgain:
         is_used: hidden states are kept, and must not be written over.
     """
 
-    def __init__(self, project: Callable[[torch.Tensor], tuple], hidden_BUD: torch.Tensor, storage: str):
+    def __init__(
+        self, project: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], hidden_BUD: torch.Tensor, storage: str
+    ):
         self.project, self.storage = project, storage
         self._hidden: torch.Tensor | None = hidden_BUD
         self._random_state = torch.get_rng_state(), *get_device_states(hidden_BUD)
@@ -39,6 +41,7 @@ class ProjectedAgain:
     def keep_instead_of(self, keys_and_values: tuple[torch.Tensor, ...]) -> bool:
         """Whether hidden states are kept, which :meth:`take` then makes keys and values of."""
         hidden, self._hidden = self._hidden, None
+        assert hidden is not None, "asked once"
         self.is_used = hidden.nbytes < sum(rows.nbytes for rows in keys_and_values)
         if self.is_used:
             self._kept, self._given = Kept(hidden, self.storage), keys_and_values

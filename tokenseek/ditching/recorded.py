@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -21,12 +21,15 @@ from torch.distributed.tensor import DTensor
 
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import is_partitioned
-from tokenseek.ditching.cache import _OnceCache
+from tokenseek.ditching.cache import OnceCache
 from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.storage import Kept
 from tokenseek.ditching.top import Top
 from tokenseek.errors import UserError
+
+# From keys and values [B, N, R, H] of the rows of this process to those that attention sees.
+Exchange: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 
 
 class Recording:
@@ -49,7 +52,7 @@ class Recording:
         storage: str,
         unrecorded: tuple[nn.Module, ...] = (),
         scored: tuple[nn.Module, ...] = (),
-        exchange: Callable[..., tuple] | None = None,
+        exchange: Exchange | None = None,
         top: Top | None = None,
     ) -> None:
         self.top = top
@@ -68,7 +71,9 @@ class Recording:
         """What was kept of a layer, which is removed: it belongs to the caller. Nothing of one that shares keys."""
         return tuple(kept.restore() for kept in self._kept.pop(layer, ()))
 
-    def run_scored(self, layer: nn.Module, run: Callable[[torch.Tensor], tuple], hidden: torch.Tensor) -> torch.Tensor:
+    def run_scored(
+        self, layer: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+    ) -> torch.Tensor:
         """Run a scored layer's forward with a graph of its own, and return its hidden states without.
 
         Whatever watches the layer from outside (hooks of FSDP2 and ZeRO-3) sees a pass without gradient.
@@ -100,7 +105,7 @@ class Recording:
                 stack.enter_context(forward_replaced(module, partial(self._run_beyond, module, module.forward)))
             yield
 
-    def _run_beyond(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _run_beyond(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._graphs:
             return forward(*args, **kwargs)
         return self.run_scored(module, lambda leaf: forward(leaf, *args[1:], **kwargs), args[0])
@@ -120,41 +125,36 @@ class Recording:
         return (hidden_BSD,) if self.returns_tuple else hidden_BSD
 
 
-class RecordingCache(_OnceCache):
+class RecordingCache(OnceCache):
     """Hands a layer the keys and values of all tokens back as they are, and keeps them."""
 
-    def __init__(self, exchange: Callable[..., tuple] | None) -> None:
+    def __init__(self, exchange: Exchange | None) -> None:
         super().__init__()
         self.exchange = exchange
 
-    def update(
-        self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        whole = (keys_BNRH, values_BNRH) if self.exchange is None else self.exchange(keys_BNRH, values_BNRH)
-        self._record(*whole, layer_idx)
-        return whole
+    def _update(self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.exchange is not None:
+            keys_BNRH, values_BNRH = self.exchange(keys_BNRH, values_BNRH)
+        return self._record(keys_BNRH, values_BNRH)
 
 
-class RecordedCache(_OnceCache):
+class RecordedCache(OnceCache):
     """Returns the recorded keys and values, with those of the selected rows, which carry gradient, in their places."""
 
     def __init__(self, reach: Reach, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
         self.reach, self.recorded = reach, (keys, values)
 
-    def update(
-        self, keys_BNSH: torch.Tensor, values_BNSH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _update(self, keys_BNSH: torch.Tensor, values_BNSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self.reach.whole.selected
         own = self.reach.exchange(keys_BNSH, values_BNSH)
-        both = [written(whole, mine, rows) for whole, mine in zip(self.recorded, own, strict=True)]
-        self._record(*both, layer_idx)
-        return self.keys, self.values
+        return self._record(*(written(whole, mine, rows) for whole, mine in zip(self.recorded, own, strict=True)))
 
 
 def written(whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
     """`whole` with `mine` written into its `rows`, in place; they alone have a gradient."""
-    return _Written.apply(whole_BNTH, mine_BNRH, rows)
+    whole_BNTH = _Written.apply(whole_BNTH, mine_BNRH, rows)
+    return whole_BNTH
 
 
 class _Written(torch.autograd.Function):

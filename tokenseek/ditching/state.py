@@ -165,13 +165,17 @@ def require_ditching(model: nn.Module) -> Ditching:
 
 def original_forward(module: Any) -> Callable[..., Any]:
     """The forward that a patched module had before."""
-    return module._forward_before_ditching or MethodType(type(module).forward, module)
+    return module._forward_before_ditching or MethodType(module.__class__.forward, module)
+
+
+def argument_names(module: Any) -> list[str]:
+    """Names of the arguments of a module's forward, as its class has it, without `self`."""
+    return _names_of_arguments(module.__class__.forward)
 
 
 @cache
-def argument_names(module_class: type) -> list[str]:
-    """Names of the arguments of a forward, without `self`."""
-    return list(inspect.signature(module_class.forward).parameters)[1:]
+def _names_of_arguments(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def _returns_all_rows(body: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch import nn
 from tokenseek.decoder.attention import Attention, Replace
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import aligned_mask
-from tokenseek.ditching.cache import KeysAndValuesSeen, _OnceCache
+from tokenseek.ditching.cache import KeysAndValuesSeen, OnceCache
 from tokenseek.ditching.reach import PlainReach, Reach
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.staircase import Span, is_served, staircase_attention
@@ -82,10 +82,9 @@ def tiles_of(reach: Reach, tile_rows: int | str, recomputed: bool = False) -> li
     if type(reach) is not PlainReach or parts.unselected is None:
         return None
     batch, count = parts.unselected.index_BR.shape
-    auto = tile_rows == "auto"
-    size = (AUTO_ROWS_RECOMPUTED if recomputed else AUTO_ROWS) if auto else tile_rows
-    size = max(1, size // batch)
-    if count <= size or (auto and count < (1.5 if recomputed else 2) * size):
+    most = tile_rows if isinstance(tile_rows, int) else AUTO_ROWS_RECOMPUTED if recomputed else AUTO_ROWS
+    size = max(1, most // batch)
+    if count <= size or (tile_rows == "auto" and count < (1.5 if recomputed else 2) * size):
         return None
     rows = parts.unselected
     return rows._once(f"tiles.{size}", rows.index_BR, lambda: _make_tiles(rows, size))
@@ -107,28 +106,23 @@ def _make_tiles(rows: Rows, size: int) -> list[Tile]:
     return [Tile(rows, first, last, own) for (first, last), own in zip(pairwise(borders), on_host, strict=True)]
 
 
-class ProjectedCache(_OnceCache):
+class ProjectedCache(OnceCache):
     """Ends a tile's first sweep at its keys and values [B, K, R, H]."""
 
-    def update(
-        self, keys_BKRH: torch.Tensor, values_BKRH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._record(keys_BKRH, values_BKRH, layer_idx)
+    def _update(self, keys_BKRH: torch.Tensor, values_BKRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._record(keys_BKRH, values_BKRH)
         raise KeysAndValuesSeen
 
 
-class WholeCache(_OnceCache):
+class WholeCache(OnceCache):
     """Returns keys and values of all tokens, [B, K, T, H], for a tile's second sweep."""
 
     def __init__(self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor) -> None:
         super().__init__()
         self._whole = keys_BKTH, values_BKTH
 
-    def update(
-        self, keys_BKRH: torch.Tensor, values_BKRH: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys_BKTH, values_BKTH = self._whole
-        return self._record(keys_BKTH, values_BKTH, layer_idx)
+    def _update(self, keys_BKRH: torch.Tensor, values_BKRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._record(*self._whole)
 
 
 class TiledLayer:

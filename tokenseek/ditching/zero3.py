@@ -35,7 +35,7 @@ def gather_layers_once(decoder: Decoder) -> None:
         set_z3_leaf_module(head, True)
     # DeepSpeed reduces a leaf's gradients when those of its inputs are known. Inputs without gradient, as frozen
     # embeddings give, count as known from the start: the first layer's gradients would be reduced before they exist.
-    embeddings: nn.Module = decoder.causal_lm.get_input_embeddings()
+    embeddings: Any = decoder.causal_lm.get_input_embeddings()
     if not hasattr(embeddings, "_gives_gradient"):
         embeddings._gives_gradient = embeddings.register_forward_hook(_require_gradient)
 
