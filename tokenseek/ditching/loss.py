@@ -1,15 +1,15 @@
 """Cross-entropy of the selected rows, without ever holding their logits all at once.
 
-Shapes: B batch, T tokens, S selected, R supervised rows, D hidden, V vocabulary.
+Shapes: B batch, T tokens, S selected, R supervised rows, C rows of a chunk, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,8 @@ from tokenseek.decoder.head import (
 from tokenseek.ditching.planned import supervised_rows
 from tokenseek.labels import IGNORED
 
-# The sum of the losses of a chunk of rows, from their hidden states [C, D], targets [C] and weights [C].
+# Hidden states [C, D], targets [C] and weights [C] of some rows.
+Chunk: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 ChunkLoss: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
@@ -77,47 +78,82 @@ def supervised_loss(
     """
     hidden_RD = hidden_BSD.flatten(0, 1).index_select(0, supervised_R)
     weights_R = None if weights_BS is None else weights_BS.flatten().index_select(0, supervised_R)
-    rows = rows_per_chunk(decoder, hidden_RD.device)
-    starts = list(range(0, len(targets_R), rows))
+    chunks = _Chunks(decoder, body_output, targets_R, weights_R, rows_per_chunk(decoder, hidden_RD.device))
     head = decoder.causal_lm.get_output_embeddings()
     has_gradient = torch.is_grad_enabled() and hidden_RD.requires_grad
     called_once = is_partitioned(head) and "forward" not in head.__dict__
     called_once = called_once and (_is_constant(head) or is_plain_trained(head))
-
-    def chunks_of(hidden_RD: torch.Tensor) -> list[tuple]:
-        return [tuple(x if x is None else x[i : i + rows] for x in (hidden_RD, targets_R, weights_R)) for i in starts]
-
-    def chunk_loss(hidden_CD: torch.Tensor, targets_C: torch.Tensor, weights_C: torch.Tensor | None) -> torch.Tensor:
-        losses_C = _CrossEntropy.apply(head_logits(decoder, body_output, hidden_CD), targets_C, once)
-        # Not `@`, which autocast would compute in 16 bits.
-        return losses_C.sum() if weights_C is None else (losses_C * weights_C.to(losses_C)).sum()
-
-    once = True
-
-    def total_loss(hidden_RD: torch.Tensor) -> torch.Tensor:
-        nonlocal once
-        chunks = chunks_of(hidden_RD)
-        if has_gradient and _is_constant(head):
-            return sum(_run_chunk.get()(_LossWithGradient.apply, chunk_loss, *chunk) for chunk in chunks)
-        if not (recompute or len(chunks) > 1):
-            once = False
-            return chunk_loss(*chunks[0])
-        if has_gradient and is_plain_trained(head):
-            return _LossWithHeadGradient.apply(chunk_loss, head, starts, hidden_RD, targets_R, weights_R, head.weight)
-        return in_one_call(head, recomputed_loss, hidden_RD)
-
-    def recomputed_loss(hidden_RD: torch.Tensor) -> torch.Tensor:
-        def run(*chunk: Any) -> Any:
-            with unwatched(head):  # in the backward pass too
-                return chunk_loss(*chunk)
-
-        return sum(checkpoint(run, *chunk, use_reentrant=False) for chunk in chunks_of(hidden_RD))
-
-    total = in_one_call(head, total_loss, hidden_RD) if called_once else total_loss(hidden_RD)
+    sum_losses = partial(_sum_of_losses, chunks, head, has_gradient, recompute)
+    total = in_one_call(head, sum_losses, hidden_RD) if called_once else sum_losses(hidden_RD)
     if num_items_in_batch is None:
         carries_loss_R = targets_R.ne(IGNORED)
         num_items_in_batch = (carries_loss_R if weights_R is None else weights_R[carries_loss_R]).sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+
+
+class _Chunks:
+    """The supervised rows in chunks of at most `rows`, whose logits are small enough to be held."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        body_output: BodyOutput,
+        targets_R: torch.Tensor,
+        weights_R: torch.Tensor | None,
+        rows: int,
+    ) -> None:
+        self.decoder, self.body_output = decoder, body_output
+        self.targets_R, self.weights_R, self.rows = targets_R, weights_R, rows
+        self.starts = range(0, len(targets_R), rows)
+
+    def of(self, hidden_RD: torch.Tensor) -> list[Chunk]:
+        """Hidden states [C, D], targets [C] and weights [C] of each."""
+        split, weights_R = self._split, self.weights_R
+        weights = [None] * len(self.starts) if weights_R is None else split(weights_R)
+        return list(zip(split(hidden_RD), split(self.targets_R), weights, strict=True))
+
+    def _split(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        return [rows[first : first + self.rows] for first in self.starts]
+
+    def loss(
+        self, hidden_CD: torch.Tensor, targets_C: torch.Tensor, weights_C: torch.Tensor | None, once: bool = True
+    ) -> torch.Tensor:
+        """The sum of the losses of one chunk.
+
+        Args:
+            once: the logits go through one backward pass at most.
+        """
+        logits_CV = head_logits(self.decoder, self.body_output, hidden_CD)
+        losses_C: torch.Tensor = _CrossEntropy.apply(logits_CV, targets_C, once)
+        # Not `@`, which autocast would compute in 16 bits.
+        return losses_C.sum() if weights_C is None else (losses_C * weights_C.to(losses_C)).sum()
+
+
+def _sum_of_losses(
+    chunks: _Chunks, head: nn.Module, has_gradient: bool, recompute: bool, hidden_RD: torch.Tensor
+) -> torch.Tensor:
+    """Of all rows: with their gradient at once, or with the logits of a single chunk kept, or recomputed."""
+    if has_gradient and _is_constant(head):
+        run_chunk = _run_chunk.get()
+        return _sum(run_chunk(_LossWithGradient.apply, chunks.loss, *chunk) for chunk in chunks.of(hidden_RD))
+    if not recompute and len(chunks.starts) == 1:
+        return chunks.loss(*chunks.of(hidden_RD)[0], once=False)
+    if has_gradient and is_plain_trained(head):
+        loss: torch.Tensor = _LossWithHeadGradient.apply(chunks, head, hidden_RD, head.weight)
+        return loss
+    return in_one_call(head, partial(_recomputed_losses, chunks, head), hidden_RD)
+
+
+def _recomputed_losses(chunks: _Chunks, head: nn.Module, hidden_RD: torch.Tensor) -> torch.Tensor:
+    def run(*chunk: Any) -> torch.Tensor:
+        with unwatched(head):  # in the backward pass too
+            return chunks.loss(*chunk)
+
+    return _sum(checkpoint(run, *chunk, use_reentrant=False) for chunk in chunks.of(hidden_RD))
+
+
+def _sum(losses: Iterable[torch.Tensor]) -> torch.Tensor:
+    return cast(torch.Tensor, sum(losses))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -191,17 +227,10 @@ class _LossWithHeadGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        chunk_loss: ChunkLoss,
-        head: nn.Linear,
-        starts: list[int],
-        hidden_RD: torch.Tensor,
-        targets_R: torch.Tensor,
-        weights_R: torch.Tensor | None,
-        weight_VD: torch.Tensor,
+        ctx: Any, chunks: _Chunks, head: nn.Linear, hidden_RD: torch.Tensor, weight_VD: torch.Tensor
     ) -> torch.Tensor:
-        ctx.run = lambda hidden_RD: _loss_and_gradients(chunk_loss, head, starts, hidden_RD, targets_R, weights_R)
-        total, gradient_RD, gradient_VD = ctx.run(hidden_RD)
+        ctx.run = partial(_loss_and_gradients, chunks, head)
+        total, gradient_RD, gradient_VD = _loss_and_gradients(chunks, head, hidden_RD)
         ctx.gradient_VD = gradient_VD
         ctx.save_for_backward(hidden_RD, gradient_RD)
         return total
@@ -214,33 +243,27 @@ class _LossWithHeadGradient(torch.autograd.Function):
         if gradient_VD is None:  # the graph is gone through once more
             gradient_VD = ctx.run(hidden_RD)[2]
         # In place: it is as large as the weight, and from here on belongs to whoever takes it.
-        return None, None, None, gradient_RD * gradient, None, None, gradient_VD.mul_(gradient)
+        return None, None, gradient_RD * gradient, gradient_VD.mul_(gradient)
 
 
 def _loss_and_gradients(
-    chunk_loss: ChunkLoss,
-    head: nn.Linear,
-    starts: list[int],
-    hidden_RD: torch.Tensor,
-    targets_R: torch.Tensor,
-    weights_R: torch.Tensor | None,
+    chunks: _Chunks, head: nn.Linear, hidden_RD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of the chunks' losses, and its gradients: [R, D] of the hidden states, [V, D] of the head's weight."""
     weight_VD = head.weight.detach()
     gradient_VD = torch.zeros_like(weight_VD)
     if torch.is_autocast_enabled(hidden_RD.device.type):
         weight_VD = weight_VD.to(torch.get_autocast_dtype(hidden_RD.device.type))
-    ends = [*starts[1:], len(targets_R)]
-    total, gradients = 0.0, []
+    losses: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
     product = partial(_HeadProduct.apply, weight_VD, gradient_VD)
     with torch.enable_grad(), forward_replaced(head, product):
-        for first, end in zip(starts, ends, strict=True):
-            hidden_CD = hidden_RD[first:end].detach().requires_grad_()
-            weights_C = None if weights_R is None else weights_R[first:end]
-            loss = chunk_loss(hidden_CD, targets_R[first:end], weights_C)
+        for hidden_CD, targets_C, weights_C in chunks.of(hidden_RD):
+            hidden_CD = hidden_CD.detach().requires_grad_()
+            loss = chunks.loss(hidden_CD, targets_C, weights_C)
             gradients += torch.autograd.grad(loss, hidden_CD)
-            total = total + loss.detach()
-    return total, torch.cat(gradients), gradient_VD
+            losses.append(loss.detach())
+    return _sum(losses), torch.cat(gradients), gradient_VD
 
 
 class _HeadProduct(torch.autograd.Function):

@@ -118,50 +118,102 @@ def see_all_tokens(
         selection_keys: int64 [E], keys of the examples' draws.
         all_tokens_loss: of the rows of this process, with a graph, for exact layers.
     """
-    decoder, seeking = ditching.decoder, ditching.seeking
-    seeking.require_servable(decoder, rule)
+    ditching.seeking.require_servable(ditching.decoder, rule)
     if selection_keys is None:
         raise UserError("selection is given without selection_keys: one int64 for each example, which keys its draws.")
-    is_split = _is_split(decoder)
-    mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
-    targets_BT = _targets(labels_BT, mask)
-    supervised_BT = targets_BT.ne(IGNORED)
-    examples = [] if ditching.decided else examples_of(mask, position_ids, targets_BT.shape)
-    text = None
-    if ditching.sequence:
-        text = _dealt(ditching, arguments, labels_BT, selection_keys, ditching.sequence.group)
-    own_targets = targets_BT if text is None else text.mine(targets_BT, IGNORED)
-    run = _all_rows_arguments(arguments, mask, position_ids) if text is None else text.arguments(arguments["input_ids"])
-
-    wanted = _Wanted.by(rule, seeking)
-    top = None
-    if seeking.exact_layers and is_split:
-        top = Top(decoder, own_targets, text and text.gathered)
-    recording = _recording(ditching, wanted, text, top)
-    attention = _attention_of(ditching, examples, len(targets_BT), mask) if text is None else text.shared_attention
-    valid_BT = torch.ones_like(supervised_BT) if mask is None else mask.bool()
-    with (
-        ditching.recording(recording),
-        _graph(decoder, seeking, wanted, recording, is_split) as leaves,
-        _attention_watched(decoder, wanted, valid_BT, attention) as received,
-    ):
-        output = decoder.body(**run, use_cache=False, return_dict=True)
-        if seeking.exact_layers and top is None:
-            exact, gradient_BTD = _exact_top(output, own_targets, leaves[0], all_tokens_loss, text)
-            loss_sum, scores_BT = exact.loss_sum.detach().clone(), REDUCTIONS[seeking.reduction](gradient_BTD)
-        else:
-            exact = None
-            loss_sum, scores_BT = _head_scores(ditching, output, own_targets, wanted, recording, leaves)
-    context_BT = received[0] if received else None
-    if text is not None:
-        scores_BT = None if scores_BT is None else text.gathered(scores_BT)
-        context_BT = None if context_BT is None else text.averaged(context_BT)
-        dist.all_reduce(loss_sum, group=text.group)
+    batch = _batch_of(ditching, arguments, labels_BT, selection_keys)
+    wanted, is_split = _Wanted.by(rule, ditching.seeking), _is_split(ditching.decoder)
+    recording = _recording(ditching, wanted, batch, is_split)
+    scored = _score(ditching, batch, wanted, recording, is_split, all_tokens_loss)
+    if batch.text is not None:
+        scored = scored.of_all_ranks(batch.text)
+    supervised_BT = batch.targets_BT.ne(IGNORED)
     if ditching.decided:
         selection = ditching.decided.selection
     else:
-        selection = select_batch(rule, examples, selection_keys, context_BT, scores_BT, supervised_BT)
-    return Seen(selection, recording, loss_sum, supervised_BT.sum().clamp(min=1), exact)
+        selection = select_batch(
+            rule, batch.examples, selection_keys, scored.context_BT, scored.gradient_BT, supervised_BT
+        )
+    return Seen(selection, recording, scored.loss_sum, supervised_BT.sum().clamp(min=1), scored.exact)
+
+
+class _Batch(NamedTuple):
+    """What the first pass runs on.
+
+    Attributes:
+        targets_BT: the token that each position predicts.
+        valid_BT: True but at padding.
+        examples: none where the selection is decided already.
+        text: where ranks share the examples, which tokens are this rank's.
+        own_targets_BR: of the rows of this process.
+        arguments: of the model's body, for these rows.
+        attention: what attention is replaced by; None for the model's own.
+    """
+
+    targets_BT: torch.Tensor
+    valid_BT: torch.Tensor
+    examples: list[Example]
+    text: DealtText | None
+    own_targets_BR: torch.Tensor
+    arguments: dict[str, Any]
+    attention: Replaced | None
+
+
+def _batch_of(
+    ditching: Ditching, arguments: dict[str, Any], labels_BT: torch.Tensor, selection_keys: torch.Tensor
+) -> _Batch:
+    mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
+    targets_BT = _targets(labels_BT, mask)
+    valid_BT = torch.ones_like(targets_BT, dtype=torch.bool) if mask is None else mask.bool()
+    examples = [] if ditching.decided else examples_of(mask, position_ids, targets_BT.shape)
+    if ditching.sequence is None:
+        own = _all_rows_arguments(arguments, mask, position_ids)
+        attention = _attention_of(ditching, examples, len(targets_BT), mask)
+        return _Batch(targets_BT, valid_BT, examples, None, targets_BT, own, attention)
+    text = _dealt(ditching, arguments, labels_BT, selection_keys, ditching.sequence.group)
+    own, own_targets_BR = text.arguments(arguments["input_ids"]), text.mine(targets_BT, IGNORED)
+    return _Batch(targets_BT, valid_BT, examples, text, own_targets_BR, own, text.shared_attention)
+
+
+class _Scored(NamedTuple):
+    """Of all tokens, or of this process's: the sum of their losses, scores that are wanted, and exact layers' loss."""
+
+    loss_sum: torch.Tensor
+    context_BT: torch.Tensor | None
+    gradient_BT: torch.Tensor | None
+    exact: ExactTop | None
+
+    def of_all_ranks(self, text: DealtText) -> _Scored:
+        gradient_BT = None if self.gradient_BT is None else text.gathered(self.gradient_BT)
+        context_BT = None if self.context_BT is None else text.averaged(self.context_BT)
+        dist.all_reduce(self.loss_sum, group=text.group)
+        return self._replace(context_BT=context_BT, gradient_BT=gradient_BT)
+
+
+def _score(
+    ditching: Ditching,
+    batch: _Batch,
+    wanted: _Wanted,
+    recording: Recording,
+    is_split: bool,
+    all_tokens_loss: AllTokensLoss,
+) -> _Scored:
+    """Run the pass, whose keys and values go to `recording`."""
+    decoder, seeking = ditching.decoder, ditching.seeking
+    exact: ExactTop | None = None
+    scores_BR: torch.Tensor | None
+    with (
+        ditching.recording(recording),
+        _graph(decoder, seeking, wanted, recording, is_split) as leaves,
+        _attention_watched(decoder, wanted, batch.valid_BT, batch.attention) as received,
+    ):
+        output = decoder.body(**batch.arguments, use_cache=False, return_dict=True)
+        if seeking.exact_layers and recording.top is None:
+            exact, border_gradient = _exact_top(output, batch.own_targets_BR, leaves[0], all_tokens_loss, batch.text)
+            loss_sum, scores_BR = exact.loss_sum.detach().clone(), REDUCTIONS[seeking.reduction](border_gradient)
+        else:
+            loss_sum, scores_BR = _head_scores(ditching, output, batch.own_targets_BR, wanted, recording, leaves)
+    return _Scored(loss_sum, received[0] if received else None, scores_BR, exact)
 
 
 class _Wanted(NamedTuple):
@@ -189,9 +241,12 @@ def _is_split(decoder: Decoder) -> bool:
     return is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
 
 
-def _recording(ditching: Ditching, wanted: _Wanted, text: DealtText | None, top: Top | None) -> Recording:
+def _recording(ditching: Ditching, wanted: _Wanted, batch: _Batch, is_split: bool) -> Recording:
     """Where the first pass leaves keys and values: of all layers but the exact ones, and with a graph of the scored."""
-    layers, exact = ditching.decoder.layers, ditching.seeking.exact_layers
+    layers, exact, text = ditching.decoder.layers, ditching.seeking.exact_layers, batch.text
+    top = None
+    if exact and is_split:
+        top = Top(ditching.decoder, batch.own_targets_BR, None if text is None else text.gathered)
     scored = ditching.seeking.gradient_layer if wanted.gradient else int(wanted.context)
     if exact:
         scored = 0 if top is None else exact
@@ -199,7 +254,7 @@ def _recording(ditching: Ditching, wanted: _Wanted, text: DealtText | None, top:
         "host" if ditching.kv_storage in ("host", "int8_host") else "device",
         unrecorded=tuple(layers[-exact:]) if exact else (),
         scored=tuple(layers[-scored:]) if scored else (),
-        exchange=text and text.share_keys,
+        exchange=None if text is None else text.share_keys,
         top=top,
     )
 

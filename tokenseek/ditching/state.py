@@ -28,6 +28,21 @@ from tokenseek.errors import UserError
 from tokenseek.selection.batched import Selection
 
 
+class Share(NamedTuple):
+    """What one process runs of a batch.
+
+    Attributes:
+        arguments: of the model's body.
+        reach: of its rows.
+        labels_BS, weights_BS: of the losses of its selected rows, where there are any.
+    """
+
+    arguments: dict[str, Any]
+    reach: Reach
+    labels_BS: torch.Tensor | None
+    weights_BS: torch.Tensor | None
+
+
 class Sharing(Protocol):
     """What token ditching asks where several processes share each text (:mod:`tokenseek.parallel`)."""
 
@@ -35,7 +50,7 @@ class Sharing(Protocol):
 
     def agreed_positions(
         self,
-        arguments: dict,
+        arguments: dict[str, Any],
         selected_positions: torch.Tensor | None,
         labels: torch.Tensor | None,
         shift_labels: torch.Tensor | None,
@@ -45,12 +60,12 @@ class Sharing(Protocol):
     def share(
         self,
         decoder: Decoder,
-        arguments: dict,
+        arguments: dict[str, Any],
         parts: Partition,
         labels_BS: torch.Tensor,
         weights_BS: torch.Tensor | None,
-    ) -> tuple[dict, Reach, torch.Tensor, torch.Tensor | None]:
-        """The body's arguments, the reach, labels and weights of this process's share of the rows of `parts`."""
+    ) -> Share:
+        """This process's share of the rows of `parts`, whose labels and weights are given."""
 
     def total(self, loss: torch.Tensor) -> torch.Tensor:
         """The sum of every process's part of the loss."""

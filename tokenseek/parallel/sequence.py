@@ -13,9 +13,8 @@ from torch import nn
 
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.ditching import ditching_of, enable_token_ditching
-from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.rows import Partition
-from tokenseek.ditching.state import require_ditching
+from tokenseek.ditching.state import Share, require_ditching
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.parallel.sharding import LocalPartition, SharedReach, local_arguments, shard
@@ -138,7 +137,7 @@ class SequenceParallelism:
         parts: Partition,
         labels_BS: torch.Tensor,
         weights_BS: torch.Tensor | None,
-    ) -> tuple[dict, Reach, torch.Tensor, torch.Tensor | None]:
+    ) -> Share:
         """The body's arguments, the partition and the selected rows' labels and weights, cut down to this rank."""
         local = self.shard(decoder, arguments, parts)
         places_BS = torch.where(parts.selected.valid_BR, parts.selected.index_BR, parts.tokens)
@@ -152,7 +151,7 @@ class SequenceParallelism:
 
         labels_BR = of_mine(labels_BS, IGNORED)
         weights_BR = None if weights_BS is None else of_mine(weights_BS, 0)
-        return local_arguments(arguments, local), SharedReach(local), labels_BR, weights_BR
+        return Share(local_arguments(arguments, local), SharedReach(local), labels_BR, weights_BR)
 
     def shard(self, decoder: Decoder, arguments: dict, parts: Partition) -> LocalPartition:
         """This rank's share of the rows of `parts`."""
