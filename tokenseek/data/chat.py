@@ -199,12 +199,12 @@ class ChatRenderer:
     every_token: bool = False
 
     @cached_property
-    def markers(self) -> re.Pattern:
+    def markers(self) -> re.Pattern[str]:
         """The tokens that were added to the vocabulary, of which none is ever cut."""
         return _one_of(token.content for token in self.tokenizer.added_tokens_decoder.values())
 
     @cached_property
-    def closing(self) -> re.Pattern:
+    def closing(self) -> re.Pattern[str]:
         """Nothing but special tokens and space."""
         special = _one_of(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         return re.compile(rf"(?:\s|{special.pattern})*")
@@ -502,7 +502,7 @@ def _wish(message: Message, position: int) -> bool | None:
     return bool(min(given)) if given else None
 
 
-def _one_of(texts: Any) -> re.Pattern:
+def _one_of(texts: Any) -> re.Pattern[str]:
     longest_first = sorted({text for text in texts if text}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 

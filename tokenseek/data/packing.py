@@ -60,7 +60,7 @@ def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> 
     return sorted((np.sort(np.asarray(items, dtype=np.int64)) for items in bins), key=lambda items: int(items[0]))
 
 
-class PackedDataset(Dataset):
+class PackedDataset(Dataset[dict[str, Any]]):
     """The rows of :func:`first_fit_decreasing`: each item is a mapping with its `examples`, in data order.
 
     Collators of this package take such items as they take examples.

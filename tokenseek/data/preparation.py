@@ -314,7 +314,7 @@ def _chat_settings(data: DataConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value != type(data).model_fields[name].default}
 
 
-def _map(rows: Dataset, function: Callable, inputs: list[str], **options: Any) -> Dataset:
+def _map(rows: Dataset, function: Callable[..., Any], inputs: list[str], **options: Any) -> Dataset:
     """`Dataset.map` whose cache is keyed by the data, `inputs` and the code of this package.
 
     The default key pickles the function with its tokenizer: it misses edits in imported modules, and a tokenizer's

@@ -158,7 +158,7 @@ def _is_meant(cell: Any, value: Any) -> bool:
         return str(cell).lower() == str(value).lower()
     if isinstance(cell, str) != isinstance(value, str) and None not in (cell, value):
         return str(cell) == str(value)
-    return cell == value
+    return bool(cell == value)
 
 
 def _load_local(source: SourceConfig, given: str, key: str) -> LoadedSource:

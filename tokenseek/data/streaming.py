@@ -58,7 +58,7 @@ def stream_rows(data: DataConfig, section: str) -> datasets.IterableDataset:
     return rows.shuffle(seed=data.seed, buffer_size=_BUFFER_ROWS) if data.shuffle else rows
 
 
-class StreamedExamples(torch.utils.data.IterableDataset):
+class StreamedExamples(torch.utils.data.IterableDataset[dict[str, Any]]):
     """Examples of a stream, each with the `visit` (number of the pass) in which it comes.
 
     Args:

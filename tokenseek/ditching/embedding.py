@@ -36,7 +36,8 @@ def one_gradient_of_tied_weights(decoder: Decoder) -> Iterator[None]:
 
     def lookup(*args: Any, **kwargs: Any) -> torch.Tensor:
         with _TiedLookup(table.weight):
-            return forward(*args, **kwargs)
+            rows: torch.Tensor = forward(*args, **kwargs)
+            return rows
 
     with forward_replaced(table, lookup):
         yield

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -24,7 +24,7 @@ from tokenseek.decoder.attention import Attention, Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import begins_anew, whole_masks
 from tokenseek.decoder.names import MASK_ARGUMENTS
-from tokenseek.ditching.reach import PlainReach
+from tokenseek.ditching.reach import BodyCall, PlainReach
 from tokenseek.ditching.rows import Partition, Rows, partition
 from tokenseek.errors import UserError
 
@@ -149,7 +149,7 @@ class MaskedReach(PlainReach):
         super().__init__(parts)
         self.position_ids_BT = position_ids_BT
 
-    def body_call(self, decoder: Decoder, arguments: dict) -> tuple[dict, AbstractContextManager[None]]:
+    def body_call(self, decoder: Decoder, arguments: dict[str, Any]) -> BodyCall:
         # With a mask of its own the model does not tell examples apart once more.
         masks = whole_masks(decoder, self.parts.tokens, None, self.position_ids_BT)
         return arguments | {"attention_mask": self.parts.ones_BT}, masks
@@ -160,7 +160,7 @@ class PackedReach(PlainReach):
 
     parts: PackedPartition
 
-    def body_call(self, decoder: Decoder, arguments: dict) -> tuple[dict, AbstractContextManager[None]]:
+    def body_call(self, decoder: Decoder, arguments: dict[str, Any]) -> BodyCall:
         # Masks are [.., M, M], or None where causality, which the kernels know, is all that they would say.
         masks = whole_masks(decoder, max(self.parts.lengths), None, None)
         return arguments | {"attention_mask": self.parts.ones_BT}, masks
@@ -255,7 +255,8 @@ def _mask_of(rows: Rows, mask_11MM: torch.Tensor | None) -> torch.Tensor | None:
     if mask_11MM is None:
         return None
     corner = mask_11MM[:, :, : rows.tokens, : rows.tokens]
-    return rows._once("corner", mask_11MM, lambda: rows.shrink("attention_mask", corner))
+    mask: torch.Tensor = rows._once("corner", mask_11MM, lambda: rows.shrink("attention_mask", corner))
+    return mask
 
 
 class _FirstLayer(Exception):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from typing_extensions import Self
@@ -22,6 +22,9 @@ from tokenseek.decoder.attention import Replace, attention_replaced, without_cud
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import makes_masks_by_utils, whole_masks
 from tokenseek.ditching.rows import Partition, Rows
+
+# Arguments of the decoder's body, and what it is called inside of.
+BodyCall: TypeAlias = tuple[dict[str, Any], AbstractContextManager[None]]
 
 
 class Reach(Protocol):
@@ -38,7 +41,7 @@ class Reach(Protocol):
     @property
     def whole(self) -> Partition: ...
 
-    def body_call(self, decoder: Decoder, arguments: dict) -> tuple[dict, AbstractContextManager[None]]:
+    def body_call(self, decoder: Decoder, arguments: dict[str, Any]) -> BodyCall:
         """How the decoder's body, which makes the masks, is called: with which arguments, and inside of what."""
 
     def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -79,7 +82,7 @@ class PlainReach:
         moved.parts = parts
         return moved
 
-    def body_call(self, decoder: Decoder, arguments: dict) -> tuple[dict, AbstractContextManager[None]]:
+    def body_call(self, decoder: Decoder, arguments: dict[str, Any]) -> BodyCall:
         if not self.parts.right_padded or arguments.get("position_ids") is not None:
             return arguments, nullcontext()
         # No token looks at padding behind it: causality is all the mask that is needed.

@@ -188,7 +188,7 @@ def gathered(layer: nn.Module) -> Iterator[None]:
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

@@ -144,7 +144,8 @@ class Rows:
         is_shared = x.shape[dim - 1] == 1
         index = self.index_BR.flatten() if is_shared else self._flat
         taken = x.flatten(dim - 1, dim).index_select(dim - 1, index.to(x.device))
-        return taken.unflatten(dim - 1, (batch, rows))
+        by_example: torch.Tensor = taken.unflatten(dim - 1, (batch, rows))
+        return by_example
 
     def put(self, buffer: torch.Tensor, rows_BNRH: torch.Tensor) -> None:
         """Write rows [B, N, R, H] into a token-major `buffer` [B, T (+ 1), N, H], in place."""
@@ -211,7 +212,7 @@ class Rows:
         return self._once(name, value, lambda: self._shrink(name, value))
 
     def _once(self, name: str, source: torch.Tensor, make: Callable[[], Made]) -> Made:
-        known = self._made.setdefault(name, [])
+        known: list[tuple[torch.Tensor, Made]] = self._made.setdefault(name, [])
         for known_source, made in known:
             if known_source is source:
                 return made
@@ -310,7 +311,8 @@ class Partition:
 
     def assemble(self, unselected_BNUH: torch.Tensor | None, selected_BNSH: torch.Tensor) -> torch.Tensor:
         """Keys or values of all tokens, [B, N, T, H], in the order of the text; gradient reaches the selected rows."""
-        return _Assembled.apply(selected_BNSH, unselected_BNUH, self)
+        whole_BNTH: torch.Tensor = _Assembled.apply(selected_BNSH, unselected_BNUH, self)
+        return whole_BNTH
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same on another device; what the host knows is kept."""

@@ -121,7 +121,8 @@ def staircase_attention(
             it ends.
         scale: of the scores; 1 / sqrt(H) by default.
     """
-    return _Staircase.apply(query_BNSH, key_BKTH, value_BKTH, spans, scale)
+    output: torch.Tensor = _Staircase.apply(query_BNSH, key_BKTH, value_BKTH, spans, scale)
+    return output
 
 
 class _Staircase(torch.autograd.Function):
@@ -191,7 +192,8 @@ class _Staircase(torch.autograd.Function):
 
 def _grouped(x_NSH: torch.Tensor, key_heads: int) -> torch.Tensor:
     """[K, G, S, ..]: a view."""
-    return x_NSH.unflatten(0, (key_heads, -1))
+    grouped: torch.Tensor = x_NSH.unflatten(0, (key_heads, -1))
+    return grouped
 
 
 def _merged(
@@ -300,7 +302,8 @@ class _CudaFlash:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = (_repeated(x, query) for x in (key, value))
-        return _aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+        output, logsumexp, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+        return output, logsumexp
 
     @staticmethod
     def add_gradients(

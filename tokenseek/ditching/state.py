@@ -155,7 +155,7 @@ class Step:
         self.recording = recording
         self.unselected_BUD: torch.Tensor | None = None
         # Keys and values of layers below, with the selected rows' gradient, for layers that take them over.
-        self.shared: dict = {}
+        self.shared: dict[str, Any] = {}
         self.started = False
 
 

@@ -64,7 +64,8 @@ class Top:
     def cross_border(self, selected_BSD: torch.Tensor) -> torch.Tensor:
         """[B, T, D]: all rows at the border, whose gradient becomes that of the selected ones."""
         self.reached = True
-        return _AllRows.apply(selected_BSD, self)
+        border_BTD: torch.Tensor = _AllRows.apply(selected_BSD, self)
+        return border_BTD
 
     def run(self, layer: nn.Module, hidden_BTD: torch.Tensor, recompute: bool) -> Any:
         """The layer's output for all rows, as the first pass called it."""

@@ -81,7 +81,8 @@ class TokenIndex:
         return int(self._file.tokens_crcs[self._checked(row)])
 
     def example_id(self, row: int) -> str:
-        return self._file.example_ids[self._checked(row)].as_py()
+        example_id: str = self._file.example_ids[self._checked(row)].as_py()
+        return example_id
 
     def row_of(self, example_id: str) -> int:
         """The row of an example id; `UserError` if the index does not know it."""

@@ -87,7 +87,7 @@ class IndexHeader:
 
     def flat(self) -> dict[str, Any]:
         """The header as one flat dict of dotted names, as JSON would give it back (tuples become lists)."""
-        content = json.loads(self.to_json())
+        content: dict[str, Any] = json.loads(self.to_json())
         for section in ("fingerprints", "scoring"):
             content |= {f"{section}.{key}": value for key, value in content.pop(section).items()}
         return content

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from tokenseek.decoder.attention import Replace
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import whole_masks
-from tokenseek.ditching.rows import MASK_ARGUMENTS, Partition, Rows
+from tokenseek.decoder.names import MASK_ARGUMENTS
+from tokenseek.ditching.rows import Partition, Rows
 from tokenseek.errors import UserError
 from tokenseek.ulysses.heads import heads_exchanged, key_heads_exchanged
 from tokenseek.ulysses.layout import Dealer, Layout, Shards

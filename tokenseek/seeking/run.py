@@ -58,7 +58,8 @@ class Team:
             return decide()
         decision: list[Any] = [decide() if self.is_first else None]
         dist.broadcast_object_list(decision, group=self.group, group_src=0)
-        return decision[0]
+        agreed: Decision = decision[0]
+        return agreed
 
 
 class SeekingProgress:

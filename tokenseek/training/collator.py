@@ -209,7 +209,8 @@ def _example_id(feature: Mapping[str, Any]) -> str:
             f"an example has no example_id (only {sorted(feature)}). Prepare the data with "
             "tokenseek.prepare_dataset and train with remove_unused_columns=False."
         )
-    return feature["example_id"]
+    example_id: str = feature["example_id"]
+    return example_id
 
 
 def pad_rows(rows: Sequence[Numbers], fill: int, length: int | None = None) -> torch.Tensor:
@@ -222,4 +223,6 @@ def pad_rows(rows: Sequence[Numbers], fill: int, length: int | None = None) -> t
 
 def _predicted_by(positions: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     """[S]: the label of the token after each position; -100 after the last."""
-    return np.append(np.asarray(labels)[1:], IGNORED)[positions]
+    next_labels: np.ndarray = np.append(np.asarray(labels)[1:], IGNORED)
+    predicted: np.ndarray = next_labels[positions]
+    return predicted

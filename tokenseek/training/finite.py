@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tokenseek.data.packing import BLANK, unpacked
 from tokenseek.errors import UserError
 
+# From examples to a batch.
+Collate: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
 
 class NamedExamples:
     """A collator that adds the ``example_id`` of every example to its batch, as a list `example_ids`.
@@ -20,7 +23,7 @@ class NamedExamples:
     Of the blank examples, which are the last of a batch, it adds the numbers of tokens as a list `blanks`.
     """
 
-    def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]) -> None:
+    def __init__(self, collator: Collate) -> None:
         self.collator = collator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ processes only: left alone they would give each rank of a group other examples, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -28,7 +28,7 @@ from tokenseek.errors import UserError
 from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
 from tokenseek.parallel import shared_by
 from tokenseek.training.checkpoints import writing
-from tokenseek.training.finite import NamedExamples, StopAtNan
+from tokenseek.training.finite import Collate, NamedExamples, StopAtNan
 from tokenseek.training.sampling import EpochSampler, LengthGroupedSampler, WithBlanks
 
 
@@ -87,13 +87,13 @@ class GroupTrainer(Trainer):
     @property
     def num_groups(self) -> int:
         """How many batches are in work at once."""
-        return self.accelerator.num_processes // self.group_size
+        return int(self.accelerator.num_processes) // self.group_size
 
     def create_accelerator_and_postprocess(self) -> None:
         with unseen_by_accelerate():
             super().create_accelerator_and_postprocess()
 
-    def training_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         examples, self._blanks = inputs.pop("example_ids", []), inputs.pop("blanks", [])
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.stop_at_nan:
@@ -108,7 +108,7 @@ class GroupTrainer(Trainer):
         with writing(Path(str(self.args.output_dir))):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         plain_collator = self.data_collator
         self.data_collator = self._collator_of_training()
         try:
@@ -116,12 +116,12 @@ class GroupTrainer(Trainer):
         finally:
             self.data_collator = plain_collator
 
-    def _collator_of_training(self) -> Callable[[list], dict]:
+    def _collator_of_training(self) -> Collate:
         # A stream's batches may be dealt from the main process by accelerate, which cuts up tensors alone.
-        collator = cast(Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]], self.data_collator)
+        collator = cast(Collate, self.data_collator)
         return NamedExamples(collator) if has_length(self.train_dataset) else collator
 
-    def _train_dataloader(self) -> DataLoader:
+    def _train_dataloader(self) -> DataLoader[Any]:
         plain: Any = self.train_dataset
         strategy = self.args.train_sampling_strategy
         if not has_length(plain) or strategy not in ("random", "sequential", "group_by_length"):
@@ -144,8 +144,9 @@ class GroupTrainer(Trainer):
             is_training=True,
         )
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader: Any = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        made = super()._get_dataloader(*args, **kwargs)
+        loader: Any = made
         shard = loader.dataset
         stream = shard.dataset if isinstance(shard, IterableDatasetShard) else shard
         if isinstance(stream, StreamedExamples):
@@ -153,7 +154,7 @@ class GroupTrainer(Trainer):
                 shard.num_processes, shard.process_index = 1, 0  # the stream gives each group its own examples
             # An iterator begins by a draw, which a resumed run makes again: not from the state that dropout draws from.
             loader.base_dataloader.generator = torch.Generator()
-            return loader
+            return made
         if self.group_size > 1:
             dealt = [
                 part
@@ -171,7 +172,7 @@ class GroupTrainer(Trainer):
                 part.process_index = self.accelerator.process_index // self.group_size
                 if self.num_groups == 1:  # nobody else needs a batch when the last one is short
                     part.even_batches = False
-        return loader
+        return made
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return super().get_total_train_batch_size(args) // self.group_size
@@ -193,7 +194,8 @@ class GroupTrainer(Trainer):
         """As accelerate's ``gather_for_metrics``, from one rank of each group."""
 
         def first_ranks(everyone: torch.Tensor) -> torch.Tensor:
-            return everyone.unflatten(0, (self.num_groups, self.group_size, -1))[:, 0].flatten(0, 1)
+            by_group: torch.Tensor = everyone.unflatten(0, (self.num_groups, self.group_size, -1))
+            return by_group[:, 0].flatten(0, 1)
 
         data = recursively_apply(first_ranks, self.accelerator.gather(data))
         state = self.accelerator.gradient_state

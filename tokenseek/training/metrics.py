@@ -85,4 +85,4 @@ def held_out_loss(trainer: GroupTrainer, dataset: Dataset) -> float:
                 loss = model(**batch, num_items_in_batch=1, use_cache=False).loss.item()
             total += torch.tensor([loss, count], dtype=torch.float64)
     loss, count = accelerator.reduce(total.to(accelerator.device, torch.float32), reduction="sum").tolist()
-    return loss / count
+    return float(loss / count)

@@ -48,4 +48,4 @@ class OnlineTotals:
             return None
         total, count = accelerator.reduce(self._recent, reduction="sum").tolist()
         self._recent = None
-        return total / max(1.0, count)
+        return float(total / max(1.0, count))

@@ -64,10 +64,11 @@ class LengthGroupedSampler(EpochSampler):
         self.lengths, self.group = lengths, group
 
     def order(self, generator: torch.Generator) -> list[int]:
-        return get_length_grouped_indices(self.lengths, self.group, generator=generator)
+        order: list[int] = get_length_grouped_indices(self.lengths, self.group, generator=generator)
+        return order
 
 
-class WithBlanks(Dataset):
+class WithBlanks(Dataset[Any]):
     """A data set followed by copies of its first example without a label.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from tokenseek.ditching.state import require_ditching
 from tokenseek.ditching.zero3 import fetch_a_layer_ahead, gather_layers_once
 from tokenseek.errors import UserError
 from tokenseek.training.collator import TokenSeekCollator
+from tokenseek.training.finite import Collate
 from tokenseek.training.groups import GroupTrainer
 from tokenseek.training.online import OnlineTotals
 
@@ -65,7 +66,7 @@ class TokenSeekTrainer(GroupTrainer):
         self.new_epoch.collator = data_collator
         self.online = OnlineTotals()
 
-    def _collator_of_training(self) -> Callable[[list], dict]:
+    def _collator_of_training(self) -> Collate:
         collator, ditching = super()._collator_of_training(), require_ditching(cast(nn.Module, self.model))
         if not has_length(self.train_dataset) or ditching.sequence or self.args.n_gpu > 1:
             return collator
@@ -89,11 +90,11 @@ class TokenSeekTrainer(GroupTrainer):
             logs["loss_all"] = loss_all
         super().log(logs, start_time)
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
         with self._all_tokens():
             return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader[Any]:
         with self._all_tokens():
             return super().get_test_dataloader(test_dataset)
 
@@ -110,10 +111,10 @@ class TokenSeekTrainer(GroupTrainer):
 class PlanningCollator:
     """Adds `planned_rows` to its batch, a :class:`~tokenseek.ditching.planned.PlannedRows` made where it collates."""
 
-    def __init__(self, collator: Callable[[list], dict[str, Any]], attention_is_ours: bool) -> None:
+    def __init__(self, collator: Collate, attention_is_ours: bool) -> None:
         self.collator, self.attention_is_ours = collator, attention_is_ours
 
-    def __call__(self, features: list) -> dict[str, Any]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.collator(features)
         if "selected_positions" in batch:
             planned = PlannedRows.of(batch, self.attention_is_ours)
