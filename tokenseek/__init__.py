@@ -4,7 +4,22 @@ Names are imported when they are first used, so that ``tokenseek --help`` does n
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names of `_WHERE`
+    from tokenseek.config import DataConfig as DataConfig
+    from tokenseek.config import load_config as load_config
+    from tokenseek.data import prepare_dataset as prepare_dataset
+    from tokenseek.ditching import disable_token_ditching as disable_token_ditching
+    from tokenseek.ditching import enable_token_ditching as enable_token_ditching
+    from tokenseek.errors import UserError as UserError
+    from tokenseek.index import TokenIndex as TokenIndex
+    from tokenseek.runs.one_line import finetune as finetune
+    from tokenseek.seeking import TokenScorer as TokenScorer
+    from tokenseek.selection import SelectionRule as SelectionRule
+    from tokenseek.training import PaddingCollator as PaddingCollator
+    from tokenseek.training import TokenSeekCollator as TokenSeekCollator
+    from tokenseek.training import TokenSeekTrainer as TokenSeekTrainer
 
 _WHERE = {
     "DataConfig": "tokenseek.config",

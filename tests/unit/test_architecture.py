@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import tokenseek
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tokenseek"
 
@@ -127,6 +129,12 @@ def test_heavy_libraries_are_imported_late(module):
     code = f"import sys, {module}; print(*[name for name in {sorted(HEAVY)} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (run.stdout, run.stderr, run.returncode) == ("\n", "", 0)
+
+
+def test_type_checkers_see_the_names_of_the_package():
+    (checked,) = (node for node in modules()["tokenseek"].body if isinstance(node, ast.If))
+    seen = {alias.asname: node.module for node in checked.body for alias in node.names}
+    assert seen == tokenseek._WHERE
 
 
 def test_the_page_lists_the_same_floors():
