@@ -44,6 +44,7 @@ from tokenseek.runs.allocation import StepAllocation
 from tokenseek.runs.batch import settle_batch, with_batch
 from tokenseek.runs.exact import fit_exact_layers, settle_exact_layers
 from tokenseek.runs.export import write_model_card
+from tokenseek.runs.fingerprint import fingerprint_run
 from tokenseek.runs.hub import push, require_hub
 from tokenseek.runs.inputs import RunInputs, read_inputs
 from tokenseek.runs.outline import log_outline
@@ -55,7 +56,6 @@ from tokenseek.runs.resume import (
     Start,
     describe_start,
     find_start,
-    fingerprint_run,
     require_same_inputs,
     write_start,
 )
