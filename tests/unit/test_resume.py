@@ -132,13 +132,13 @@ def test_a_longer_run_goes_on(run, capsys):
 
 
 def test_no_step_left_is_refused(run):
-    with pytest.raises(UserError, match="has taken 2 steps .*leaves none with training.max_steps=1 .2 before"):
+    with pytest.raises(UserError, match="has taken 2 steps .*no step is left with training.max_steps=1 .2 before"):
         run("training.max_steps=1")
-    with pytest.raises(UserError, match="leaves none with .*training.num_train_epochs=0.1 .1 before"):
+    with pytest.raises(UserError, match="no step is left with .*training.num_train_epochs=0.1 .1 before"):
         run("training.max_steps=-1", "training.num_train_epochs=0.1")
     for checkpoint in run.path.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    with pytest.raises(UserError, match="has kept no checkpoint to go on from with training.max_steps=9"):
+    with pytest.raises(UserError, match="has kept no checkpoint to resume from with training.max_steps=9"):
         run("training.max_steps=9")
 
 

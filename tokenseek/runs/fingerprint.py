@@ -1,6 +1,6 @@
 """What the weights of a run depend on, as values that can be compared with those of another run.
 
-A run writes them into its folder (`fingerprint.json`), so that whoever goes on with it can be told what differs.
+A run writes them to `fingerprint.json` in its folder; a run that is resumed there is told what differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenseek.config import RunConfig, TrainingConfig
 from tokenseek.data.encoding import digest
 from tokenseek.runs.inputs import RunInputs
 
-# Settings without an effect on the weights: names of what is known by its content, places, speed, memory and reports.
+# Settings without an effect on the weights: names of what `content` has digests of, paths, speed, memory and reports.
 _WITHOUT_EFFECT: dict[str, Any] = {
     "output_dir": True,
     "data": True,
@@ -48,8 +48,8 @@ def fingerprint_run(
         groups: processes, or groups of those that share texts.
 
     Returns:
-        `settings` by dotted path; `content`, digests of the model and of the data; `names`, the settings that say which
-        these are, to be told where a digest differs; `batch`, the rows of a step; `length`, how long it trains.
+        `settings` by dotted path; `content`, digests of the model and of the data; `names`, the settings that name
+        these, shown where a digest differs; `batch`, the rows of a step; `length`, how long the run trains.
     """
     settings = dict(_flat(config.model_dump(mode="json", exclude=_without_effect(config))))
     extra = "training.extra."

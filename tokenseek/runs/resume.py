@@ -1,7 +1,7 @@
-"""Where a run starts: anew, from a checkpoint, or not at all since it is finished.
+"""Where a run starts: from the beginning, from a checkpoint, or not at all because it is finished.
 
-A run's folder tells with `fingerprint.json` what its weights were trained with. Whoever goes on with it has to agree,
-so that no weights were made by other settings than those of the `config.yaml` beside them.
+`fingerprint.json` in a run's folder records what its weights were trained with. A run that is resumed there has to
+agree with it, so that the `config.yaml` beside the weights describes all of their training.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ FINGERPRINT_NAME, CONFIG_NAME, SUMMARY_NAME, METRICS_NAME = (
     "summary.json",
     "metrics.jsonl",
 )
-# What a run writes into its folder besides the index, which knows itself what it belongs to.
+# What a run writes into its folder, except the index, which records by itself what it belongs to.
 _WRITTEN = (FINGERPRINT_NAME, CONFIG_NAME, SUMMARY_NAME, METRICS_NAME, "final", "runs", f"{PREFIX_CHECKPOINT_DIR}-*")
-# What a checkpoint cannot be loaded without, however it is meant to be gone on with.
+# Settings that a checkpoint can only be loaded with, whichever run resumes from it.
 _SHAPES = ("peft", "model", "training.optim")
 
 
@@ -45,11 +45,11 @@ class Start:
 
     Attributes:
         output: the run's folder.
-        checkpoint: that training resumes from; None begins anew.
-        own: whether the run goes on with what its own folder holds, be it a checkpoint or a finished run.
-        known: the fingerprint of the run that is gone on with, if its folder has one.
+        checkpoint: training resumes from it; None where training starts from the beginning.
+        own: whether the checkpoint or finished run is that of the run's own folder.
+        known: the fingerprint of the run that is resumed, if its folder has one.
         summary: of a finished run in the folder.
-        finished: nothing is left to be trained.
+        finished: there is nothing left to train.
     """
 
     output: Path
@@ -61,12 +61,12 @@ class Start:
 
     @property
     def settled_by(self) -> str | None:
-        """A folder whose neighbour `config.yaml` tells what `auto` was settled as; None where that is still to do."""
+        """A folder beside the `config.yaml` that has values in the place of `auto`; None where `auto` is still open."""
         return self.checkpoint or (str(self.output / "final") if self.own else None)
 
 
 def find_start(resume: str, output: Path) -> Start:
-    """Where a run starts by `training.resume` and what its folder holds.
+    """Where a run starts, by `training.resume` and the contents of its folder.
 
     Raises:
         UserError: there is no such checkpoint, or a file of the folder is damaged.
@@ -82,7 +82,7 @@ def find_start(resume: str, output: Path) -> Start:
             )
         own = checkpoint.resolve().parent == output.resolve()
         return Start(output, resume, own, _read_json(checkpoint.parent / FINGERPRINT_NAME))
-    # A checkpoint that was being written when the run was killed has no state, which is written last.
+    # The state is written last: a checkpoint without it was being written when the run was killed.
     whole = [path.parent for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     summary = _read_summary(output / SUMMARY_NAME)
@@ -93,13 +93,13 @@ def find_start(resume: str, output: Path) -> Start:
 
 
 def require_same_inputs(start: Start, now: Mapping[str, Any]) -> Start:
-    """`start`, where a run of fingerprint `now` may go on from there; it says whether the run is finished already.
+    """`start`, if a run of fingerprint `now` may start there, with `finished` set.
 
-    A run goes on with what it was trained with, but may become longer. Another run's checkpoint, which
-    `training.resume` names, is gone on from with other settings, except those that it cannot be loaded with.
+    A run is resumed with the settings that it was trained with, but may become longer. From the checkpoint of another
+    run, which `training.resume` names, training resumes with other settings, except those of :data:`_SHAPES`.
 
     Raises:
-        UserError: names the settings that differ with both values, and how to go on.
+        UserError: settings differ, or nothing is left to train; names both values and what can be done.
     """
     folder = start.output if start.own else Path(start.checkpoint or start.output).parent
     found = differences(start.known, now) if start.known else {}
@@ -117,7 +117,7 @@ def require_same_inputs(start: Start, now: Mapping[str, Any]) -> Start:
         return replace(start, finished=start.summary is not None)
     if start.checkpoint is None:
         raise UserError(
-            f"output_dir: the run in {folder} is finished and has kept no checkpoint to go on from with "
+            f"output_dir: the run in {folder} is finished and has kept no checkpoint to resume from with "
             f"{_lengths(before, now['length'])}. {_ways_on(start)}"
         )
     state = json.loads((Path(start.checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -125,25 +125,25 @@ def require_same_inputs(start: Start, now: Mapping[str, Any]) -> Start:
     if not (steps > state["global_step"] if steps > 0 else epochs > state["epoch"]):
         raise UserError(
             f"output_dir: the run in {folder} has taken {state['global_step']} steps ({state['epoch']:g} epochs) "
-            f"already, which leaves none with {_lengths(before, now['length'])}. {_ways_on(start)}"
+            f"already; no step is left with {_lengths(before, now['length'])}. {_ways_on(start)}"
         )
     return start
 
 
 def describe_start(start: Start, now: Mapping[str, Any]) -> str | None:
-    """What a user should know of where a run starts, if anything."""
+    """What a user is told about where a run starts; None where there is nothing to tell."""
     if start.finished and (summary := start.summary):
         loss = "" if summary.loss_after is None else f", held-out loss {summary.loss_after:.4f} nats per token"
         return (
             f"The run in {start.output} is finished: {summary.steps:,} steps{loss}; its result is in {summary.final}. "
-            "Nothing is trained. To go on, raise training.max_steps or training.num_train_epochs; to begin anew, give "
-            "another output_dir, or training.resume=never."
+            "Nothing is trained. To train longer, raise training.max_steps or training.num_train_epochs; to start "
+            "over, give another output_dir, or training.resume=never."
         )
     if start.checkpoint is None:
         return None
     if start.known is None:
         return (
-            f"WARNING: {Path(start.checkpoint).parent} holds no {FINGERPRINT_NAME}, so that nobody knows whether "
+            f"WARNING: {Path(start.checkpoint).parent} holds no {FINGERPRINT_NAME}, so it is unknown whether "
             f"{start.checkpoint} was trained with these settings."
         )
     if not start.own and (found := differences(start.known, now)):
@@ -152,17 +152,17 @@ def describe_start(start: Start, now: Mapping[str, Any]) -> str | None:
         )
     if start.known["length"] != now["length"]:
         return (
-            f"Going on from {start.checkpoint} with {_lengths(start.known['length'], now['length'])}; the learning "
-            "rate goes on by the schedule of the new length."
+            f"Resuming from {start.checkpoint} with {_lengths(start.known['length'], now['length'])}; the learning "
+            "rate follows the schedule of the new length."
         )
     return None
 
 
 def write_start(start: Start, config: RunConfig, fingerprint: Mapping[str, Any], state: PartialState) -> None:
-    """Make the folder of a run that starts tell what is trained in it; every process calls this.
+    """Write into a run's folder what is trained in it; every process calls this.
 
-    What an earlier run left is moved to `earlier-1`, `earlier-2`, ...: all of it where this run begins anew, its result
-    where this run makes it longer.
+    Files of an earlier run are moved to `earlier-1`, `earlier-2`, ...: all of them if this run starts over, the result
+    alone if this run makes the earlier one longer.
     """
     state.wait_for_everyone()  # all have read what was there
     if state.is_main_process:
@@ -177,11 +177,11 @@ def write_start(start: Start, config: RunConfig, fingerprint: Mapping[str, Any],
 
 
 def _old_files(start: Start, resume: str) -> list[Path]:
-    """What an earlier run left and this one does not go on with."""
+    """Files of an earlier run that this one does not continue."""
     names: Sequence[str]
     if start.own:
         names = (SUMMARY_NAME, "final") if start.summary else ()
-    else:  # a run without a whole checkpoint and without a result left nothing to keep
+    else:  # without a whole checkpoint and without a result there is nothing to keep
         names = _WRITTEN if resume != "auto" or (start.output / "final").exists() else ()
     return [path for name in names for path in sorted(start.output.glob(name))]
 
@@ -195,7 +195,7 @@ def _move_away(files: Sequence[Path], output: Path) -> None:
     earlier.mkdir()
     for path in files:
         path.rename(earlier / path.name)
-    for name in (CONFIG_NAME, FINGERPRINT_NAME):  # a result that this run makes longer keeps what tells of it
+    for name in (CONFIG_NAME, FINGERPRINT_NAME):  # a result keeps the files that describe it
         if (output / name).exists():
             shutil.copy(output / name, earlier / name)
     _log.info("Moved to %s: %s of an earlier run.", earlier, ", ".join(path.name for path in files))
@@ -207,10 +207,10 @@ def _lengths(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _ways_on(start: Start) -> str:
     if not start.own:
-        return "Its checkpoint cannot be loaded with these: give those settings, or begin anew (training.resume=never)."
+        return "Its checkpoint cannot be loaded with these: give those settings, or start over (training.resume=never)."
     return (
-        f"Go on with its settings (those of {start.output / CONFIG_NAME}), give another output_dir, or begin anew with "
-        f"--set training.resume=never, which moves what is there to {start.output}/earlier-1."
+        f"Resume with its settings (those of {start.output / CONFIG_NAME}), give another output_dir, or start over "
+        f"with --set training.resume=never, which moves what is there to {start.output}/earlier-1."
     )
 
 
@@ -221,8 +221,8 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}), and would tell what the run beside it was trained with. Remove it to go on "
-            "without that knowledge, or start over with training.resume=never."
+            f"{path} is damaged ({error}), so it is unknown what the run beside it was trained with. Remove it to "
+            "resume without that check, or start over with training.resume=never."
         ) from error
 
 
@@ -232,6 +232,6 @@ def _read_summary(path: Path) -> TrainingSummary | None:
         return None if values is None else TrainingSummary(**values)
     except TypeError as error:
         raise UserError(
-            f"{path} was written by another version of TokenSeek ({error}); give another output_dir, or begin anew "
-            "with training.resume=never."
+            f"{path} was written by another version of TokenSeek ({error}); give another output_dir, or start "
+            "over with training.resume=never."
         ) from error
