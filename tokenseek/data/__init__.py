@@ -2,13 +2,13 @@
 
 from tokenseek.data.formats import Format, recognise
 from tokenseek.data.preparation import (
-    DataReport,
     PreparedData,
     hold_out,
     prepare_dataset,
     require_supervised,
     stream_examples,
 )
+from tokenseek.data.report import DataReport
 from tokenseek.data.streaming import StreamedExamples
 
 __all__ = [

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -24,6 +24,7 @@ from tokenseek.data.encoding import (
 )
 from tokenseek.data.formats import Format, recognise_rows
 from tokenseek.data.reading import parse_row
+from tokenseek.data.report import DataReport, make_report
 from tokenseek.data.rows import RowRenderer, read_columns, settled_template
 from tokenseek.data.sources import LoadedSource, cache_error, draw_rows, load_source
 from tokenseek.data.streaming import StreamedExamples, load_head, stream_rows
@@ -53,48 +54,6 @@ _ENCODED = Features(
 
 
 @dataclass(frozen=True)
-class DataReport:
-    """What became of the rows. Tokens count after truncation.
-
-    Attributes:
-        characters_cut: of texts so long that their end was not even tokenised; their tokens are not in `tokens_cut`.
-        sources: what each source is, for people.
-        template: what renders the rows, for people.
-        notes: what else a user should know, such as files that were left out.
-    """
-
-    rows_read: int
-    rows_filtered: int
-    examples: int
-    truncated_examples: int
-    tokens_cut: int
-    unsupervised_examples: int
-    tokens: int
-    supervised_tokens: int
-    characters_cut: int = 0
-    sources: tuple[str, ...] = ()
-    template: str = ""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def supervised_share(self) -> float:
-        """Tokens with a loss among all tokens."""
-        return self.supervised_tokens / self.tokens
-
-    def __str__(self) -> str:
-        unread = f" and {self.characters_cut:,} characters that were not tokenised" if self.characters_cut else ""
-        report = (
-            f"{self.rows_read:,} rows read, {self.rows_filtered:,} dropped by filters, {self.examples:,} examples "
-            f"prepared: {self.tokens:,} tokens, {self.supervised_tokens:,} of them with a loss. "
-            f"{self.truncated_examples:,} examples were longer than max_length and lost {self.tokens_cut:,} tokens"
-            f"{unread}. {self.unsupervised_examples:,} examples have no token with a loss: they are scored and add "
-            "nothing to the training loss."
-        )
-        loss = f"template: {self.template}; loss on {self.supervised_share:.0%} of the tokens"
-        return "\n".join([*self.sources, loss, report, *self.notes])
-
-
-@dataclass(frozen=True)
 class PreparedData:
     """A tokenised data set with the columns `example_id`, `input_ids` and `labels`, in data order.
 
@@ -119,51 +78,19 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
         UserError: names the source, the file and the row at fault.
     """
     require_usable(tokenizer, data.append_eos)
-    keys = [f"{section}.sources.{number}" for number in range(len(data.sources))]
-    loaded = [_load(source, key) for source, key in zip(data.sources, keys, strict=True)]
-    formats = [_format(source, part, key) for source, part, key in zip(data.sources, loaded, keys, strict=True)]
-    sources = [
-        f.of(source) if source.kind == "auto" else source for f, source in zip(formats, data.sources, strict=True)
-    ]
-    template = settled_template(data, tokenizer)
-    by_chat_template = _rendered_by_chat_template(sources, loaded, template)
+    sources = _Sources.open(data, tokenizer, section)
+    by_chat_template = _rendered_by_chat_template(sources.settled, sources.loaded, sources.template)
     if any(by_chat_template) and not tokenizer.chat_template:
-        number = by_chat_template.index(True)
-        raise UserError(
-            f"{keys[number]}: rows of kind {sources[number].kind} need a tokenizer with a chat template here; use that "
-            "of an instruction-tuned model"
-            + (f", or {section}.template=alpaca" if sources[number].kind == "instruction" else "")
-        )
+        raise _no_chat_template(sources, by_chat_template.index(True), section)
     tokenizer_digest = tokenizer_fingerprint(tokenizer)
     template_digest = template_fingerprint(
-        template,
+        sources.template,
         data.append_eos,
-        (source.kind for source in sources),
+        (source.kind for source in sources.settled),
         json.dumps(tokenizer.chat_template) if any(by_chat_template) else "",
         _chat_settings(data),
     )
-
-    drawn = draw_rows(sources, [len(part.rows) for part in loaded], f"{section}.sources")
-    ends = Ends.of(tokenizer, data.append_eos)
-    chat = ChatRenderer(
-        tokenizer, data.loss_on, data.rewritten_turns, data.template_options, section, data.labels == "sequence"
-    )
-    rendered = [
-        _map(
-            part.rows.select(chosen),
-            RowRenderer(source, part, template, ends, chat, key),
-            [source.model_dump_json(), template, tokenizer_digest, template_digest, data.labels],
-            features=_RENDERED,
-            desc=f"render {key}",
-            num_proc=data.num_proc,
-        )
-        for source, part, chosen, key in zip(sources, loaded, drawn, keys, strict=True)
-    ]
-    rows = concatenate_datasets(rendered)
-    if data.shuffle:
-        rows = rows.shuffle(seed=data.seed)
-    if data.limit is not None:
-        rows = rows.select(range(min(data.limit, len(rows))))
+    rows = _rendered(data, sources, [sources.template, tokenizer_digest, template_digest, data.labels], section)
     examples = _map(
         rows,
         encode_batch,
@@ -181,12 +108,86 @@ def prepare_dataset(data: DataConfig, tokenizer: Any, section: str = "data") -> 
         "max_length": data.max_length,
         "labels": data.labels,
     }
-    described = tuple(
-        f"{source.path or source.name}: {len(part.rows):,} rows, {recognised}"
-        for source, part, recognised in zip(sources, loaded, formats, strict=True)
-    )
-    report = _report(examples, rows, loaded, described, _templates_used(sources, by_chat_template, template))
+    templates = _templates_used(sources.settled, by_chat_template, sources.template)
+    report = make_report(examples, rows, sources.loaded, sources.described, templates)
     return PreparedData(examples.remove_columns(["num_cut", "num_unread"]), fingerprints, report)
+
+
+class _Sources(NamedTuple):
+    """The sources of a configuration, read, and how their rows are rendered; each list has one item a source.
+
+    Attributes:
+        keys: dotted paths of their settings, for errors.
+        settled: their settings, with a kind in the place of `auto`.
+    """
+
+    keys: list[str]
+    loaded: list[LoadedSource]
+    formats: list[Format]
+    settled: list[SourceConfig]
+    renderers: list[RowRenderer]
+    template: str
+
+    @classmethod
+    def open(cls, data: DataConfig, tokenizer: Any, section: str) -> _Sources:
+        keys = [f"{section}.sources.{number}" for number in range(len(data.sources))]
+        loaded = [_load(source, key) for source, key in zip(data.sources, keys, strict=True)]
+        formats = [_format(source, part, key) for source, part, key in zip(data.sources, loaded, keys, strict=True)]
+        settled = [
+            f.of(source) if source.kind == "auto" else source for f, source in zip(formats, data.sources, strict=True)
+        ]
+        template, ends = settled_template(data, tokenizer), Ends.of(tokenizer, data.append_eos)
+        chat = ChatRenderer(
+            tokenizer, data.loss_on, data.rewritten_turns, data.template_options, section, data.labels == "sequence"
+        )
+        renderers = [
+            RowRenderer(source, part, template, ends, chat, key)
+            for source, part, key in zip(settled, loaded, keys, strict=True)
+        ]
+        return cls(keys, loaded, formats, settled, renderers, template)
+
+    @property
+    def described(self) -> tuple[str, ...]:
+        """A line on each, for people."""
+        return tuple(
+            f"{source.path or source.name}: {len(part.rows):,} rows, {recognised}"
+            for source, part, recognised in zip(self.settled, self.loaded, self.formats, strict=True)
+        )
+
+
+def _no_chat_template(sources: _Sources, number: int, section: str) -> UserError:
+    kind = sources.settled[number].kind
+    return UserError(
+        f"{sources.keys[number]}: rows of kind {kind} need a tokenizer with a chat template here; use that of an "
+        "instruction-tuned model" + (f", or {section}.template=alpaca" if kind == "instruction" else "")
+    )
+
+
+def _rendered(data: DataConfig, sources: _Sources, inputs: list[str], section: str) -> Dataset:
+    """The drawn rows of all sources as texts, shuffled and limited.
+
+    Args:
+        inputs: what the texts depend on besides the rows and their source.
+    """
+    drawn = draw_rows(sources.settled, [len(part.rows) for part in sources.loaded], f"{section}.sources")
+    rows = concatenate_datasets(
+        [
+            _map(
+                part.rows.select(chosen),
+                renderer,
+                [source.model_dump_json(), *inputs],
+                features=_RENDERED,
+                desc=f"render {key}",
+                num_proc=data.num_proc,
+            )
+            for source, part, renderer, chosen, key in zip(
+                sources.settled, sources.loaded, sources.renderers, drawn, sources.keys, strict=True
+            )
+        ]
+    )
+    if data.shuffle:
+        rows = rows.shuffle(seed=data.seed)
+    return rows if data.limit is None else rows.select(range(min(data.limit, len(rows))))
 
 
 def stream_examples(
@@ -202,20 +203,7 @@ def stream_examples(
     Raises:
         UserError: as :func:`prepare_dataset`, when the row at fault is met; or a row becomes several examples.
     """
-    keys = [f"{section}.sources.{number}" for number in range(len(data.sources))]
-    heads = [_load(source, key) for source, key in zip(data.sources, keys, strict=True)]
-    formats = [_format(source, head, key) for source, head, key in zip(data.sources, heads, keys, strict=True)]
-    sources = [
-        f.of(source) if source.kind == "auto" else source for f, source in zip(formats, data.sources, strict=True)
-    ]
-    template, ends = settled_template(data, tokenizer), Ends.of(tokenizer, data.append_eos)
-    chat = ChatRenderer(
-        tokenizer, data.loss_on, data.rewritten_turns, data.template_options, section, data.labels == "sequence"
-    )
-    renderers = [
-        RowRenderer(source, head, template, ends, chat, key)
-        for source, head, key in zip(sources, heads, keys, strict=True)
-    ]
+    renderers = _Sources.open(data, tokenizer, section).renderers
     encoder = Encoder(tokenizer, data.max_length, data.labels)
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
@@ -331,43 +319,3 @@ def _map(rows: Dataset, function: Callable[..., Any], inputs: list[str], **optio
         )
     except OSError as error:
         raise cache_error(error) from error
-
-
-def _report(
-    examples: Dataset, rows: Dataset, loaded: Sequence[LoadedSource], described: tuple[str, ...], template: str
-) -> DataReport:
-    cut, unread = np.asarray(examples["num_cut"]), np.asarray(examples["num_unread"])
-    lengths, supervised = [], []
-    for batch in examples.select_columns("labels").with_format("arrow").iter(1000):
-        for labels in batch["labels"]:
-            labels = labels.values.to_numpy()
-            lengths.append(len(labels))
-            supervised.append(int((labels[1:] != IGNORED).sum()))  # the first token is never predicted
-    notes = [note for part in loaded for note in part.notes]
-    if (additional := len(examples) - len(rows)) > 0:
-        notes.append(
-            f"{additional:,} examples were added for turns that the chat template renders differently in a history "
-            "(rewritten_turns: separate)."
-        )
-    shortened = [(place, what) for place, what in zip(rows["place"], rows["left_out"], strict=True) if what]
-    if shortened:
-        place, what = shortened[0]
-        notes.append(
-            f"WARNING: in {len(shortened):,} of {len(rows):,} conversations the chat template leaves out text of a "
-            f"message, such as reasoning or a role that it does not know; first in {place}: {what}."
-        )
-    rows_read = sum(part.rows_read for part in loaded)
-    return DataReport(
-        rows_read=rows_read,
-        rows_filtered=rows_read - sum(len(part.rows) for part in loaded),
-        examples=len(examples),
-        truncated_examples=int(((cut > 0) | (unread > 0)).sum()),
-        tokens_cut=int(cut.sum()),
-        unsupervised_examples=supervised.count(0),
-        tokens=sum(lengths),
-        supervised_tokens=sum(supervised),
-        characters_cut=int(unread.sum()),
-        sources=described,
-        template=template,
-        notes=tuple(notes),
-    )
