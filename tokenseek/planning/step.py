@@ -12,7 +12,7 @@ from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
 from tokenseek.launching.engine import Engine, require_whole_weights
 from tokenseek.planning.depth import deepened, depths_that_tell, with_layers
-from tokenseek.planning.fake import take_step
+from tokenseek.planning.fake import TakenStep, take_step
 from tokenseek.planning.ledger import Stretch
 from tokenseek.planning.method import Method, method_of
 from tokenseek.planning.online import is_online
@@ -108,28 +108,35 @@ def plan_memory(
         )
         step = deepened(shallow, deeper, depths)
     highest = max(step.stretches, key=lambda stretch: stretch.peak)
-    states = sum(highest.parts[name] for name in ("parameters", "gradients", "optimizer"))
     micro_batches = config.training.gradient_accumulation_steps
-    sent = sent_bytes(engine, step.weights, step.trained, micro_batches) + micro_batches * step.exchanged
-    operations = Counter(step.optimizer.operations)
-    for key, count in step.micro_batch.operations.items():
-        operations[key] += micro_batches * count
-    work = StepWork(step.optimizer.flops + micro_batches * step.micro_batch.flops, sent, operations)
-    times = [stretch.seconds * (1 if stretch.name == "optimizer" else micro_batches) for stretch in step.stretches]
-    average = sum(t * s.average for t, s in zip(times, step.stretches, strict=True)) / sum(times)
     return MemoryPlan(
         method,
         engine,
         highest.peak,
-        round(average),
+        round(_average(step, micro_batches)),
         highest.parts,
-        states,
+        sum(highest.parts[name] for name in ("parameters", "gradients", "optimizer")),
         step.host,
         shape,
         micro_batches,
-        work,
+        _work(step, engine, micro_batches),
         step.stretches,
     )
+
+
+def _average(step: TakenStep, micro_batches: int) -> float:
+    """Bytes over the time of a step of so many micro batches."""
+    times = [stretch.seconds * (1 if stretch.name == "optimizer" else micro_batches) for stretch in step.stretches]
+    return sum(t * s.average for t, s in zip(times, step.stretches, strict=True)) / sum(times)
+
+
+def _work(step: TakenStep, engine: Engine, micro_batches: int) -> StepWork:
+    """What a step of so many micro batches computes and sends."""
+    sent = sent_bytes(engine, step.weights, step.trained, micro_batches) + micro_batches * step.exchanged
+    operations = Counter(step.optimizer.operations)
+    for key, count in step.micro_batch.operations.items():
+        operations[key] += micro_batches * count
+    return StepWork(step.optimizer.flops + micro_batches * step.micro_batch.flops, sent, operations)
 
 
 def load_model_config(config: RunConfig) -> PreTrainedConfig:
