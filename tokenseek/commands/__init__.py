@@ -25,8 +25,15 @@ class Command(Protocol):
     DESCRIPTION: str
     LAUNCHED: bool
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Every flag of the command, in groups."""
 
-    def check(self, args: argparse.Namespace) -> Any: ...
+    def check(self, args: argparse.Namespace) -> Any:
+        """What ``run`` needs, such as the configuration; neither processes nor torch are there yet.
 
-    def run(self, args: argparse.Namespace, checked: Any) -> int | None: ...
+        Raises:
+            UserError: the words do not fit each other, or the configuration.
+        """
+
+    def run(self, args: argparse.Namespace, checked: Any) -> int | None:
+        """The command, with what ``check`` returned; returns the exit status where that is not 0."""

@@ -22,6 +22,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 
 def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """A model and data by name alone, without a preset."""
     group = parser.add_argument_group("model and data")
     group.add_argument("--model", metavar="M", help="a model's folder, or its name on the hub")
     group.add_argument(
@@ -74,12 +75,14 @@ def without_launch_arguments(words: Sequence[str]) -> list[str]:
 
 
 def positive(text: str) -> int:
+    """The type of a flag that takes a whole number above 0."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def share(text: str) -> float:
+    """The type of a flag that takes a share in (0, 1]."""
     try:
         ratio = float(text)
     except ValueError:
@@ -90,6 +93,7 @@ def share(text: str) -> float:
 
 
 def pair(text: str) -> tuple[float, float]:
+    """The type of a flag that takes ALPHA,BETA."""
     try:
         alpha, beta = (float(number) for number in text.split(","))
     except ValueError:
@@ -98,6 +102,7 @@ def pair(text: str) -> tuple[float, float]:
 
 
 def part(text: str) -> tuple[int, int]:
+    """The type of a flag that takes I/N: part I, from 0, of N parts."""
     try:
         number, parts = (int(number) for number in text.split("/"))
     except ValueError:

@@ -38,12 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> Subject:
+    """The model, its template and its settings.
+
+    Raises:
+        UserError: there is no such model, or the prompt is empty.
+    """
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty; give a text, or leave it out to talk.")
     return find_subject(args.model, args.adapter, args.set)
 
 
 def run(args: argparse.Namespace, subject: Subject) -> None:
+    """Answer the prompt, or what is typed until the input ends."""
     from tokenseek.runs.chat import Conversation  # late: mistakes are told before torch is imported
 
     conversation = Conversation.open(

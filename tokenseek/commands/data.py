@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> DataOfModel:
+    """The sections `model` and `data`, from two names or from a preset.
+
+    Raises:
+        UserError: neither is given whole, or both are.
+    """
     if args.model and args.data and not args.preset:
         return load_data_of_model(args.model, args.data, args.set)
     if args.preset and not args.model and not args.data:
@@ -37,6 +42,7 @@ def check(args: argparse.Namespace) -> DataOfModel:
 
 
 def run(args: argparse.Namespace, config: DataOfModel) -> None:
+    """Print the lines of :func:`tokenseek.runs.data.show_data`."""
     from tokenseek.runs.data import show_data  # late: mistakes are reported before transformers is imported
 
     for line in show_data(config.model, config.data, args.examples, color=sys.stdout.isatty() and not args.no_color):

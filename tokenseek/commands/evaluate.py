@@ -46,12 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> Subject:
+    """The model to evaluate.
+
+    Raises:
+        UserError: there is no such model, or a task that cannot be run with what was given.
+    """
     subject = find_subject(args.model, args.adapter, args.set)
     runnable_tasks(args.tasks, args.data, subject.held_out, args.allow_code_execution)
     return subject
 
 
 def run(args: argparse.Namespace, subject: Subject) -> None:
+    """Evaluate, print the scores and write them."""
     from tokenseek.evaluation.run import evaluate_subject  # late: mistakes are reported before torch is imported
 
     evaluate_subject(

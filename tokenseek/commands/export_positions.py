@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> RunConfig:
+    """The configuration, with the ratio that was given.
+
+    Raises:
+        UserError: its rule draws anew in every epoch, the ratio is not accepted, or the file cannot be written there.
+    """
     ratio = [] if args.ratio is None else [f"selection.ratio={args.ratio}"]
     config = load_config(args.preset, [*args.set, *ratio])
     rule = config.selection.to_rule()
@@ -43,6 +48,7 @@ def check(args: argparse.Namespace) -> RunConfig:
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
+    """Write the archive of positions."""
     from tokenseek.runs.positions import export_positions  # late: mistakes are reported before torch is imported
 
     export_positions(config, args.output)

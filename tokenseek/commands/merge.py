@@ -17,10 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> RunConfig:
+    """The configuration, which says where the index is."""
     return configuration(args)
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
+    """Merge the parts of an index into one file, and print its size."""
     from tokenseek.runs.score import merge  # late: needs torch
 
     path = config.index_path

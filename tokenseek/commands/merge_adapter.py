@@ -22,6 +22,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, checked: None) -> None:
+    """Write the base model with the adapter added to its weights."""
     from tokenseek.runs.export import merge_adapter  # late: needs torch
 
     merge_adapter(args.adapter, args.output, args.dtype, args.base)

@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> RunConfig:
+    """The configuration, or that of a shape.
+
+    Raises:
+        UserError: an unknown shape, a budget or picture that is not accepted, or flags that exclude each other.
+    """
     config = _shaped(args) if args.shape else configuration(args)
     if args.plot and args.plot.suffix not in PICTURES:
         raise UserError(f"--plot {args.plot}: a picture's name ends with {' or '.join(PICTURES)}.")

@@ -20,4 +20,5 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, checked: None) -> None:
+    """Print the names of the shipped presets."""
     print("\n".join(list_resources("preset")))

@@ -88,6 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> Reproduction | WholePaper:
+    """The table with its rows and configuration; with ``--here`` the configuration and names of tables.
+
+    Raises:
+        UserError: an unknown table, row or task, or flags that exclude each other.
+    """
     if args.whole_paper:
         return _check_whole_paper(args)
     for option in ("tables", "no_run", "measured", "page"):
@@ -135,6 +140,7 @@ def _check_whole_paper(args: argparse.Namespace) -> WholePaper:
 
 
 def run(args: argparse.Namespace, checked: Reproduction | WholePaper) -> None:
+    """Run and print what was checked, or list it."""
     if isinstance(checked, WholePaper):
         return _run_whole_paper(args, checked)
     table, rows, config = checked

@@ -24,10 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> RunConfig:
+    """The configuration of the run."""
     return configuration(args)
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
+    """Score the data of the configuration, or one part of it."""
     from tokenseek.runs.score import score  # late: a mistake in the configuration is reported before torch is imported
 
     score(config, part=args.part)

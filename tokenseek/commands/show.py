@@ -44,6 +44,7 @@ def check(args: argparse.Namespace) -> RunConfig | None:
 
 
 def run(args: argparse.Namespace, config: RunConfig | None) -> None:
+    """Print what the index holds; write the page and the figures that are asked for."""
     from tokenseek.runs.show import show, show_runs  # late: mistakes are reported before torch is imported
 
     if config is not None:

@@ -30,12 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> RunConfig:
+    """The configuration, from a model and data or from a preset.
+
+    Raises:
+        UserError: an unknown method or setting, or a value that is not accepted.
+    """
     if words := _words(args):
         return load_one_line(words, args.preset, args.set, on_cpu=lambda: _on_cpu(args))
     return configuration(args)
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
+    """Fine-tune; with a model and data alone, what is about to happen is logged first."""
     from tokenseek.runs.train import train  # late: a mistake in the configuration is reported before torch is imported
 
     train(config, outlined=bool(_words(args)))

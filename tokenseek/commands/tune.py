@@ -63,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> RunConfig:
+    """The configuration, with which every combination of the grid is accepted.
+
+    Raises:
+        UserError: a share, a setting or a value that is not.
+    """
     config = configuration(args)
     if args.ratios:
         split_ratios(args.ratios)
@@ -73,6 +78,7 @@ def check(args: argparse.Namespace) -> RunConfig:
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
+    """Run every combination, print the table, and write the best as a preset."""
     from tokenseek.sweeps.tune import Grid, tune  # late: needs torch
 
     grid = Grid(

@@ -125,6 +125,7 @@ class DataConfig(Section):
 
     @property
     def is_streamed(self) -> bool:
+        """Whether some source is read while the run trains on it."""
         return any(source.streaming for source in self.sources)
 
     @model_validator(mode="after")

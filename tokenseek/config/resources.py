@@ -33,6 +33,7 @@ def assets_root() -> Path:
 
 
 def folder_of(kind: Kind) -> Path:
+    """Where the shipped files of a kind lie, in a checkout or in an installed package."""
     return assets_root() / _FOLDER_AND_SUFFIX[kind][0]
 
 

@@ -12,5 +12,9 @@ CellValue = str | int | float | bool | None
 
 
 class Section(BaseModel):
+    """A section of a configuration: values are of the types that they are declared with, unknown names are refused, and
+    nothing is changed afterwards.
+    """
+
     # Strict: "3" is not a number and 1 is not a flag. YAML has types of its own; a guess would hide a mistake.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)

@@ -21,4 +21,5 @@ def parse_size(text: str) -> int:
 
 
 def format_size(nbytes: int) -> str:
+    """Bytes in GiB with two decimals, or in MiB with one where they are less than a GiB."""
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

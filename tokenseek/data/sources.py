@@ -81,6 +81,7 @@ def load_source(source: SourceConfig, key: str) -> LoadedSource:
 
 
 def require_column(columns: Sequence[str], column: str, key: str) -> None:
+    """Raise UserError unless `column`, which the setting `key` names, is among `columns`."""
     if column not in columns:
         raise UserError(
             f"{key}: the data has no column {column!r}{did_you_mean(column, columns)}; "
@@ -252,6 +253,7 @@ def _cached(read: Callable[[], Iterable[RawRow]], identity: list[str]) -> tuple[
 
 
 def cache_error(error: OSError) -> UserError:
+    """What a user is told where prepared data cannot be written, because a disk is full for one."""
     return UserError(
         f"prepared data cannot be kept in {datasets.config.HF_DATASETS_CACHE}: {error.strerror or error}; make "
         "room there, or name another folder in the environment variable HF_DATASETS_CACHE"

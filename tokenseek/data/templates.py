@@ -59,6 +59,11 @@ class Ends:
 
     @classmethod
     def of(cls, tokenizer: Any, appended: bool) -> Ends:
+        """Those of a tokenizer, by what it puts around a text.
+
+        Args:
+            appended: the end of a text is put behind it as a token, whether or not the tokenizer does so.
+        """
         ids = tokenizer("a")["input_ids"]
         adds_bos = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
         adds_eos = bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id

@@ -42,6 +42,7 @@ class Decoder:
 
     @property
     def name(self) -> str:
+        """That of the model's class."""
         return type(self.causal_lm).__name__
 
     @property

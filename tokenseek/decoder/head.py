@@ -107,4 +107,5 @@ def is_partitioned(module: nn.Module) -> bool:
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or as it is where it has more bits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

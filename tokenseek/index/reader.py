@@ -63,10 +63,12 @@ class TokenIndex:
 
     @property
     def path(self) -> Path:
+        """The file."""
         return self._file.path
 
     @property
     def header(self) -> IndexHeader:
+        """What the scores were made of, and how."""
         return self._file.header
 
     def scores(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,12 +77,19 @@ class TokenIndex:
         return example.context, example.gradient
 
     def num_tokens(self, row: int) -> int:
+        """Of the example `row`, from 0.
+
+        Raises:
+            UserError: there is no such example.
+        """
         return int(self._file.num_tokens[self._checked(row)])
 
     def tokens_crc(self, row: int) -> int:
+        """CRC-32 of the token ids of the example `row`."""
         return int(self._file.tokens_crcs[self._checked(row)])
 
     def example_id(self, row: int) -> str:
+        """The name of the example `row` in its data."""
         example_id: str = self._file.example_ids[self._checked(row)].as_py()
         return example_id
 

@@ -54,6 +54,7 @@ class IndexHeader:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
+        """One line, with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
@@ -75,11 +76,17 @@ class IndexHeader:
         return cls(**content)
 
     def to_metadata(self) -> dict[bytes, bytes]:
+        """The header as metadata of an Arrow schema, with its checksum."""
         text = self.to_json().encode()
         return {_HEADER_KEY: text, _HEADER_CRC_KEY: str(zlib.crc32(text)).encode()}
 
     @classmethod
     def from_metadata(cls, metadata: dict[bytes, bytes] | None) -> "IndexHeader":
+        """The header in the metadata of an Arrow schema.
+
+        Raises:
+            UserError: there is none, or its checksum is another.
+        """
         text, crc = (metadata or {}).get(_HEADER_KEY), (metadata or {}).get(_HEADER_CRC_KEY)
         if text is None or crc != str(zlib.crc32(text)).encode():
             raise UserError("This is no index of TokenSeek, or its header is damaged.")
@@ -131,6 +138,7 @@ class ScoredExample:
 
     @property
     def num_tokens(self) -> int:
+        """Of the example, as many as it has scores of each kind."""
         return len(self.context)
 
     def fault(self) -> str | None:

@@ -81,6 +81,11 @@ class ShardStore:
         return cls(directory, *_read_plan(path))
 
     def path(self, shard: int) -> Path:
+        """The file of a shard, whether it is there or not.
+
+        Raises:
+            UserError: the plan has no shard of this number.
+        """
         if not 0 <= shard < self.num_shards:
             raise UserError(f"shard is {shard}; the plan in {self.directory} has shards 0 to {self.num_shards - 1}.")
         return self.directory / f"shard-{shard:05d}.arrow"

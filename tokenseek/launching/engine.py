@@ -36,18 +36,22 @@ class Engine:
 
     @property
     def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed runs the steps: ZeRO of any stage."""
         return self.kind.startswith("zero")
 
     @property
     def shards_parameters(self) -> bool:
+        """Whether each process holds a part of the weights between their uses."""
         return self.kind in ("zero3", "fsdp2")
 
     @property
     def shards_gradients(self) -> bool:
+        """Whether each process holds a part of the gradients."""
         return self.kind in ("zero2", "zero3", "fsdp2")
 
     @property
     def shards_optimizer(self) -> bool:
+        """Whether each process holds a part of the optimizer's state."""
         return self.is_deepspeed or self.kind == "fsdp2"
 
     def __str__(self) -> str:

@@ -39,14 +39,17 @@ def trains_on_cpu() -> bool:
 
 
 def uses_fsdp() -> bool:
+    """Whether accelerate was asked for FSDP."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def uses_deepspeed() -> bool:
+    """Whether accelerate was asked for DeepSpeed."""
     return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
 
 
 def has_parallelism_config() -> bool:
+    """Whether accelerate was asked for parallelism of its own, of which sequence parallelism is one."""
     return parse_flag_from_env(_PARALLELISM)
 
 

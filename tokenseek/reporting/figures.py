@@ -106,6 +106,7 @@ class RunMetrics:
 
     @property
     def ratio(self) -> float:
+        """The share of the tokens that the run selects: 1 where it trains on all."""
         if not self.config["training"]["ditching"]:
             return 1.0
         return SelectionConfig.model_validate(self.config["selection"]).to_rule().share
@@ -131,6 +132,7 @@ class RunMetrics:
         return [step for step, _ in found], [value for _, value in found]
 
     def last(self, key: str) -> float | None:
+        """The last value that was logged under `key`; None where there is none."""
         return next((line[key] for line in reversed(self.lines) if key in line), None)
 
 

@@ -45,6 +45,7 @@ class Allocation(AbstractContextManager):
 
     @property
     def average(self) -> int:
+        """Bytes over the traced time; 0 before the first trace."""
         return round(self._byte_seconds / self._seconds) if self._seconds else 0
 
     def __enter__(self) -> Allocation:
@@ -120,10 +121,12 @@ class StepAllocation(TrainerCallback):
 
     @property
     def average(self) -> int:
+        """Bytes over the time of the traced steps; 0 where none was traced."""
         return self.allocation.average
 
     @property
     def peak(self) -> int:
+        """The most bytes within the traced steps."""
         return self.allocation.peak
 
     def __enter__(self) -> StepAllocation:
@@ -135,6 +138,7 @@ class StepAllocation(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Trace the steps 2, 4, 8, ..., or the only one."""
         self.steps += 1
         is_only = self.steps == 1 and state.max_steps - state.global_step == 1
         is_traced = self.steps > 1 and self.steps & (self.steps - 1) == 0
@@ -142,6 +146,7 @@ class StepAllocation(TrainerCallback):
             self._open.enter_context(self.allocation)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End the trace, if there is one."""
         self._open.close()
 
     def _held(self) -> Iterable[torch.Tensor]:

@@ -56,6 +56,7 @@ class Selected:
 
     @classmethod
     def among(cls, collator: TokenSeekCollator, dataset: Dataset, examples: int = 256) -> Selected:
+        """In the first `examples` examples of a data set, as the collator selects in its first epoch."""
         first = dataset.select(range(min(examples, len(dataset))))
         selected = supervised = 0
         for example in first:
@@ -75,6 +76,7 @@ class Selected:
         return cls(0, tokens, selected, supervised)
 
     def report(self) -> str:
+        """A sentence, with a warning where no selected token carries a loss."""
         report = (
             f"Selection in the first {self.examples} examples: {self.selected:,} of {self.tokens:,} tokens, "
             f"{self.supervised / self.selected:.0%} of which carry a loss."

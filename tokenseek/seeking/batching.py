@@ -28,6 +28,7 @@ class ScoringPlan:
 
     @property
     def num_tokens(self) -> int:
+        """Of all examples."""
         return int(self.lengths.sum())
 
     @property
@@ -36,6 +37,7 @@ class ScoringPlan:
         return sum(len(batch) * int(self.lengths[batch[0]]) for shard in self.shards for batch in shard)
 
     def shard_tokens(self, shard: int) -> int:
+        """Of all examples of a shard."""
         return sum(int(self.lengths[batch].sum()) for batch in self.shards[shard])
 
 

@@ -85,10 +85,12 @@ class SeekingProgress:
         self._show()
 
     def shard_done(self) -> None:
+        """A shard is written: what was under way counts as done."""
         self._current = 0
         self._show(poll=True)
 
     def poll(self) -> None:
+        """Show what the other processes have done by now."""
         self._show(poll=True)
 
     def _show(self, poll: bool = False) -> None:

@@ -55,6 +55,7 @@ class Prepared(NamedTuple):
     supervised_R: torch.Tensor
 
     def to(self, device: torch.device) -> Prepared:
+        """The same on a device; a copy to a GPU does not wait."""
         if device.type == "cuda" and self.input_ids.device.type == "cpu":  # copied while the host goes on
             return Prepared(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
         return Prepared(*(tensor.to(device) for tensor in self))
@@ -110,6 +111,7 @@ class TokenScorer:
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the model's weights."""
         return self.decoder.causal_lm.dtype
 
     def score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Scores:

@@ -20,21 +20,36 @@ class Settings(Protocol):
     """What a rule reads; see :class:`tokenseek.selection.SelectionRule`, which has checked it."""
 
     @property
-    def rule(self) -> str: ...
+    def rule(self) -> str:
+        """Its name."""
+
     @property
-    def ratio(self) -> float: ...
+    def ratio(self) -> float:
+        """The share of the candidates to pick, in (0, 1]."""
+
     @property
-    def alpha(self) -> float: ...
+    def alpha(self) -> float:
+        """The weight of the context score (Eq. 5)."""
+
     @property
-    def beta(self) -> float: ...
+    def beta(self) -> float:
+        """The weight of the gradient score (Eq. 5)."""
+
     @property
-    def log_offset(self) -> float: ...
+    def log_offset(self) -> float:
+        """Added to scores before their logarithm is taken."""
+
     @property
-    def explore(self) -> float: ...
+    def explore(self) -> float:
+        """A share of the budget, or of the probability, that does not follow the scores."""
+
     @property
-    def bands(self) -> tuple[tuple[float, float], ...] | None: ...
+    def bands(self) -> tuple[tuple[float, float], ...] | None:
+        """Ranks to pick, as pairs of shares in [0, 1]."""
+
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """Of the draws."""
 
 
 @dataclass(frozen=True)

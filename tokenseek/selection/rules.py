@@ -21,9 +21,11 @@ class Top:
     reads = _SCORING | {"ratio"}
 
     def share(self, settings: Settings) -> float:
+        """`ratio`."""
         return settings.ratio
 
     def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
+        """The first of the ranking, as many as the budget has."""
         return candidates.ranking()[: candidates.budget]
 
 
@@ -34,9 +36,11 @@ class Random:
     reads = frozenset({"ratio", "seed"})
 
     def share(self, settings: Settings) -> float:
+        """`ratio`."""
         return settings.ratio
 
     def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
+        """The first of the candidates in random order."""
         positions = candidates.positions
         return shuffled(positions, candidates.draws(len(positions)))[: candidates.budget]
 
@@ -48,9 +52,11 @@ class All:
     reads: frozenset[str] = frozenset()
 
     def share(self, settings: Settings) -> float:
+        """1: nothing is left out."""
         return 1.0
 
     def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
+        """The candidates."""
         return candidates.positions
 
 
@@ -61,9 +67,11 @@ class Bands:
     reads = _SCORING | {"bands"}
 
     def share(self, settings: Settings) -> float:
+        """The widths of the bands together."""
         return sum(high - low for low, high in settings.bands or ())
 
     def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
+        """The candidates whose ranks are in a band; at least one."""
         ranking, bands = candidates.ranking(), settings.bands or ()
         n = len(ranking)
         picked = np.concatenate([ranking[round_half_up(low * n) : round_half_up(high * n)] for low, high in bands])
@@ -78,9 +86,11 @@ class TopRandom:
     reads = _SCORING | {"ratio", "explore", "seed"}
 
     def share(self, settings: Settings) -> float:
+        """`ratio`."""
         return settings.ratio
 
     def pick(self, candidates: Candidates, settings: Settings) -> np.ndarray:
+        """The first of the ranking, and some of the rest in random order."""
         explored = round_half_up(settings.explore * candidates.budget)
         top, rest = np.split(candidates.ranking(), [candidates.budget - explored])
         return np.concatenate([top, shuffled(rest, candidates.draws(len(rest)))[:explored]])
@@ -94,9 +104,11 @@ class Sampled:
     reads = _SCORING | {"ratio", "explore", "seed"}
 
     def share(self, settings: Settings) -> float:
+        """`ratio`."""
         return settings.ratio
 
     def pick(self, candidates: Candidates, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+        """Positions, and the inverse of the probability of each."""
         count, budget = len(candidates.positions), candidates.budget
         probability = inclusion_probabilities(_shares(candidates.known_scores(), settings.explore), budget)
         # Systematic sampling: the candidates, in random order, lie on a line with lengths that are their probabilities,

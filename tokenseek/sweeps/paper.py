@@ -71,6 +71,7 @@ class PaperTable(BaseModel):
 
     @property
     def is_drawn(self) -> bool:
+        """Whether it is a figure."""
         return self.shows in ("ratio", "curves", "memory")
 
     @model_validator(mode="after")

@@ -21,6 +21,8 @@ RATIOS = (50, 40, 30, 20, 10)
 
 
 class Verdict(NamedTuple):
+    """What a claim of the paper comes to here: what was measured, in words, and whether the claim held."""
+
     measured: str
     held: str
 

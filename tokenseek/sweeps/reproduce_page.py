@@ -19,6 +19,8 @@ from tokenseek.sweeps.tables import markdown
 
 @dataclass(frozen=True)
 class Heading:
+    """A title of the page; those of level 2 are its parts."""
+
     text: str
     level: int = 2
 

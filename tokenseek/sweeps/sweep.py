@@ -96,6 +96,7 @@ class Sweep:
 
     @property
     def rows_file(self) -> Path:
+        """Where a line of JSON is appended for every run that has ended."""
         return self.folder / "rows.jsonl"
 
     def run(self, tell: Callable[[str], None] = _log.info) -> list[Row]:

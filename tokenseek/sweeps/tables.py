@@ -19,6 +19,7 @@ class Group:
 
     @property
     def error(self) -> str | None:
+        """That of the first of its runs that has failed; None where all went well."""
         return next((row["error"] for row in self.rows if "error" in row), None)
 
     def mean(self, column: str) -> float | None:
@@ -27,6 +28,7 @@ class Group:
         return statistics.mean(numbers) if numbers else None
 
     def numbers(self, column: str) -> list[float]:
+        """Those of a column, one of each run; none where some run has none."""
         numbers = [row[column] for row in self.rows if row.get(column) is not None]
         return numbers if len(numbers) == len(self.rows) else []
 
@@ -54,4 +56,5 @@ def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def gibibytes(size: float | None) -> str:
+    """Bytes in GiB; empty where they were not measured."""
     return "" if size is None else f"{size / 2**30:.2f} GiB"

@@ -141,6 +141,7 @@ def short_runs(config: RunConfig, steps: int | None, hold_out: int) -> RunConfig
 
 
 def groups_of(sweep: Sweep, columns: Sequence[str] = _GRID) -> list[Group]:
+    """The runs of a sweep by their settings, those of the least held-out loss first."""
     return sorted(grouped(sweep.rows(), *columns), key=lambda group: group.mean("loss_after") or float("inf"))
 
 
@@ -164,6 +165,7 @@ def choose(groups: Sequence[Group], tolerance: float, columns: Sequence[str] = _
 
 
 def table(groups: Sequence[Group], columns: Sequence[str] = _GRID) -> str:
+    """A row of Markdown for each group: its settings, and means over its runs."""
     tried = ["r" if column == "ratio" else column for column in columns]
     titles = [*tried, "held-out loss", "selected with a loss", "seconds", "peak memory"]
     lines = []

@@ -107,6 +107,7 @@ class Resumed(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Warn where the epochs have another number of steps than when the checkpoint was written."""
         before, now = (round(s.max_steps / s.num_train_epochs) for s in (self.before, state))
         if before != now and args.max_steps <= 0 and state.is_world_process_zero:
             _log.warning(

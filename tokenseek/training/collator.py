@@ -43,6 +43,7 @@ class PaddingCollator:
         return self.pad([f["input_ids"] for f in features], [f["labels"] for f in features])
 
     def pad(self, input_ids: Sequence[Numbers], labels: Sequence[Numbers]) -> dict[str, torch.Tensor]:
+        """Int64 `input_ids`, `attention_mask` and `labels` [B, T], T a multiple of `pad_to_multiple_of`."""
         longest = max(map(len, input_ids))
         tokens = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         return {

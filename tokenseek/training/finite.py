@@ -67,6 +67,7 @@ class StopAtNan(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Raise UserError, with the step and its examples, where a loss or the norm of the gradient is not finite."""
         losses, norm = self.losses, 0.0 if self.norm is None or self.scales else self.norm
         self.losses, self.norm = [], None
         if not losses:

@@ -32,6 +32,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Cut off lines of steps that will be made once more, and begin to count memory and time."""
         self.started = time.perf_counter()
         reset_peak_memory()
         if state.is_world_process_zero and self.path.exists():
@@ -45,6 +46,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Write a line, on the main process."""
         if state.is_world_process_zero:
             self.write(state.global_step, logs or {})
 

@@ -24,6 +24,7 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Begin to count time, steps and tokens."""
         self._began = self._last = time.perf_counter()
         self._first_step, self._last_tokens = state.global_step, state.num_input_tokens_seen
 
@@ -35,6 +36,7 @@ class ProgressLine(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Log the step, the loss and the pace."""
         if not state.is_world_process_zero or not logs:
             return
         for name in ("held_out_loss", "eval_loss"):

@@ -37,6 +37,7 @@ class Samples(TrainerCallback):
         self.prompts, self.texts = prompts, texts
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write an answer to every prompt, on the main process, into the log and the metrics."""
         if not state.is_world_process_zero:
             return
         written = [self._write(text, adds) for text, adds in self.texts]

@@ -34,6 +34,7 @@ class EpochSampler(Sampler[int]):
         self.examples, self.blanks, self.seed, self.epoch = examples, blanks, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """From now on, draw for this epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -64,6 +65,7 @@ class LengthGroupedSampler(EpochSampler):
         self.lengths, self.group = lengths, group
 
     def order(self, generator: torch.Generator) -> list[int]:
+        """Positions of all examples, in groups of about equal lengths."""
         order: list[int] = get_length_grouped_indices(self.lengths, self.group, generator=generator)
         return order
 

@@ -39,6 +39,7 @@ class _OfSomeHeads:
 
 
 def query_heads(decoder: Decoder) -> int:
+    """Of each attention layer, as the model's configuration says."""
     return decoder.causal_lm.config.get_text_config().num_attention_heads
 
 
