@@ -6,8 +6,8 @@ row that has most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -91,30 +91,53 @@ def select_batch(
         raise UserError(
             f"selection_keys are {len(keys)} for {len(examples)} examples in the batch; give one int64 for each."
         )
-    device = supervised_BT.device
-    context, gradient = (None if s is None else s.double().cpu().numpy() for s in (context_BT, gradient_BT))
+    scores = {"context": context_BT, "gradient": gradient_BT}
+    on_host = {name: None if given is None else given.double().cpu().numpy() for name, given in scores.items()}
     supervised = supervised_BT.cpu().numpy()
-    rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(len(supervised))]
+    rows: list[list[_Chosen]] = [[] for _ in range(len(supervised))]
     for number, (example, key) in enumerate(zip(examples, keys, strict=True)):
         row, positions = example
-        if not len(positions):
-            continue
-        own = [None if scores is None else scores[row, positions] for scores in (context, gradient)]
-        for name, scores in zip(("context", "gradient"), own, strict=True):
-            if scores is not None and not np.isfinite(scores).all():
-                raise UserError(
-                    f"{name} scores of example {number} of the batch (key {key}) are not finite. The model's loss or "
-                    "activations overflow there: lower the learning rate, or compute in bfloat16 or float32."
-                )
-        if rule.needs_scores:
-            own = [np.zeros(len(positions)) if scores is None else scores for scores in own]
-        has_loss = supervised[row, positions]
-        chosen, weights = select_weighted(
-            rule, *own, row=key & 0xFFFFFFFF, visit=key >> 32, supervised=has_loss, num_tokens=len(positions)
-        )
-        if not rule.has_weights:
-            weights = np.full(len(chosen), has_loss.sum() / max(1, has_loss[chosen].sum()))
-        rows[row].append((positions[chosen], weights))
+        if len(positions):
+            own = {name: None if given is None else given[row, positions] for name, given in on_host.items()}
+            _require_finite(own, f"example {number} of the batch (key {key})")
+            chosen, weights = _select(rule, own, key, supervised[row, positions])
+            rows[row].append((positions[chosen], weights))
+    return _in_rows(rows, supervised_BT.device)
+
+
+# Positions, ascending, and the weights of their losses.
+_Chosen: TypeAlias = tuple[np.ndarray, np.ndarray]
+
+
+def _require_finite(scores: Mapping[str, np.ndarray | None], example: str) -> None:
+    for name, given in scores.items():
+        if given is not None and not np.isfinite(given).all():
+            raise UserError(
+                f"{name} scores of {example} are not finite. The model's loss or activations overflow there: lower the "
+                "learning rate, or compute in bfloat16 or float32."
+            )
+
+
+def _select(rule: SelectionRule, scores: Mapping[str, np.ndarray | None], key: int, has_loss: np.ndarray) -> _Chosen:
+    """The tokens of one example, by their numbers in it.
+
+    Args:
+        scores: context and gradient; None where the rule needs none.
+        has_loss: bool, of each token.
+    """
+    count = len(has_loss)
+    if rule.needs_scores:
+        scores = {name: np.zeros(count) if given is None else given for name, given in scores.items()}
+    chosen, weights = select_weighted(
+        rule, *scores.values(), row=key & 0xFFFFFFFF, visit=key >> 32, supervised=has_loss, num_tokens=count
+    )
+    if not rule.has_weights:
+        weights = np.full(len(chosen), has_loss.sum() / max(1, has_loss[chosen].sum()))
+    return chosen, weights
+
+
+def _in_rows(rows: Sequence[Sequence[_Chosen]], device: torch.device) -> Selection:
+    """What is chosen of the examples of each row, one example after the other, padded at the end."""
     longest = max(1, *(sum(len(chosen) for chosen, _ in parts) for parts in rows))
     positions_BS = np.full((len(rows), longest), -1, np.int64)
     weights_BS = np.zeros((len(rows), longest), np.float32)

@@ -57,11 +57,7 @@ def reproduce(
     """
     number = leave_launch()
     table.require_measurable(rows, config, seeds, tasks)
-    trials = []
-    for seed in range(seeds):
-        for row in rows:
-            settings = {**row_settings(row, config, extra_data), "seed": seed, "selection.seed": seed}
-            trials.append(Trial(f"{row.name}-seed-{seed}", settings, {"row": row.name, "seed": seed}))
+    trials = [_trial(row, seed, config, extra_data) for seed in range(seeds) for row in rows]
     folder = Path(config.output_dir) / f"table-{Path(name).stem}"
     if table.shows == "scoring":  # which is measured, so that an index made before is of no use
         config = override_config(config, {"scoring.index": str(folder / "index.arrow")})
@@ -85,6 +81,11 @@ def reproduce(
         if figure := draw_table(table, sweep.rows(), sweep.folder / "figure"):
             _log.info(f"Figure: {figure}.png, {figure}.svg")
     return path
+
+
+def _trial(row: TableRow, seed: int, config: RunConfig, extra_data: Path | None) -> Trial:
+    settings = {**row_settings(row, config, extra_data), "seed": seed, "selection.seed": seed}
+    return Trial(f"{row.name}-seed-{seed}", settings, {"row": row.name, "seed": seed})
 
 
 def evaluation(tasks: str, data: Sequence[Path], limit: int | None) -> Measure:
