@@ -81,11 +81,7 @@ def evaluate(
         require_adapter(Path(adapter))
     if limit is not None and limit < 1 or batch_size < 1:
         raise UserError(f"limit {limit}, batch size {batch_size}: both are at least 1")
-    state = join_processes(_PATIENCE)
-    if (size := launched_sp_size()) > 1:
-        raise UserError(
-            f"parallelism_config: evaluation shares no texts between processes (sp_size {size}). Launch with ddp.yaml."
-        )
+    state = _join_processes()
     require_decoder(model, ditching=False)
     tokenizer = load_tokenizer(model)
     loaded: dict[str, dict[str, Any]] = {}
@@ -94,13 +90,8 @@ def evaluate(
 
         place = dict(rank=state.process_index, processes=state.num_processes)
         loaded = first_on_main(state, lambda: load_tasks(chosen, folders, seed=seed, limit=limit, **place))
-    held_out_data = None
     loss_data = held_out if with_loss else None
-    if loss_data is not None:
-        held_out_data = first_on_main(state, lambda: prepare_dataset(loss_data, tokenizer, "eval_data")).dataset
-        require_supervised(held_out_data, "eval_data")
-        if limit:
-            held_out_data = held_out_data.select(range(min(limit, len(held_out_data))))
+    held_out_data = None if loss_data is None else _read_held_out(loss_data, tokenizer, state, limit)
 
     network = load_network(model, adapter, state)
     scores: dict[str, Score] = {}
@@ -133,6 +124,24 @@ def evaluate(
         seconds=round(time.perf_counter() - began, 1),
         samples=answers if samples else None,
     )
+
+
+def _join_processes() -> PartialState:
+    state = join_processes(_PATIENCE)
+    if (size := launched_sp_size()) > 1:
+        raise UserError(
+            f"parallelism_config: evaluation shares no texts between processes (sp_size {size}). Launch with ddp.yaml."
+        )
+    return state
+
+
+def _read_held_out(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, state: PartialState, limit: int | None
+) -> Dataset:
+    """The examples of the held-out loss, the first `limit` of them; the main process prepares them."""
+    dataset = first_on_main(state, lambda: prepare_dataset(data, tokenizer, "eval_data")).dataset
+    require_supervised(dataset, "eval_data")
+    return dataset.select(range(min(limit, len(dataset)))) if limit else dataset
 
 
 def evaluate_subject(

@@ -87,25 +87,12 @@ def score(
         )
     if inputs is None:
         inputs = _read_inputs(config)
-    state, team, dataset = inputs.state, Team(inputs.group), inputs.data.dataset
-    path, options = config.index_path, _options(config)
+    state, path = inputs.state, config.index_path
     if path.exists():
-        _require_same_scoring(path, inputs.fingerprints, options)
+        _require_same_scoring(path, inputs.fingerprints, _options(config))
         log_once(_log, state, f"{path} holds the scores of this data already.")
         return path
-
-    plan = plan_batches(
-        [len(ids) for ids in dataset.with_format("numpy")["input_ids"]],
-        tokens_per_batch=config.scoring.tokens_per_batch,
-        tokens_per_shard=config.scoring.tokens_per_shard,
-    )
-    header = IndexHeader(
-        fingerprints=inputs.fingerprints,
-        scoring=options,
-        num_examples=len(dataset),
-        num_tokens=plan.num_tokens,
-    )
-    store = ShardStore(shard_folder(path), header, len(plan.shards))
+    plan, store = _plan(config, inputs)
     shards = assigned_shards(plan, *part) if part else range(len(plan.shards))
     # One short collective before the work, none behind it: processes that are slow or dead hold nobody up.
     run_id = broadcast_object_list([uuid.uuid4().hex])[0]
@@ -114,7 +101,7 @@ def score(
         log_once(_log, state, f"{len(kept)} of {len(shards)} shards were finished before and are kept.")
     with SeekingProgress(store, plan, shards, disable=not state.is_main_process) as progress:
         if len(kept) < len(shards):
-            loading = _seek(config, inputs, store, plan, run_id, shards, progress, team, cost)
+            loading = _seek(config, inputs, store, plan, run_id, shards, progress, Team(inputs.group), cost)
         if not state.is_main_process:
             return _wait_for_merge(path) if part is None else path
         wait_for_shards(store, shards, progress=progress)
@@ -157,6 +144,23 @@ def _read_inputs(config: RunConfig) -> RunInputs:
     inputs = read_inputs(config, state, sequence_group(state.device.type))
     log_once(_log, state, f"Data to score: {inputs.data.report}")
     return inputs
+
+
+def _plan(config: RunConfig, inputs: RunInputs) -> tuple[ScoringPlan, ShardStore]:
+    """The batches and shards of the data, and the folder where shards are kept."""
+    dataset = inputs.data.dataset
+    plan = plan_batches(
+        [len(ids) for ids in dataset.with_format("numpy")["input_ids"]],
+        tokens_per_batch=config.scoring.tokens_per_batch,
+        tokens_per_shard=config.scoring.tokens_per_shard,
+    )
+    header = IndexHeader(
+        fingerprints=inputs.fingerprints,
+        scoring=_options(config),
+        num_examples=len(dataset),
+        num_tokens=plan.num_tokens,
+    )
+    return plan, ShardStore(shard_folder(config.index_path), header, len(plan.shards))
 
 
 def _options(config: RunConfig) -> dict:
