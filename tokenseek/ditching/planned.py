@@ -52,10 +52,12 @@ class PlannedRows:
         return cls(reach, supervised, targets[supervised])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same on another device."""
         supervised_R, targets_R = (x.to(device, non_blocking=non_blocking) for x in (self.supervised_R, self.targets_R))
         return replace(self, reach=self.reach.to(device, non_blocking), supervised_R=supervised_R, targets_R=targets_R)
 
     def pin_memory(self) -> Self:
+        """The same in memory from which a GPU can be written while the host goes on."""
         supervised_R, targets_R = self.supervised_R.pin_memory(), self.targets_R.pin_memory()
         return replace(self, reach=self.reach.pin_memory(), supervised_R=supervised_R, targets_R=targets_R)
 

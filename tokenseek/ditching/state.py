@@ -103,6 +103,7 @@ class Ditching:
         self.has_interface = has_attention_interface(decoder)
 
     def recomputes(self, layer: nn.Module) -> bool:
+        """Whether the selected rows of a layer run once more in the backward pass, now that it is asked."""
         return self.recompute or checkpoints(layer)
 
     @contextmanager

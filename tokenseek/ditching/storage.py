@@ -98,6 +98,7 @@ class TakenOnce:
         self._kept = Kept(tensor, storage)
 
     def take(self) -> torch.Tensor:
+        """The tensor; a restored one from the second time on."""
         tensor, self._tensor = self._tensor, None
         return self._kept.restore() if tensor is None else tensor
 

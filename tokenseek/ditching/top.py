@@ -59,6 +59,7 @@ class Top:
         self._calls[layer] = call, replace
 
     def holds(self, layer: nn.Module) -> bool:
+        """Whether the layer is exact, and has not run again yet."""
         return layer in self._calls
 
     def cross_border(self, selected_BSD: torch.Tensor) -> torch.Tensor:

@@ -50,9 +50,11 @@ class ProcessLM(HFLM):
         self.state, self._rank, self._world_size = state, state.process_index, state.num_processes
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all processes, one after the other along the first axis."""
         return gather(tensor)
 
     def barrier(self) -> None:
+        """Wait for all processes."""
         self.state.wait_for_everyone()
 
 

@@ -35,6 +35,7 @@ class SharedDraws(ContextSampler):
     def sample(
         self, n: int, eval_doc: dict[str, Any] | None = None, df: object = None, **kwargs: Any
     ) -> Sequence[dict[str, Any]]:
+        """`n` solved examples for the next question of this process; those of the others are drawn, and left out."""
         while self.turn % self.processes != self.rank:
             self._draw(n, None if eval_doc is None else self.docs[self.turn])
             self.turn += 1

@@ -64,6 +64,7 @@ def find_subject(name_or_path: str, adapter: Path | None = None, overrides: Sequ
 
 
 def require_adapter(folder: Path) -> None:
+    """Raise UserError unless the folder holds an adapter."""
     if not _is_adapter(folder):
         raise UserError(f"adapter {folder}: the folder holds no adapter_config.json; give one such as RUN/final")
 

@@ -86,14 +86,17 @@ class Ledger(TorchDispatchMode):
 
     @property
     def stretches(self) -> list[Stretch]:
+        """Those that have ended, and the present one."""
         return [*self._ended, self._stretch]
 
     @property
     def peak(self) -> int:
+        """The most bytes that were held at once."""
         return self._highest.peak
 
     @property
     def at_peak(self) -> dict[str, int]:
+        """Bytes by category, when most were held."""
         return self._highest.parts
 
     @property
@@ -139,6 +142,7 @@ class Ledger(TorchDispatchMode):
             self._put(tensor.untyped_storage(), category)
 
     def category_of(self, tensor: torch.Tensor) -> str | None:
+        """That of a tensor's storage; None of one that is not on the ledger."""
         known = self._storages.get(id(tensor.untyped_storage()))
         return known and known[2]
 

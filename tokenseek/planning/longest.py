@@ -41,6 +41,7 @@ class Lengths:
         self.known: dict[int, MemoryPlan] = {}
 
     def plan(self, tokens: int) -> MemoryPlan:
+        """The plan for examples of `tokens` tokens, made once."""
         if tokens not in self.known:
             self.known[tokens] = plan_memory(
                 self.config, self.method, self.engine, tokens=tokens, model_config=self.model_config

@@ -33,13 +33,16 @@ class Shape:
 
     @property
     def short(self) -> str:
+        """Its name in a word, as `--shape` takes it."""
         return _short(self.name)
 
     def config(self) -> PreTrainedConfig:
+        """Transformers' configuration of a model of this shape."""
         return AutoConfig.for_model(self.model_type, name_or_path=self.name, **self.values)
 
 
 def known_shapes() -> tuple[Shape, ...]:
+    """Every shape that `--shape` takes, once."""
     return tuple(dict.fromkeys(_by_name().values()))
 
 

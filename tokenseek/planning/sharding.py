@@ -186,6 +186,7 @@ class ShardedState:
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
+        """In the block, gradients are made; weights that are sharded are let go after it."""
         self.in_backward = True
         yield
         self.in_backward = False

@@ -139,6 +139,7 @@ class Work(TorchDispatchMode):
         self.reset()
 
     def reset(self) -> None:
+        """Begin to count again."""
         self.times = 1  # what an operation stands for
         self.flops = 0
         self.operations: Counter[tuple[float, int, bool]] = Counter()

@@ -122,6 +122,7 @@ def _both(before: Any, now: Any) -> str:
 
 
 def shown(value: Any) -> str:
+    """A setting's value in a message, as YAML writes it but for none."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

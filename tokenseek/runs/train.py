@@ -351,6 +351,7 @@ def _index(config: RunConfig, inputs: RunInputs) -> TokenIndex:
 
 
 def max_over_processes(trainer: GroupTrainer, value: int) -> float:
+    """The largest of the values that the processes give."""
     values = torch.tensor([value], dtype=torch.int64, device=trainer.args.device)
     return trainer.accelerator.gather(values).max().item()
 
