@@ -1,4 +1,4 @@
-"""Warnings of libraries that nobody who runs a command can do anything about."""
+"""Warnings of libraries that a user of a command can do nothing about."""
 
 from __future__ import annotations
 

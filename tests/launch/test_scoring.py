@@ -96,7 +96,7 @@ def test_a_process_that_hangs_is_told_and_holds_nobody_up(workspace, index, rank
         if rank == 1:
             wait_until((output / "index.arrow").exists, process)
         else:  # the one that merges
-            message = "the main process, which is to merge them, gives no sign"
+            message = "the main process, which is to merge them, does not respond"
             wait_until(lambda: message in (workspace.folder / "hangs.err").read_text(), process)
     finally:
         hung.resume()

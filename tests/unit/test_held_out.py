@@ -56,7 +56,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, capsys):
     losses = {line["step"]: line["eval_loss"] for line in lines(run) if "eval_loss" in line}
     best = min(losses, key=losses.get)
     assert len(losses) == 3 and best < 3
-    assert f"Least held-out loss at step {best}" in capsys.readouterr().out
+    assert f"Lowest held-out loss at step {best}" in capsys.readouterr().out
     final, kept, last = (
         load_file(folder / "adapter_model.safetensors")
         for folder in (run / "final", run / f"checkpoint-{best}", run / "checkpoint-3")
@@ -68,9 +68,9 @@ def test_the_best_checkpoint_is_kept(tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings,message",
     [
-        (["training.early_stopping_patience=2"], "training.early_stopping_patience goes by evaluation.*data.hold_out"),
-        (["training.load_best=true", "training.save_strategy=best"], "training.load_best goes by evaluation"),
-        (["training.sample_prompts=[a]"], "training.sample_prompts goes by evaluation"),
+        (["training.early_stopping_patience=2"], "training.early_stopping_patience needs evaluation.*data.hold_out"),
+        (["training.load_best=true", "training.save_strategy=best"], "training.load_best needs evaluation"),
+        (["training.sample_prompts=[a]"], "training.sample_prompts needs evaluation"),
         ([*EVALUATED, "training.load_best=true", "training.save_strategy=epoch"], "load_best takes the best of the ch"),
         ([*EVALUATED, "training.load_best=true", "training.eval_steps=2"], "not accept.*multiple"),
         (["training.early_stopping_patience=0"], "early_stopping_patience"),

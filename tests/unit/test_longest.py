@@ -58,7 +58,7 @@ def command(tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ([], "--longest needs a memory to fit into: --budget 23GiB, or --gpu RTX4090"),
+        ([], "--longest needs a size of memory: --budget 23GiB, or --gpu RTX4090"),
         (["--budget", "1GiB", "--tokens", "5"], "--longest finds a length and --tokens 5 gives one"),
         (["--budget", "1GiB", "--set", "training.packing=true"], "training.packing=True.*training.packing=false"),
         (["--budget", "1GiB,7 elephants"], "7 elephants"),

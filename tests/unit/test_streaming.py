@@ -81,7 +81,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, packing, capsys):
     """Twelve rows, steps of eight: draws and dropout go on in the second pass."""
     settings = (*STREAMED, "training.save_strategy=steps", "training.save_steps=2", f"training.packing={packing}")
     assert train(tiny_preset(tmp_path, *settings)).steps == 4
-    assert "data.sources.0 is streamed: this tells of its first 12 rows" in capsys.readouterr().out
+    assert "data.sources.0 is streamed: this report covers its first 12 rows" in capsys.readouterr().out
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "run", resumed, ignore=shutil.ignore_patterns("checkpoint-4", "summary.json"))
     train(tiny_preset(tmp_path, *settings, f"output_dir={resumed}"))

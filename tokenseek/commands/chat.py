@@ -50,7 +50,7 @@ def check(args: argparse.Namespace) -> Subject:
 
 def run(args: argparse.Namespace, subject: Subject) -> None:
     """Answer the prompt, or what is typed until the input ends."""
-    from tokenseek.runs.chat import Conversation  # late: mistakes are told before torch is imported
+    from tokenseek.runs.chat import Conversation  # late: mistakes are reported before torch is imported
 
     conversation = Conversation.open(
         subject,
@@ -67,7 +67,9 @@ def run(args: argparse.Namespace, subject: Subject) -> None:
 
 def _talk(conversation: Conversation) -> None:
     """Read what is typed, answer it, and so on until the input ends."""
-    remembers = "; /new forgets what was said" if conversation.template == "chat" else ", each of them for itself"
+    remembers = (
+        "; /new forgets what was said" if conversation.template == "chat" else ", each message is answered on its own"
+    )
     print(f"template: {conversation.template}{remembers}; /exit or Ctrl-D ends")
     while True:
         try:

@@ -27,7 +27,7 @@ def check(args: argparse.Namespace) -> RunConfig:
     """The configuration, with the ratio that was given.
 
     Raises:
-        UserError: its rule draws anew in every epoch, the ratio is not accepted, or the file cannot be written there.
+        UserError: its rule draws again in every epoch, the ratio is not accepted, or the file cannot be written there.
     """
     ratio = [] if args.ratio is None else [f"selection.ratio={args.ratio}"]
     config = load_config(args.preset, [*args.set, *ratio])

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", metavar="NAME", help="estimate seconds on a GPU too: H100, A100-80, L40S, RTX4090, ...")
     group = parser.add_argument_group("output")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the plans to this file, in bytes")
-    group.add_argument("--html", type=Path, metavar="FILE", help="write a page with the plans to turn by hand")
+    group.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page of the plans")
     group.add_argument(
         "--plot",
         type=Path,
@@ -79,7 +79,7 @@ def check(args: argparse.Namespace) -> RunConfig:
 
 def _check_longest(args: argparse.Namespace, config: RunConfig) -> None:
     if not (args.budget or args.gpu):
-        raise UserError("--longest needs a memory to fit into: --budget 23GiB, or --gpu RTX4090.")
+        raise UserError("--longest needs a size of memory: --budget 23GiB, or --gpu RTX4090.")
     if args.tokens:
         raise UserError(f"--longest finds a length and --tokens {args.tokens} gives one: leave one of them out.")
     if config.training.packing:

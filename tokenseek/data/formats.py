@@ -42,7 +42,7 @@ class Format:
     """What the rows of a source are.
 
     Attributes:
-        name: for people.
+        name: as reports show it.
         kind, columns: of :class:`tokenseek.config.SourceConfig`.
         unread: columns that do not become text.
     """

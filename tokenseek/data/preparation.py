@@ -148,7 +148,7 @@ class _Sources(NamedTuple):
 
     @property
     def described(self) -> tuple[str, ...]:
-        """A line on each, for people."""
+        """A line of the report on each."""
         return tuple(
             f"{source.path or source.name}: {len(part.rows):,} rows, {recognised}"
             for source, part, recognised in zip(self.settled, self.loaded, self.formats, strict=True)

@@ -289,7 +289,7 @@ def _plain(cell: Any) -> Any:
         try:
             return cell.decode()
         except UnicodeDecodeError:
-            return {"bytes": len(cell)}  # an image or a sound: no text, as whoever asks for it is told
+            return {"bytes": len(cell)}  # an image or a sound: no text, which who asks for it is told
     if hasattr(cell, "isoformat"):
         return cell.isoformat()
     return cell if cell is None or isinstance(cell, str | int | float | bool | list | dict) else str(cell)

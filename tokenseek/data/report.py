@@ -1,4 +1,4 @@
-"""What became of the rows of training data, for people."""
+"""What became of the rows of training data: a report to print."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class DataReport:
 
     Attributes:
         characters_cut: of texts so long that their end was not even tokenised; their tokens are not in `tokens_cut`.
-        sources: what each source is, for people.
-        template: what renders the rows, for people.
+        sources: a line on what each source is.
+        template: the names of what renders the rows.
         notes: what else a user should know, such as files that were left out.
     """
 
@@ -62,7 +62,7 @@ def make_report(
     Args:
         examples: tokenised, with `num_cut` and `num_unread`.
         rows: rendered, with `place` and `left_out`.
-        described, template: for people, as in :class:`DataReport`.
+        described, template: `sources` and `template` of :class:`DataReport`.
     """
     cut, unread = np.asarray(examples["num_cut"]), np.asarray(examples["num_unread"])
     lengths, supervised = [], []

@@ -253,7 +253,7 @@ def _cached(read: Callable[[], Iterable[RawRow]], identity: list[str]) -> tuple[
 
 
 def cache_error(error: OSError) -> UserError:
-    """What a user is told where prepared data cannot be written, because a disk is full for one."""
+    """The error where prepared data cannot be written, such as on a full disk."""
     return UserError(
         f"prepared data cannot be kept in {datasets.config.HF_DATASETS_CACHE}: {error.strerror or error}; make "
         "room there, or name another folder in the environment variable HF_DATASETS_CACHE"

@@ -2,7 +2,7 @@
 
 Rows come in the order of the sources, or shuffled in a buffer, pass after pass without end. Process p of n takes every
 n-th of them from the p-th on, counted over all passes, so that a step has the same rows on any number of processes; and
-a run that goes on passes over as many as its steps have taken, which costs their reading but not their tokenising.
+a resumed run passes over as many as its steps have taken, which costs their reading but not their tokenising.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load_head(source: SourceConfig, key: str) -> LoadedSource:
         given = source.path or source.name
         raise UserError(f"{key}: of the first {len(read)} rows of {given} none is left; loosen its filters")
     rows = Dataset.from_dict({"row": [row.text for row in kept], "place": [row.place for row in kept]})
-    note = f"{key} is streamed: this tells of its first {len(read):,} rows."
+    note = f"{key} is streamed: this report covers its first {len(read):,} rows."
     return LoadedSource(rows, columns, len(read), (note,))
 
 

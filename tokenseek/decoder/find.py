@@ -156,7 +156,7 @@ def _mixers(causal_lm: PreTrainedModel, layers: nn.ModuleList) -> dict[nn.Module
     if (causal_lm._is_stateful and not mixers) or len(mixers) == len(layers):
         raise UserError(
             f"{name} has no layer with keys and values, or carries a state (state-space, recurrent or linear "
-            f"attention) in layers that its config does not tell. Its state mixes all tokens, so that no token could "
+            f"attention) in layers that its config does not name. Its state mixes all tokens, so that no token could "
             f"be left out of the backward pass: token scoring and ditching would save nothing. {_ORDINARY}"
         )
     return mixers
@@ -172,7 +172,7 @@ def _sharing(causal_lm: PreTrainedModel, layers: nn.ModuleList) -> frozenset[nn.
     if getattr(config, "altup_num_inputs", 1) > 1:
         raise UserError(
             f"{name} passes {config.altup_num_inputs} hidden states per token from layer to layer (Gemma 3n), which "
-            f"token scoring and ditching do not serve. {_ORDINARY}"
+            f"token scoring and ditching do not support. {_ORDINARY}"
         )
     sharing = frozenset(layer for layer in layers if any(_shares(module) for module in layer.modules()))
     if without := [layer for layer in sharing if shared_argument(layer) is None]:
@@ -199,8 +199,8 @@ def _cache_argument(name: str, layers: nn.ModuleList) -> str:
         without = next((layer for layer in layers if cache_argument(layer) is None), layers[0])
         raise UserError(
             f"{name}: {type(without).__name__}.forward takes no key/value cache (looked for "
-            f"{', '.join(CACHE_ARGUMENTS)}); TokenSeek reaches keys and values through it and cannot serve this model. "
-            f"{what_to_install('transformers')}"
+            f"{', '.join(CACHE_ARGUMENTS)}); TokenSeek reaches keys and values through it, so this model is not "
+            f"supported. {what_to_install('transformers')}"
         )
     return found
 

@@ -105,7 +105,7 @@ class ShardStore:
     def claim(self, shard: int, run_id: str) -> bool:
         """Take a shard for the calling process. True for exactly one caller of a run, unless the shard is finished.
 
-        Claims are kept per run: those of a run that was killed bind nobody.
+        Claims are kept per run: those of a run that was killed count no more.
 
         Args:
             run_id: the same in all processes of one run, new in every run; letters, digits, ".", "_" and "-".

@@ -75,7 +75,7 @@ def compile_regions(model: nn.Module, backend: str | Callable = "inductor") -> i
     """Compile what lies outside attention in every layer, in place: norms and feed-forward blocks; returns how many.
 
     These have no graph break: all else that a layer does here (two passes, one inside the other, through a cache of
-    ours) is no single graph. Numbers of tokens are symbols in them, so that new lengths compile nothing anew.
+    ours) is no single graph. Numbers of tokens are symbols in them, so that new lengths compile nothing again.
     """
     compiled = 0
     for module in _regions(model):

@@ -2,7 +2,7 @@
 
 Some start by taking a part of the base weights out of them (PiSSA, OLoRA), and loading such an adapter does it again,
 with other numbers on another machine or, where it is an iteration, by another random state. Others save a part of what
-they need and draw the rest anew. Which ones do is not listed here but tried, on one small linear layer.
+they need and draw the rest again. Which ones do is not listed here but tried, on one small linear layer.
 """
 
 from __future__ import annotations

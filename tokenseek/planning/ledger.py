@@ -74,7 +74,7 @@ class Ledger(TorchDispatchMode):
         self._storages: dict[int, tuple[weakref.ref, int, str | None]] = {}
 
     def reset_peak(self, name: Hashable = None) -> None:
-        """Begin anew with what is alive now, with a stretch called `name`."""
+        """Start over with what is alive now, with a stretch called `name`."""
         self._ended: list[Stretch] = []
         self.host_peak = self.host
         self._begin(name)

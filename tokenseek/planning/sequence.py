@@ -1,4 +1,4 @@
-"""Sequence parallelism in a plan: the step of one rank, whose exchanges have their sizes and reach nobody."""
+"""Sequence parallelism in a plan: the step of one rank, whose exchanges have their sizes and no partner."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _FirstRank(SequenceParallelism):
         labels: torch.Tensor | None,
         shift_labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        return cast(torch.Tensor, selected_positions)  # there is nobody to disagree
+        return cast(torch.Tensor, selected_positions)  # there is no other rank to compare with
 
     def shard(self, decoder: Decoder, arguments: dict[str, Any], parts: Partition) -> LocalPartition:
         return self._dealt.pop()  # its masks live as long as the forward pass, as in a real step

@@ -16,7 +16,7 @@ _LEARNED, _GIVEN = ("\033[30;42m", "\033[30;102m"), ("\033[90m", "\033[37m")
 
 
 def describe_index(index: TokenIndex) -> str:
-    """The header of an index, for people."""
+    """The header of an index, as text."""
     header = index.header
     rows = {"examples": f"{header.num_examples:,}", "tokens": f"{header.num_tokens:,}"}
     rows |= {name: str(value) for name, value in header.fingerprints.items()}

@@ -71,7 +71,7 @@ class Conversation:
         ids, is_chat = self._ids(text), self.template == "chat"
         room = (learned_positions(self.model) or float("inf")) - ids.shape[1]
         if room < 1:
-            raise UserError(f"the conversation has {ids.shape[1]:,} tokens, and the model no position for another.")
+            raise UserError(f"the conversation has {ids.shape[1]:,} tokens, and the model has no position for another.")
         sampling: dict[str, Any] = {}
         if self.temperature is not None:
             sampling = {"do_sample": self.temperature > 0}
@@ -91,7 +91,7 @@ class Conversation:
         return answer
 
     def forget(self) -> None:
-        """Begin anew, with the same system message."""
+        """Start over, with the same system message."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
     def _ids(self, text: str) -> torch.Tensor:

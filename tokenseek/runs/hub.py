@@ -15,7 +15,7 @@ def require_hub(config: RunConfig) -> None:
     """Make the repository of a run that ends on the hub, so that it is known before training that it can.
 
     Raises:
-        UserError: nobody is logged in, or the repository cannot be made.
+        UserError: there is no login, or the repository cannot be made.
     """
     training = config.training
     if not training.push_to_hub:

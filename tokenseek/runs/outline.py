@@ -1,4 +1,4 @@
-"""What a run is about to do, for people: an example, what is trained, the memory that is planned, where it writes."""
+"""What a run is about to do, as log lines: an example, what is trained, the memory that is planned, where it writes."""
 
 from __future__ import annotations
 

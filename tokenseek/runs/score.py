@@ -94,7 +94,7 @@ def score(
         return path
     plan, store = _plan(config, inputs)
     shards = assigned_shards(plan, *part) if part else range(len(plan.shards))
-    # One short collective before the work, none behind it: processes that are slow or dead hold nobody up.
+    # One short collective before the work, none behind it: processes that are slow or dead delay no other.
     run_id = broadcast_object_list([uuid.uuid4().hex])[0]
     began, loading, kept = time.perf_counter(), 0.0, store.finished() & set(shards)
     if kept:
@@ -248,7 +248,7 @@ def _wait_for_merge(path: Path) -> Path:
         elif not warned and time.monotonic() - since > _MERGE_SLOW_SECONDS:
             warned = True
             _log.warning(
-                "All shards of %s are finished, and the main process, which is to merge them, gives no sign. If it "
+                "All shards of %s are finished, and the main process, which is to merge them, does not respond. If it "
                 "hangs, end the run and give `tokenseek merge` the same arguments.", path,
             )  # fmt: skip
         elif time.monotonic() - since > _MERGE_SECONDS:

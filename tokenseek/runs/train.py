@@ -73,7 +73,7 @@ _log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, loss_before: float | None = None, *, outlined: bool = False) -> TrainingSummary:
-    """Fine-tune as configured; every process of a run calls this. A run that is finished is told to be, and not run.
+    """Fine-tune as configured; every process of a run calls this. A finished run is not run again.
 
     Args:
         loss_before: the held-out loss of the model as it is, where it was measured before.
@@ -263,7 +263,7 @@ def finish(
     after = held_out_loss(trainer, run.held_out) if run.held_out else None
     selected = selected or Selected.by_steps(cast(TokenSeekTrainer, trainer))
     if run.config.training.load_best and trainer.state.best_global_step:
-        log_once(_log, state, f"Least held-out loss at step {trainer.state.best_global_step:,}; its weights are kept.")
+        log_once(_log, state, f"Lowest held-out loss at step {trainer.state.best_global_step:,}; its weights are kept.")
     final = run.output / "final"
     trainer.save_model(str(final))
     if state.is_main_process:

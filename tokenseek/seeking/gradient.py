@@ -18,7 +18,7 @@ from tokenseek.decoder.head import BodyOutput, at_least_float32, head_logits, in
 from tokenseek.labels import IGNORED
 
 # Logits are held of this share of a batch's tokens at once, but of so many at least: every chunk reads all weights of
-# the head anew, and what it takes should stay below what the last layer's graph does.
+# the head once more, and what it takes should stay below what the last layer's graph does.
 SHARE_OF_ROWS, FEWEST_ROWS = 1 / 5, 128
 
 # Eq. 4 sums the entries (signed); the text around it sums magnitudes (abs).

@@ -1,6 +1,6 @@
 """Scoring a data set on any number of processes that never wait for one another.
 
-Processes share nothing but the shard folder: each takes the next shard that nobody has taken, scores and writes it. A
+Processes share nothing but the shard folder: each takes the next shard that no other has taken, scores and writes it. A
 slow process takes fewer, the shard of one that dies is taken over by another, and none sits behind a collective with a
 timeout. Sequence-parallel ranks, which score a text together, are one process in this: their first takes and writes.
 """
@@ -180,7 +180,7 @@ def seek_abandoned(
             progress.poll()
         for shard in sorted(left):
             if holder := store.take_over(shard, run_id, lease_seconds):
-                _log.warning("Shard %d is scored again: %s, which had it, gives no sign any more.", shard, holder)
+                _log.warning("Shard %d is scored again: %s, which had it, no longer responds.", shard, holder)
                 return True, shard
         return bool(left), None
 

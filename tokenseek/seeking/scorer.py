@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
 
     def to(self, device: torch.device) -> Prepared:
         """The same on a device; a copy to a GPU does not wait."""
-        if device.type == "cuda" and self.input_ids.device.type == "cpu":  # copied while the host goes on
+        if device.type == "cuda" and self.input_ids.device.type == "cpu":  # copied while the host continues
             return Prepared(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
         return Prepared(*(tensor.to(device) for tensor in self))
 

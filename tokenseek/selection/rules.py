@@ -97,7 +97,7 @@ class TopRandom:
 
 
 class Sampled:
-    """Drawn anew at every visit, with a probability that grows with the score above the least, and each loss weighted
+    """Drawn again at every visit, with a probability that grows with the score above the least, and each loss weighted
     by the inverse of its probability, so that the loss has the expectation of the loss of all candidates."""
 
     name, needs_scores, weighs = "sampled", True, True

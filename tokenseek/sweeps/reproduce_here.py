@@ -1,7 +1,7 @@
 """`tokenseek reproduce --here`: the paper's tables and figures on a small model and the data of this machine.
 
 Rows of all tables are trials of one sweep, so that rows of different tables that are the same run are run once, and
-what was stopped goes on. What is most needed for the paper's claims comes first, the first seed before the others.
+what was stopped is resumed. What is most needed for the paper's claims comes first, the first seed before the others.
 """
 
 from __future__ import annotations

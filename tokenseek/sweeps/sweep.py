@@ -184,7 +184,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a row, whole or not at all, whoever else does at the same time."""
+    """Add a row, whole or not at all, even if other processes add one at the same time."""
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)

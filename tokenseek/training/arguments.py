@@ -24,7 +24,7 @@ def training_arguments(training: TrainingConfig, output: Path, seed: int) -> Tra
     if training.load_best:
         own["load_best_model_at_end"] = True
     if training.early_stopping_patience:
-        own["restore_callback_states_from_checkpoint"] = True  # a resumed run goes on counting
+        own["restore_callback_states_from_checkpoint"] = True  # a resumed run continues the counts
     return TrainingArguments(
         output_dir=str(output),
         seed=seed,

@@ -137,7 +137,7 @@ def _require_evaluation(config: RunConfig) -> None:
             "" if config.eval_data or config.data.hold_out else " and held-out data (data.hold_out=100, or eval_data)"
         )
         raise UserError(
-            f"{found[0]} goes by evaluation during training: give training.eval_strategy=steps, "
+            f"{found[0]} needs evaluation during training: give training.eval_strategy=steps, "
             f"training.eval_steps{data}."
         )
 

@@ -71,7 +71,7 @@ class TokenSeekCollator(PaddingCollator):
     """Pads examples as :class:`PaddingCollator` does and adds ``selected_positions`` [B, S], chosen from an index, and
     ``shift_labels`` [B, S], the token that each of them has to predict (for TRL, which applies the head itself).
 
-    Labels that no selected position predicts become -100, so that whoever counts labels to normalise a loss
+    Labels that no selected position predicts become -100, so that code that counts labels to normalise a loss
     (Transformers' Trainer over gradient accumulation and processes, for one) counts what the loss is summed over. Rule
     "sampled" keeps all labels and adds ``selected_weights`` [B, S] instead: its sum stands for that over all tokens.
 

@@ -170,7 +170,7 @@ class GroupTrainer(Trainer):
             for part in dealt:
                 part.num_processes = self.num_groups
                 part.process_index = self.accelerator.process_index // self.group_size
-                if self.num_groups == 1:  # nobody else needs a batch when the last one is short
+                if self.num_groups == 1:  # no other group needs a batch when the last one is short
                     part.even_batches = False
         return made
 

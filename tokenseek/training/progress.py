@@ -1,4 +1,4 @@
-"""A run's progress for people: one line for each log."""
+"""A run's progress in the terminal: one line for each log."""
 
 from __future__ import annotations
 

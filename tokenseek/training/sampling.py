@@ -18,7 +18,7 @@ from tokenseek.data.packing import blank_copy
 
 
 class EpochSampler(Sampler[int]):
-    """Positions of a data set's examples, in an order drawn anew in every epoch, and then those of its blanks.
+    """Positions of a data set's examples, in an order drawn again in every epoch, and then those of its blanks.
 
     Args:
         examples: number of examples; their positions are 0 to `examples` - 1.

@@ -31,7 +31,7 @@ class _OfSomeHeads:
     def __getattr__(self, name: str) -> Any:
         return _of_heads(getattr(self._module, name), *self._share)
 
-    def __eq__(self, other: object) -> bool:  # as good as the module itself, for whoever looks for that one
+    def __eq__(self, other: object) -> bool:  # equal to the module itself, for code that looks for it
         return other is self._module
 
     def __hash__(self) -> int:
@@ -51,7 +51,7 @@ def require_shareable(decoder: Decoder, group: dist.ProcessGroup) -> None:
         what = "carries a state from token to token" if decoder.mixers else "shares keys and values"
         raise UserError(
             f"{decoder.name} {what} in {len(decoder.mixers) or len(decoder.sharing)} of its layers, which ranks that "
-            "share texts do not serve. Train without sequence parallelism (sp_size)."
+            "share texts do not support. Train without sequence parallelism (sp_size)."
         )
     shard_heads(query_heads(decoder), query_heads(decoder), group.size())
 
