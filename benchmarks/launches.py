@@ -8,6 +8,9 @@ can be counted without a GPU: every operation below autograd that is neither a v
 the last layer, whose unselected rows end early). "host ms" is the time of a forward and a backward pass with tensors so
 small that nothing but the host counts; "syncs" are the moments when the host waits for the device, before it reads what
 a step or a batch of scores comes to.
+
+Steps that select their own tokens count the pass over all tokens without gradient to the forward. Of "online+exact",
+with one exact layer, a layer is one below the border; of "exact layer" it is one more above.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.shapes import make_model
 from tokenseek.decoder.head import next_token_labels
-from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.ditching.planned import PlannedRows
 from tokenseek.seeking import TokenScorer
+from tokenseek.selection import SelectionRule
 
 TOKENS, SELECTED = 128, 13
-LAYERS = 3, 4
+# Of the models that are compared: how many layers, and how many of them are exact.
+LAYERS = (3, 0), (4, 0)
+_LAYERS = {"online+exact": ((3, 1), (4, 1)), "exact layer": ((3, 1), (4, 2))}
 _aten = torch.ops.aten
 _ALLOCATIONS = {
     _aten.empty,
@@ -101,7 +107,9 @@ def _batch(ditching: bool) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _passes(method: str, layers: int) -> tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]:
+def _passes(
+    method: str, layers: int, exact_layers: int = 0
+) -> tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]:
     """The forward and the backward pass of a method; scoring has one of both."""
     model = make_model(f"tiny:num_hidden_layers={layers}")
     if method == "score":
@@ -109,10 +117,16 @@ def _passes(method: str, layers: int) -> tuple[Callable[[], torch.Tensor], Calla
         # As scoring a data set does: a batch is prepared on the host.
         prepared = scorer.prepare(batch["input_ids"], torch.ones_like(batch["input_ids"]), batch["labels"])
         return lambda: torch.stack(scorer.run(prepared)), lambda _: None
-    ditching = method != "full"
-    if ditching:
+    by_index = method.startswith("index")
+    batch = _batch(by_index)
+    if by_index:
         enable_token_ditching(model, recompute=method.endswith("recompute"))
-    batch = _batch(ditching)
+    elif method == "full":
+        model.config.use_cache = False  # as Transformers' Trainer sets it
+    else:
+        enable_token_ditching(model, seeking=Seeking("l2" if exact_layers else "error", exact_layers=exact_layers))
+        batch["selection"] = SelectionRule("sampled", SELECTED / TOKENS, alpha=0, beta=1, explore=0.3)
+        batch["selection_keys"] = torch.zeros(1, dtype=torch.int64)
 
     def backward(loss: torch.Tensor) -> None:
         loss.backward()
@@ -121,35 +135,35 @@ def _passes(method: str, layers: int) -> tuple[Callable[[], torch.Tensor], Calla
     return lambda: model(**batch).loss, backward
 
 
-METHODS = ("full", "index", "index+recompute", "score")
+METHODS = ("full", "index", "index+recompute", "online+error", "online+exact", "exact layer", "score")
 
 
 def measure(method: str, repeats: int = 10) -> dict:
     """Launches of the forward and backward pass, per layer and fixed; syncs; milliseconds of the host per step."""
-    counts = {}
-    for layers in LAYERS:
-        forward, backward = _passes(method, layers)
+    counts = []
+    few, many = _LAYERS.get(method, LAYERS)
+    for layers, exact_layers in (few, many):
+        forward, backward = _passes(method, layers, exact_layers)
         backward(forward())  # what is made once
         with Launches() as ahead:
             loss = forward()
         with Launches() as back:
             backward(loss)
-        counts[layers] = ahead, back
-    few, many = LAYERS
+        counts.append((ahead, back))
     row: dict = dict(method=method)
     for number, name in enumerate(("forward", "backward")):
-        of_few, of_many = counts[few][number].count, counts[many][number].count
+        of_few, of_many = (passes[number].count for passes in counts)
         row[f"{name}_layer"] = of_many - of_few
-        row[f"{name}_fixed"] = of_many - many * (of_many - of_few)
+        row[f"{name}_fixed"] = of_many - many[0] * (of_many - of_few)
     row["layer"] = row["forward_layer"] + row["backward_layer"]
-    row["syncs"] = sum((ahead.syncs + back.syncs).total() for ahead, back in [counts[many]])
+    row["syncs"] = sum(launches.syncs.total() for launches in counts[-1])
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
         backward(forward())
         times.append(time.perf_counter() - began)
     row["host_ms"] = round(1e3 * min(times), 2)
-    row["operations"] = dict((counts[many][0].operations + counts[many][1].operations).most_common())
+    row["operations"] = dict(sum((launches.operations for launches in counts[-1]), Counter()).most_common())
     return row
 
 

@@ -21,6 +21,7 @@ from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tokenseek
+from benchmarks.models import batch_of, tiny
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import ditching_of
 from tokenseek.errors import UserError
@@ -214,6 +215,26 @@ def test_bytes_exchanged(ratio):
         assert backward == {"attention": layers * selected * of_a_row}
 
 
+def calls_of_a_step(rank: int, selected: torch.Tensor | None, recompute: bool) -> tuple[int, int]:
+    model = tokenseek.enable_token_ditching(tiny_model("llama"), recompute=recompute)
+    enable_sequence_parallelism(model, dist.group.WORLD)
+    ids = torch.arange(3, 27)[None]
+    with measured() as traffic:
+        model(input_ids=ids, labels=ids, selected_positions=selected).loss.backward()
+    return traffic.forward_calls["attention"], traffic.backward_calls["attention"]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
+def test_queries_keys_and_values_travel_together(recompute):
+    """A layer's all-to-alls: two for a pass forward, q with k and v, and o; two back. The last layer's unselected rows
+    end at their keys. Apart, they were six for all tokens and nine for two passes."""
+    layers, again = 4, 2 * recompute  # which autograd runs backward, but are exchanges of a forward pass
+    for forward, backward in spawn(2, calls_of_a_step, None, recompute):
+        assert (forward, backward) == (layers * (2 + again), layers * 2)
+    for forward, backward in spawn(2, calls_of_a_step, torch.tensor([[2, 7, 20]]), recompute):
+        assert (forward, backward) == (layers * (4 + again) - 1, layers * 2)
+
+
 # Faults
 
 
@@ -274,6 +295,19 @@ def test_models_with_attention_code_of_their_own_are_refused():
     config = AutoConfig.for_model("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=50)
     with pytest.raises(UserError, match="AttentionInterface"):
         enable_sequence_parallelism(AutoModelForCausalLM.from_config(config), group_of(2))
+
+
+def share_latents(rank: int) -> str:
+    """DeepSeek's layers hand latents to their cache, and attention what they make of them with weights."""
+    model = enable_sequence_parallelism(tiny("deepseek_v3"), dist.group.WORLD)
+    with pytest.raises(UserError) as error:
+        model(**batch_of(), selected_positions=torch.tensor([[1, 4]]))
+    return str(error.value)
+
+
+def test_keys_that_are_made_after_the_cache_are_refused():
+    for message in spawn(2, share_latents):
+        assert "in another form (latent)" in message
 
 
 def test_a_copy_shares_the_group():

@@ -16,6 +16,7 @@ from torch import nn
 
 from tokenseek.decoder.attention import Attention, Replace
 from tokenseek.ditching.rows import Rows
+from tokenseek.ditching.side_by_side import SideBySide
 from tokenseek.ditching.staircase import Span, is_served, make_spans, staircase_attention
 
 # What sdpa's function reads from an attention module, for one without grouped heads: it then repeats no key or value.
@@ -29,6 +30,9 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Replace:
 
     Where the mask is plain causality (None), the queries are put back to their places among T, so that the causal
     flash kernels can be used: half the work of a masked kernel, and no [U, T] mask.
+
+    Args:
+        on_call: called when the layer looks its attention function up and finds this one.
     """
 
     def replace(original: Attention) -> Attention:
@@ -42,13 +46,14 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Replace:
             **kwargs: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             on_call()
+            keys = key_BKTH.shape[2]  # T, or fewer where the last tokens are in no pass
             if attention_mask is not None:
                 outputs = []
                 for first, last, _ in _within_limit([(0, query_BNUH.shape[2], 0)], attention_mask[..., :1, :].numel()):
-                    mask, query = attention_mask[:, :, first:last], query_BNUH[:, :, first:last]
+                    mask, query = attention_mask[:, :, first:last, :keys], query_BNUH[:, :, first:last]
                     outputs.append(original(module, query, key_BKTH, value_BKTH, mask, *args, **kwargs)[0])
                 return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
-            query_BNTH = rows.spread(query_BNUH)
+            query_BNTH = rows.spread(query_BNUH)[:, :, :keys]
             output_BTNH, _ = original(module, query_BNTH, key_BKTH, value_BKTH, None, *args, **kwargs)
             return rows.take(output_BTNH, 1), None
 
@@ -57,7 +62,7 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Replace:
     return replace
 
 
-def selected_attention(rows: Rows) -> Replace:
+def selected_attention(rows: Rows, order: SideBySide | None = None) -> Replace:
     """A replacement for the selected pass, in which keys and values are stored for the backward pass.
 
     Where the mask is plain causality (None) and rows are many, no mask of rows times keys is made
@@ -66,6 +71,9 @@ def selected_attention(rows: Rows) -> Replace:
     Under a mask, sdpa repeats keys and values for every query head of a group. Queries of a group are taken as G times
     the rows of one head instead, so that autograd stores the keys and values of K heads and not of N. Early rows, which
     see few keys, are given no others.
+
+    Args:
+        order: of keys and values; that of the text by default.
     """
 
     def replace(original: Attention) -> Attention:
@@ -78,24 +86,36 @@ def selected_attention(rows: Rows) -> Replace:
             *args: Any,
             **kwargs: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            if attention_mask is None:
+            spans, is_biased = rows.spans, kwargs.get("position_bias") is not None
+            if order is not None and attention_mask is None and not is_biased:
+                attention_mask, spans = order.causal_mask, [(0, query_BNSH.shape[2], order.keys)]
+            elif order is not None:  # what a layer makes for its keys takes them to be in the order of the text
+                key_BKTH, value_BKTH = order.in_text_order(key_BKTH, value_BKTH)
+            elif attention_mask is None:
                 query, key, value = _as_autocast(query_BNSH, key_BKTH, value_BKTH)
-                spans = _staircase(rows, query, key, value, *args, **kwargs)
-                if spans is not None:
-                    return staircase_attention(query, key, value, spans, kwargs.get("scaling")), None
+                steps = _staircase(rows, query, key, value, *args, **kwargs)
+                if steps is not None:
+                    return staircase_attention(query, key, value, steps, kwargs.get("scaling")), None
+            if attention_mask is None:
                 attention_mask = rows.causal_mask
-            if attention_mask.shape[1] > 1 or kwargs.get("position_bias") is not None:
-                return original(module, query_BNSH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs)
-            groups = query_BNSH.shape[1] // key_BKTH.shape[1]
+            most = key_BKTH.shape[2]
+            if attention_mask.shape[1] > 1 or is_biased:
+                mask = attention_mask[..., :most]
+                return original(module, query_BNSH, key_BKTH, value_BKTH, mask, *args, **kwargs)
+            batch, heads = query_BNSH.shape[:2]
+            groups = heads // key_BKTH.shape[1]
             outputs = []
-            for span in _within_limit(rows.spans, len(query_BNSH) * groups):
-                first, last, keys = span
+            for first, last, keys in _within_limit(spans, batch * groups):
+                span = first, last, min(keys, most)
                 # q: (B, N, S, H) -> (B, K, G * S, H): the heads of a group are neighbours
                 packed = query_BNSH[:, :, first:last].unflatten(1, (-1, groups)).flatten(2, 3)
+                given: tuple[torch.Tensor, ...] = packed, key_BKTH[:, :, : span[2]], value_BKTH[:, :, : span[2]]
+                if batch == 1:  # heads are the batch: the gradient of queries is then no copy
+                    given = tuple(x.transpose(0, 1) for x in given)
                 mask = rows.packed_mask(attention_mask, span, groups, packed.dtype)
-                output, _ = original(
-                    _UNGROUPED, packed, key_BKTH[:, :, :keys], value_BKTH[:, :, :keys], mask, *args, **kwargs
-                )
+                output, _ = original(_UNGROUPED, *given, mask, *args, **kwargs)
+                if batch == 1:  # (K, G * S, 1, H)
+                    output = output.transpose(0, 2)
                 # o: (B, G * S, K, H) -> (B, G, S, K, H) -> (B, S, K, G, H) -> (B, S, N, H)
                 outputs.append(output.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3))
             return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -147,7 +148,7 @@ class _Batch(NamedTuple):
         text: where ranks share the examples, which tokens are this rank's.
         own_targets_BR: of the rows of this process.
         arguments: of the model's body, for these rows.
-        attention: what attention is replaced by; None for the model's own.
+        attention: what attention is replaced by; None for the model's own, or where ranks share the examples.
     """
 
     targets_BT: torch.Tensor
@@ -172,7 +173,7 @@ def _batch_of(
         return _Batch(targets_BT, valid_BT, examples, None, targets_BT, own, attention)
     text = _dealt(ditching, arguments, labels_BT, selection_keys, ditching.sequence.group)
     own, own_targets_BR = text.arguments(arguments["input_ids"]), text.mine(targets_BT, IGNORED)
-    return _Batch(targets_BT, valid_BT, examples, text, own_targets_BR, own, text.shared_attention)
+    return _Batch(targets_BT, valid_BT, examples, text, own_targets_BR, own, None)
 
 
 class _Scored(NamedTuple):
@@ -202,10 +203,13 @@ def _score(
     decoder, seeking = ditching.decoder, ditching.seeking
     exact: ExactTop | None = None
     scores_BR: torch.Tensor | None
+    attention = batch.attention
+    if batch.text is not None:
+        attention = partial(batch.text.attention, on_keys=recording.see)
     with (
         ditching.recording(recording),
         _graph(decoder, seeking, wanted, recording, is_split) as leaves,
-        _attention_watched(decoder, wanted, batch.valid_BT, batch.attention) as received,
+        _attention_watched(decoder, wanted, batch.valid_BT, attention) as received,
     ):
         output = decoder.body(**batch.arguments, use_cache=False, return_dict=True)
         if seeking.exact_layers and recording.top is None:
@@ -254,7 +258,6 @@ def _recording(ditching: Ditching, wanted: _Wanted, batch: _Batch, is_split: boo
         "host" if ditching.kv_storage in ("host", "int8_host") else "device",
         unrecorded=tuple(layers[-exact:]) if exact else (),
         scored=tuple(layers[-scored:]) if scored else (),
-        exchange=None if text is None else text.share_keys,
         top=top,
     )
 

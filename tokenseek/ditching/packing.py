@@ -27,6 +27,7 @@ from tokenseek.decoder.names import MASK_ARGUMENTS
 from tokenseek.ditching.reach import BodyCall, PlainReach
 from tokenseek.ditching.rows import Partition, Rows, partition
 from tokenseek.errors import UserError
+from tokenseek.ulysses.heads import Joining
 
 
 def reach_by_example(
@@ -200,7 +201,7 @@ class PackedReach(PlainReach):
         return replace
 
     @contextmanager
-    def attention(self, decoder: Decoder, replace: Replace | None) -> Iterator[None]:
+    def attention(self, decoder: Decoder, replace: Replace | None, cache: Joining | None) -> Iterator[None]:
         called: list[nn.Module] = []
 
         def noted(original: Attention) -> Attention:

@@ -23,12 +23,13 @@ from tokenseek.decoder.attention import Replace
 from tokenseek.decoder.names import MASK_ARGUMENTS, shared_argument, without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.autocast import autocast_cache
-from tokenseek.ditching.cache import KeysAndValuesSeen, OnceCache, SelectedCache, UnselectedCache
+from tokenseek.ditching.cache import JoiningCache, KeysAndValuesSeen, OnceCache, SelectedCache, UnselectedCache
 from tokenseek.ditching.mixer import MixerSeam
 from tokenseek.ditching.projected import ProjectedAgain
 from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.recorded import RecordedCache
 from tokenseek.ditching.rows import Rows
+from tokenseek.ditching.side_by_side import SideBySide
 from tokenseek.ditching.state import Ditching, Step, original_forward
 from tokenseek.ditching.storage import TakenOnce, saved_as_kept
 from tokenseek.ditching.tiles import ProjectedCache, Tile, TiledLayer, tile_attention, tiles_of
@@ -98,12 +99,18 @@ class LayerCode:
             replace: takes the place of the attention function, where that is ours to replace.
         """
         shrunk = self._of_selected if rows is self.parts.selected else self._shrunk_to(rows)
-        attention = self.reach.attention(self.decoder, replace if self.attention_is_ours else None)
+        joining = cache if isinstance(cache, JoiningCache) else None
+        attention = self.reach.attention(self.decoder, replace if self.attention_is_ours else None, joining)
         with without_checkpointing(self.layer), attention:
             return original_forward(self.layer)(hidden_BRD, **shrunk, **{self.decoder.cache_argument: cache})
 
-    def run_selected(self, hidden_BSD: torch.Tensor, cache: OnceCache | None) -> Any:
-        replace = self.reach.replacement(self.reach.whole.selected, selected_attention)
+    def run_selected(self, hidden_BSD: torch.Tensor, cache: OnceCache | None, order: SideBySide | None = None) -> Any:
+        """
+        Args:
+            order: of keys and values; that of the text by default.
+        """
+        attend = partial(selected_attention, order=order)
+        replace = self.reach.replacement(self.reach.whole.selected, attend)
         return self(hidden_BSD, self.parts.selected, cache, replace)
 
     def run_unselected(
@@ -121,6 +128,15 @@ class LayerCode:
     def tiles(self) -> list[Tile] | None:
         """Of the unselected rows; None where they run at once."""
         return tiles_of(self.reach, self.ditching.tile_rows, self.recomputed)
+
+    def order(self) -> SideBySide | None:
+        """In which keys and values lie; None for that of the text, if anyone but our attention looks at them."""
+        is_plain = type(self.reach) is PlainReach and self.attention_is_ours and self.step.recording is None
+        is_kept_whole = self.ditching.kv_storage == "device" and not self.decoder.sharing
+        is_causal = all(self._arguments.get(name) is None for name in MASK_ARGUMENTS)
+        if not (is_plain and is_kept_whole and is_causal) or self.tiles():
+            return None
+        return SideBySide.of(self.parts)
 
     def _shrunk_to(self, rows: Rows) -> dict[str, Any]:
         # Only an attention function of ours knows the rows; a model that has its own needs the mask in full. A mixer
@@ -202,16 +218,20 @@ class AttentionPasses:
     """Of a layer with keys and values of its own: the selected rows run as soon as the unselected ones' are known."""
 
     def __init__(self, code: LayerCode) -> None:
-        self.code = code
+        self.code, self.order = code, code.order()
 
     def run_selected(self, hidden_BSD: torch.Tensor, *given: torch.Tensor) -> PassOutput:
-        code, storage = self.code, self.code.ditching.kv_storage
-        cache = (SelectedCache if code.step.recording is None else RecordedCache)(code.reach, *given)
+        code, storage, cache = self.code, self.code.ditching.kv_storage, self._selected_cache(given)
         # What is recomputed saves nothing until then.
         moves_kv = storage != "device" and torch.is_grad_enabled() and not code.recomputed
         with saved_as_kept(lambda: (cache.keys, cache.values), storage) if moves_kv else nullcontext():
-            output = code.run_selected(hidden_BSD, cache)
+            output = code.run_selected(hidden_BSD, cache, self.order)
         return output, cache.given_by(code.layer, code.decoder)
+
+    def _selected_cache(self, given: tuple[torch.Tensor, ...]) -> JoiningCache:
+        if self.code.step.recording is not None:
+            return RecordedCache(self.code.reach, *given)
+        return SelectedCache(self.code.reach, *given, order=self.order)
 
     def run_both(
         self, selected_pass: SelectedPass, unselected_BUD: torch.Tensor, stop: bool
@@ -226,11 +246,7 @@ class AttentionPasses:
         self, selected_pass: SelectedPass, unselected_BUD: torch.Tensor, stop: bool, projected: ProjectedAgain | None
     ) -> tuple[Any, torch.Tensor | None]:
         code, attended = self.code, list[bool]()
-
-        def run_selected(*rows_BNUH: torch.Tensor) -> PassOutput:
-            return selected_pass(*code.reach.exchange(*rows_BNUH), projected=projected)
-
-        cache = UnselectedCache(run_selected, stop)
+        cache = UnselectedCache(code.reach, partial(selected_pass, projected=projected), stop, self.order)
         try:
             output = code.run_unselected(unselected_BUD, cache, on_attention=lambda: attended.append(True))
         except KeysAndValuesSeen:

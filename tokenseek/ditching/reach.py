@@ -22,6 +22,7 @@ from tokenseek.decoder.attention import Replace, attention_replaced, without_cud
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import makes_masks_by_utils, whole_masks
 from tokenseek.ditching.rows import Partition, Rows
+from tokenseek.ulysses.heads import Joining
 
 # Arguments of the decoder's body, and what it is called inside of.
 BodyCall: TypeAlias = tuple[dict[str, Any], AbstractContextManager[None]]
@@ -33,7 +34,10 @@ class Reach(Protocol):
     Attributes:
         parts: the rows that layers run on.
         whole: the rows that attention sees.
+        joins_in_attention: keys and values of the passes meet in attention, and not in the cache before it.
     """
+
+    joins_in_attention: bool
 
     @property
     def parts(self) -> Partition: ...
@@ -44,14 +48,17 @@ class Reach(Protocol):
     def body_call(self, decoder: Decoder, arguments: dict[str, Any]) -> BodyCall:
         """How the decoder's body, which makes the masks, is called: with which arguments, and inside of what."""
 
-    def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keys and values of one pass, [B, N, R, H], as attention sees them."""
-
     def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         """What attention is replaced with in the pass of `rows` of `whole`, made by `make` of rows of one text."""
 
-    def attention(self, decoder: Decoder, replace: Replace | None) -> AbstractContextManager[None]:
-        """What one pass of one layer runs in, with attention replaced unless `replace` is None."""
+    def attention(
+        self, decoder: Decoder, replace: Replace | None, cache: Joining | None
+    ) -> AbstractContextManager[None]:
+        """What one pass of one layer runs in, with attention replaced unless `replace` is None.
+
+        Args:
+            cache: of that pass, by which keys and values of both meet; None of a layer without.
+        """
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
         """`rows` of `parts` on their way into a layer, but the first."""
@@ -62,6 +69,8 @@ class Reach(Protocol):
 
 class PlainReach:
     """Of a batch of one text a row, on one process: rows are where attention looks for them."""
+
+    joins_in_attention = False
 
     def __init__(self, parts: Partition) -> None:
         self.parts = parts
@@ -92,13 +101,12 @@ class PlainReach:
             return arguments | {"attention_mask": self.parts.ones_BT}, masks
         return {name: value for name, value in arguments.items() if name != "attention_mask"}, nullcontext()
 
-    def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return rows_BNRH
-
     def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         return make(rows)
 
-    def attention(self, decoder: Decoder, replace: Replace | None) -> AbstractContextManager[None]:
+    def attention(
+        self, decoder: Decoder, replace: Replace | None, cache: Joining | None
+    ) -> AbstractContextManager[None]:
         return without_cudnn() if replace is None else attention_replaced(decoder.causal_lm, replace)
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:

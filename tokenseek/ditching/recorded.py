@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,15 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import is_partitioned
-from tokenseek.ditching.cache import OnceCache
+from tokenseek.ditching.cache import JoiningCache, OnceCache
 from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.storage import Kept
 from tokenseek.ditching.top import Top
 from tokenseek.errors import UserError
-
-# From keys and values [B, N, R, H] of the rows of this process to those that attention sees.
-Exchange: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 
 
 class Recording:
@@ -39,11 +36,11 @@ class Recording:
         storage: where they wait for the second pass, "device" or "host".
         unrecorded: layers that the second pass leaves out.
         scored: the last layers, through which a gradient is taken before the second pass.
-        exchange: from keys and values of the rows of this process to those of all tokens, where ranks share a text.
         top: the scored layers, where the second pass runs them once more over all tokens.
 
     Attributes:
         returns_tuple: whether layers return their hidden states in a tuple.
+        current: the cache of the layer that runs.
         border: what reaches the first of the layers left out in the second pass, [B, S, D].
     """
 
@@ -52,11 +49,11 @@ class Recording:
         storage: str,
         unrecorded: tuple[nn.Module, ...] = (),
         scored: tuple[nn.Module, ...] = (),
-        exchange: Exchange | None = None,
         top: Top | None = None,
     ) -> None:
         self.top = top
-        self.storage, self.unrecorded, self.scored, self.exchange = storage, unrecorded, scored, exchange
+        self.storage, self.unrecorded, self.scored = storage, unrecorded, scored
+        self.current: RecordingCache | None = None
         self._graphs: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
         self._kept: dict[nn.Module, tuple[Kept, ...]] = {}
         self.returns_tuple = False
@@ -66,6 +63,11 @@ class Recording:
         """Keep a layer's keys and values, or what its mixer was given."""
         if layer not in self.unrecorded:
             self._kept[layer] = tuple(Kept(_alone(tensor.detach()), self.storage) for tensor in tensors)
+
+    def see(self, keys_BNTH: torch.Tensor, values_BNTH: torch.Tensor) -> None:
+        """Keys and values of all tokens, as the attention of the layer that runs sees them."""
+        assert self.current is not None, "a layer hands its keys and values to a cache before it attends"
+        self.current.keys, self.current.values = keys_BNTH, values_BNTH
 
     def take(self, layer: nn.Module) -> tuple[torch.Tensor, ...]:
         """What was kept of a layer, which is removed: it belongs to the caller. Nothing of one that shares keys."""
@@ -126,29 +128,30 @@ class Recording:
 
 
 class RecordingCache(OnceCache):
-    """Hands a layer the keys and values of all tokens back as they are, and keeps them."""
+    """Hands a layer its keys and values back as they are, and keeps those of all tokens.
 
-    def __init__(self, exchange: Exchange | None) -> None:
+    Where ranks share a text, these are known in attention, which gives them to :meth:`Recording.see`.
+    """
+
+    def __init__(self, recording: Recording) -> None:
         super().__init__()
-        self.exchange = exchange
+        self.recording = recording
 
     def _update(self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.exchange is not None:
-            keys_BNRH, values_BNRH = self.exchange(keys_BNRH, values_BNRH)
+        self.recording.current = self
         return self._record(keys_BNRH, values_BNRH)
 
 
-class RecordedCache(OnceCache):
+class RecordedCache(JoiningCache):
     """Returns the recorded keys and values, with those of the selected rows, which carry gradient, in their places."""
 
     def __init__(self, reach: Reach, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.reach, self.recorded = reach, (keys, values)
+        super().__init__(reach)
+        self.recorded = keys, values
 
-    def _update(self, keys_BNSH: torch.Tensor, values_BNSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self.reach.whole.selected
-        own = self.reach.exchange(keys_BNSH, values_BNSH)
-        return self._record(*(written(whole, mine, rows) for whole, mine in zip(self.recorded, own, strict=True)))
+    def join(self, keys_BNSH: torch.Tensor, values_BNSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, (keys, values) = self.reach.whole.selected, self.recorded
+        return self._record(written(keys, keys_BNSH, rows), written(values, values_BNSH, rows))
 
 
 def written(whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -24,7 +24,7 @@ from tokenseek.decoder.masks import whole_masks
 from tokenseek.decoder.names import MASK_ARGUMENTS
 from tokenseek.ditching.rows import Partition, Rows
 from tokenseek.errors import UserError
-from tokenseek.ulysses.heads import heads_exchanged, key_heads_exchanged
+from tokenseek.ulysses.heads import Joining, heads_exchanged
 from tokenseek.ulysses.layout import Dealer, Layout, Shards
 from tokenseek.ulysses.regroup import Move, plan_move
 
@@ -76,6 +76,8 @@ class LocalPartition(Partition):
 class SharedReach:
     """Of rows on one of several ranks: all ranks' rows meet in attention, where each rank has some of the heads."""
 
+    joins_in_attention = True
+
     def __init__(self, parts: LocalPartition) -> None:
         self.parts = parts
 
@@ -88,15 +90,16 @@ class SharedReach:
         parts = self.parts
         return arguments, whole_masks(decoder, self.whole.tokens, parts.attention_mask_BT, parts.position_ids_BT)
 
-    def exchange(self, *rows_BNRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        parts = self.parts
-        return key_heads_exchanged(parts.query_heads, parts.group, parts.selected_shards.interleaved, *rows_BNRH)
-
     def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         return make(rows)
 
-    def attention(self, decoder: Decoder, replace: Replace | None) -> AbstractContextManager[None]:
-        return heads_exchanged(decoder, self.parts.group, self.parts.selected_shards.interleaved, replace)
+    def attention(
+        self, decoder: Decoder, replace: Replace | None, cache: Joining | None
+    ) -> AbstractContextManager[None]:
+        if cache is None:
+            raise AssertionError("layers without keys and values of their own are refused where ranks share texts")
+        interleaved = self.parts.selected_shards.interleaved
+        return heads_exchanged(decoder, self.parts.group, interleaved, replace, cache)
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
         parts = self.parts

@@ -18,10 +18,17 @@ import torch.distributed as dist
 
 @dataclass
 class Traffic:
-    """What this rank sent to other ranks, in bytes, by the purpose of the exchange; see :func:`measured`."""
+    """What this rank sent to other ranks, by the purpose of the exchange; see :func:`measured`.
+
+    Attributes:
+        forward, backward: bytes.
+        forward_calls, backward_calls: numbers of collectives.
+    """
 
     forward: dict[str, int] = field(default_factory=dict)
     backward: dict[str, int] = field(default_factory=dict)
+    forward_calls: dict[str, int] = field(default_factory=dict)
+    backward_calls: dict[str, int] = field(default_factory=dict)
 
 
 _meters: list[Traffic] = []
@@ -46,8 +53,9 @@ def measured() -> Iterator[Traffic]:
 
 def _count(direction: str, purpose: str, sent_bytes: int) -> None:
     for meter in _meters:
-        by_purpose = getattr(meter, direction)
-        by_purpose[purpose] = by_purpose.get(purpose, 0) + sent_bytes
+        for name, number in ((direction, sent_bytes), (f"{direction}_calls", 1)):
+            by_purpose = getattr(meter, name)
+            by_purpose[purpose] = by_purpose.get(purpose, 0) + number
 
 
 class _AllToAll(torch.autograd.Function):

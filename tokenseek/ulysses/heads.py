@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -63,62 +64,85 @@ _NO_INTERFACE = (
 )
 
 
+class Joining(Protocol):
+    """How keys and values of the rows that run become those that they attend to.
+
+    Attributes:
+        stop: nothing but keys and values is asked for: :meth:`join` raises.
+    """
+
+    stop: bool
+
+    def require_given(self, decoder: Decoder, key_BKRH: torch.Tensor, value_BKRH: torch.Tensor) -> None:
+        """Raise UserError unless these, of this process's rows, can be joined."""
+
+    def join(self, key_BkAH: torch.Tensor, value_BkAH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From those of all ranks' rows, this rank's heads."""
+
+
 class SharedAttention:
     """An attention function's part on one rank, between the exchange of rows for heads and the one back.
+
+    Queries, keys and values are sent in one collective.
 
     Args:
         original: the attention function, for all rows.
     """
 
-    def __init__(self, decoder: Decoder, group: dist.ProcessGroup, interleaved: bool, original: Attention) -> None:
-        self.name, self.heads = decoder.name, query_heads(decoder)
-        self.group, self.interleaved, self.original = group, interleaved, original
+    def __init__(
+        self, decoder: Decoder, group: dist.ProcessGroup, interleaved: bool, original: Attention, joining: Joining
+    ) -> None:
+        self.decoder, self.heads = decoder, query_heads(decoder)
+        self.group, self.interleaved, self.original, self.joining = group, interleaved, original, joining
 
     def __call__(
         self,
         module: nn.Module,
         query_BNRH: torch.Tensor,
-        key_BkTH: torch.Tensor,
-        value_BkTH: torch.Tensor,
+        key_BKRH: torch.Tensor,
+        value_BKRH: torch.Tensor,
         attention_mask: torch.Tensor | None,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Attention of local rows to all keys, which are of this rank's heads already."""
+        """Attention of local rows, all heads, to the keys and values of all ranks' rows."""
         heads, ranks, rank = self.heads, self.group.size(), self.group.rank()
         if query_BNRH.shape[1] != heads:
             raise UserError(
-                f"{self.name} has a layer of {query_BNRH.shape[1]} query heads where its config says {heads}; "
+                f"{self.decoder.name} has a layer of {query_BNRH.shape[1]} query heads where its config says {heads}; "
                 "sequence parallelism does not support this model."
             )
-        if key_BkTH.shape[1] > heads // ranks:
-            raise UserError(
-                f"{self.name} hands its keys and values to its cache in another form (latent) than to attention, which "
-                "ranks that share texts do not support. Train without sequence parallelism (sp_size)."
-            )
+        self.joining.require_given(self.decoder, key_BKRH, value_BKRH)
         share = heads, ranks, rank
+        # q, k, v: (B, N, R, H) -> all-to-all -> (B, N/P, P x R, H)
+        sent = _heads_for_ranks(heads, ranks, key_BKRH, value_BKRH)
+        if not self.joining.stop:
+            sent = (*sent, query_BNRH)
+        key_BkAH, value_BkAH, *queries = rows_to_heads(self.group, self.interleaved, *sent)
+        key_BkTH, value_BkTH = self.joining.join(key_BkAH, value_BkAH)
         some_heads = _OfSomeHeads(module, heads // ranks // key_BkTH.shape[1], share)
         if attention_mask is not None and attention_mask.shape[1] == heads > 1:
             attention_mask = attention_mask.unflatten(1, (ranks, -1))[:, rank]
         kwargs = {name: _of_heads(value, *share) for name, value in kwargs.items()}
-        # q: (B, N, R, H) -> all-to-all -> (B, N/P, P x R, H)
-        (query_BnAH,) = rows_to_heads(self.group, self.interleaved, query_BNRH)
-        output_BAnH, _ = self.original(some_heads, query_BnAH, key_BkTH, value_BkTH, attention_mask, *args, **kwargs)
+        output_BAnH, _ = self.original(some_heads, *queries, key_BkTH, value_BkTH, attention_mask, *args, **kwargs)
         # o: (B, P x R, N/P, H) -> all-to-all -> (B, R, N, H)
         return heads_to_rows(self.group, self.interleaved, output_BAnH), None
 
 
-def key_heads_exchanged(
-    query_heads: int, group: dist.ProcessGroup, interleaved: bool, *rows_BKRH: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Keys and values of local rows, all heads -> of all rows, this rank's heads, which are replicated if need be."""
+def _heads_for_ranks(query_heads: int, ranks: int, *rows_BKRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B, k x P, R, H): the heads of keys or values, those for each rank after each other; some repeated if need be."""
     key_heads = rows_BKRH[0].shape[1]
-    heads = shard_heads(query_heads, key_heads, group.size())
-    if not heads.is_split(key_heads):
-        index = torch.tensor(heads.key_heads, device=rows_BKRH[0].device)
-        rows_BKRH = tuple(rows.index_select(1, index) for rows in rows_BKRH)
-    # k, v: (B, K, R, H) -> (B, k x P, R, H) -> all-to-all -> (B, k, P x R, H)
-    return rows_to_heads(group, interleaved, *rows_BKRH)
+    heads = shard_heads(query_heads, key_heads, ranks)
+    if heads.is_split(key_heads):
+        return rows_BKRH
+    index = _index(heads.key_heads, rows_BKRH[0].device)
+    return tuple(rows.index_select(1, index) for rows in rows_BKRH)
+
+
+@cache
+def _index(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Made once: a device waits for numbers from the host."""
+    return torch.tensor(numbers, device=device)
 
 
 @contextmanager
@@ -126,11 +150,10 @@ def heads_exchanged(
     decoder: Decoder,
     group: dist.ProcessGroup,
     interleaved: bool,
-    replace: Replace | None = None,
+    replace: Replace | None,
+    joining: Joining,
 ) -> Iterator[None]:
-    """Inside the block, attention takes local rows of queries and gives local rows back, and runs on all rows between.
-
-    Keys and values are those of all rows for this rank's heads already (:func:`key_heads_exchanged`).
+    """Inside the block, attention takes local rows and gives local rows back, and runs on all rows between.
 
     Args:
         replace: attention on all rows runs ``replace(original)`` (see
@@ -142,7 +165,8 @@ def heads_exchanged(
     called: list[nn.Module] = []
 
     def replace_local(original: Attention) -> Attention:
-        on_all_rows = SharedAttention(decoder, group, interleaved, replace(original) if replace else original)
+        own = replace(original) if replace else original
+        on_all_rows = SharedAttention(decoder, group, interleaved, own, joining)
 
         def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
             called.append(module)

@@ -6,8 +6,8 @@ dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tokenseek.decoder.attention import Attention, Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import whole_masks
 from tokenseek.ulysses.agreement import require_same
-from tokenseek.ulysses.heads import SharedAttention, key_heads_exchanged, query_heads
+from tokenseek.ulysses.heads import SharedAttention
 from tokenseek.ulysses.layout import deal
 
 
@@ -69,60 +69,46 @@ class DealtText:
         dist.all_reduce(total, group=self.group)
         return total / self.group.size()
 
-    def share_keys(self, *rows_BKRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keys and values of local tokens, all heads -> of all tokens [B, k, T, H], this rank's heads."""
-        shared = key_heads_exchanged(query_heads(self.decoder), self.group, True, *rows_BKRH)
-        return tuple(rows_BkAH[:, :, : self.tokens] for rows_BkAH in shared)
-
-    def shared_attention(self, replace: Replace) -> AbstractContextManager[None]:
-        """:meth:`attention` where keys and values come by way of :meth:`share_keys`."""
-        return self.attention(replace, keys_are_shared=True)
-
     @contextmanager
-    def attention(self, replace: Replace, keys_are_shared: bool = False) -> Iterator[None]:
+    def attention(self, replace: Replace, on_keys: Callable[..., None] | None = None) -> Iterator[None]:
         """Inside the block, ``replace(original)`` attends from all T tokens to all, with this rank's heads.
 
         Args:
-            keys_are_shared: keys and values reach attention by way of :meth:`share_keys` already.
+            on_keys: called in every layer with keys and values [B, k, T, H] of all tokens, this rank's heads.
         """
 
         def replace_local(original: Attention) -> Attention:
             on_the_text = replace(original)
 
             def of_all_slots(
-                module: nn.Module,
-                query_BnAH: torch.Tensor,
-                key_BkTH: torch.Tensor,
-                value_BkTH: torch.Tensor,
-                attention_mask: torch.Tensor | None,
-                *args: Any,
-                **kwargs: Any,
+                module: nn.Module, query_BnAH: torch.Tensor, *args: Any, **kwargs: Any
             ) -> tuple[torch.Tensor, torch.Tensor | None]:
                 empty = query_BnAH.shape[2] - self.tokens  # behind the last token
-                query_BnTH = query_BnAH[:, :, : self.tokens]
-                output_BTnH, weights = on_the_text(
-                    module, query_BnTH, key_BkTH, value_BkTH, attention_mask, *args, **kwargs
-                )
+                output_BTnH, weights = on_the_text(module, query_BnAH[:, :, : self.tokens], *args, **kwargs)
                 return pad(output_BTnH, (0, 0, 0, 0, 0, empty)), weights
 
-            shared = SharedAttention(self.decoder, self.group, True, of_all_slots)
-
-            def attention(
-                module: nn.Module,
-                query_BNRH: torch.Tensor,
-                key_BKRH: torch.Tensor,
-                value_BKRH: torch.Tensor,
-                *args: Any,
-                **kwargs: Any,
-            ) -> tuple[torch.Tensor, None]:
-                if keys_are_shared:
-                    return shared(module, query_BNRH, key_BKRH, value_BKRH, *args, **kwargs)
-                return shared(module, query_BNRH, *self.share_keys(key_BKRH, value_BKRH), *args, **kwargs)
-
-            return attention
+            return SharedAttention(self.decoder, self.group, True, of_all_slots, _WholeText(self.tokens, on_keys))
 
         with (
             whole_masks(self.decoder, self.tokens, None, None),
             attention_replaced(self.decoder.causal_lm, replace_local),
         ):
             yield
+
+
+class _WholeText:
+    """All tokens attend to all: nothing is joined but cut to the T tokens of the text."""
+
+    stop = False
+
+    def __init__(self, tokens: int, on_keys: Callable[..., None] | None) -> None:
+        self._tokens, self._on_keys = tokens, on_keys
+
+    def require_given(self, decoder: Decoder, key_BKRH: torch.Tensor, value_BKRH: torch.Tensor) -> None:
+        pass  # whatever attention is given
+
+    def join(self, key_BkAH: torch.Tensor, value_BkAH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key_BkTH, value_BkTH = (rows[:, :, : self._tokens] for rows in (key_BkAH, value_BkAH))
+        if self._on_keys is not None:
+            self._on_keys(key_BkTH, value_BkTH)
+        return key_BkTH, value_BkTH
