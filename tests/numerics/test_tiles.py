@@ -55,6 +55,20 @@ def test_a_layer_holds_one_tile():
     assert peaks[128] < peaks[10**9] - 0.8 * of_all_rows
 
 
+def test_one_mask_at_a_time():
+    """All tiles' masks together are as long as the text, and would here be most of a step's memory."""
+    sizes = dict(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).requires_grad_(False)
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+    tokenseek.enable_token_ditching(model, recompute=True, tile_rows=512)
+    tokens = 4096
+    ids = torch.arange(tokens)[None] % 64
+    with LiveStorages().ignore(model.parameters()) as live:
+        model(input_ids=ids, labels=ids, selected_positions=torch.arange(31, tokens, 32)[None]).loss.backward()
+    mask = 512 * 544 * 4
+    assert mask < live.peak < 6 * mask, "eight would be all"
+
+
 @pytest.mark.parametrize("rows", [0, -1, 1.5, True, "all"])
 def test_bad_sizes_are_refused(rows):
     with pytest.raises(UserError, match=r"tile_rows is .*must be 'auto' or a number of rows, at least 1"):

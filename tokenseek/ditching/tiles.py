@@ -58,10 +58,11 @@ class Tile:
         return hidden_BUD[:, self.first : self.last]
 
     def spans(self, query: torch.Tensor) -> list[list[Span]]:
-        """Of each example one, whose mask is of the keys between its rows."""
-        return self.rows._once(f"tile.{query.dtype}", self.rows.index_BR, lambda: self._make_spans(query))
+        """Of each example one, whose mask is of the keys between its rows.
 
-    def _make_spans(self, query: torch.Tensor) -> list[list[Span]]:
+        Made anew in each layer: the masks of all tiles together grow with the rows of a tile times T, and would soon be
+        the largest of what is held.
+        """
         spans = []
         for (count, before, last), index_R in zip(self.extents, self.rows.index_BR, strict=True):
             keys_R = torch.arange(before, last + 1, device=query.device)
