@@ -69,6 +69,18 @@ def test_equals_dense_attention(small_spans, batch, rows, tokens, heads, key_hea
     assert_close(actual, expected, TOLERANCE[dtype])
 
 
+def test_large_masks_are_made_as_spans_are_visited(small_spans, monkeypatch):
+    """Instead of once for all layers: of all spans one mask is there at a time, and the numbers are the same."""
+    qkv, positions, gradient = inputs(2, 33, 90, 4, 2)
+    kept = staircase.make_spans(positions.tolist(), 90, positions.device, torch.float64)
+    monkeypatch.setattr(staircase, "MOST_KEPT_ENTRIES", 100)
+    made = staircase.make_spans(positions.tolist(), 90, positions.device, torch.float64)
+    assert {span.known.dim() for spans in kept for span in spans} == {2}
+    assert {span.known.dim() for spans in made for span in spans} == {1}
+    results = [run(lambda *qkv, s=s: staircase.staircase_attention(*qkv, s, 0.3), qkv, gradient) for s in (kept, made)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_sharp_attention(small_spans):
     """Scores of hundreds: one part of a row's softmax is nothing beside the other, and its log-sum-exp far away."""
     qkv, positions, gradient = inputs(1, 40, 120, 4, 2, sharpness=300)

@@ -43,6 +43,7 @@ class Rows:
         fallback_B1: for each example a position whose row stands in where there is none.
         spans: (first row, row behind the last, number of keys): stretches of rows that look at no key behind; made of
             the positions by default.
+        keeps: what is made for these rows (masks, rotary tables) is kept for the layers to come.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class Rows:
         tokens: int,
         padded: bool,
         spans: Sequence[tuple[int, int, int]] = (),
+        keeps: bool = True,
     ) -> None:
         self.tokens = tokens
         self.padded = padded
+        self.keeps = keeps
         if spans:
             self.spans = spans
         if padded:

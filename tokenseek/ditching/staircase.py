@@ -53,18 +53,30 @@ class Limits:
 LIMITS = {"cpu": Limits(rows=48, keys=256, fewest=4), "cuda": Limits(rows=256, keys=1024, fewest=2)}
 
 
+# Masks of so many entries altogether are made once and kept for all layers; larger ones as spans are visited.
+MOST_KEPT_ENTRIES = 2**20
+
+
 class Span(NamedTuple):
     """Rows [first, last) of an example, the earliest of which is at position `before`, the latest before `keys`.
 
     Attributes:
-        mask_sR: of its rows at keys [before, keys), to be added to the scores.
+        known: the mask [s, R] of its rows at keys [before, keys), to be added to the scores; or, where masks are not
+            kept, what it is made of: the positions [s] of its rows.
     """
 
     first: int
     last: int
     before: int
     keys: int
-    mask_sR: torch.Tensor | None
+    known: torch.Tensor
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """[s, R]"""
+        if self.known.dim() == 2:
+            return self.known
+        keys_R = torch.arange(self.before, self.keys, device=self.known.device)
+        return aligned_mask(keys_R <= self.known[:, None], dtype)
 
 
 def make_spans(
@@ -95,11 +107,13 @@ def _spans_of(positions_S: Sequence[int], count: int, device: torch.device, dtyp
     # The first span begins at the first key, where it sees all keys before: none.
     steps = [0, *(positions_S[row] for row in rows[1:-1]), positions_S[-1] + 1]
     position_S = torch.tensor(positions_S).to(device, non_blocking=True)
-    spans = []
-    for first, last, before, keys in zip(rows, rows[1:], steps, steps[1:], strict=False):
-        seen_sR = torch.arange(before, keys, device=device) <= position_S[first:last, None]
-        spans.append(Span(first, last, before, keys, aligned_mask(seen_sR, dtype)))
-    return spans
+    spans = [
+        Span(first, last, before, keys, position_S[first:last])
+        for first, last, before, keys in zip(rows, rows[1:], steps, steps[1:], strict=False)
+    ]
+    if sum((span.last - span.first) * (span.keys - span.before) for span in spans) > MOST_KEPT_ENTRIES:
+        return spans
+    return [span._replace(known=span.mask(dtype)) for span in spans]
 
 
 def is_served(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -144,7 +158,9 @@ class _Staircase(torch.autograd.Function):
             query, output = (_grouped(x, key_heads) for x in (query_BNSH[b], output_BSNH[b].transpose(0, 1)))
             key, value = key_BKTH[b], value_BKTH[b]
             lse = _grouped(lse_BNS[b], key_heads)
-            for (first, last, before, keys, _), mask in visited([(span, span.mask_sR) for span in of_example]):
+            for span in visited(of_example):
+                first, last, before, keys, _ = span
+                mask = span.mask(query.dtype)
                 query_s = query[:, :, first:last]
                 near = slice(before, keys)
                 out, total = masked.forward(query_s, key[:, near], value[:, near], mask, scale)
@@ -153,29 +169,31 @@ class _Staircase(torch.autograd.Function):
                     out, total = _merged(out, total, far, far_lse)
                 output[:, :, first:last] = out
                 lse[:, :, first:last] = total
-        # Masks too, since what a node holds itself lives as long as its output.
-        masks = [span.mask_sR for of_example in spans for span in of_example]
-        ctx.save_for_backward(query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS, *masks)
-        ctx.spans, ctx.scale = [[span._replace(mask_sR=None) for span in of_example] for of_example in spans], scale
+        # What spans know too, since what a node holds itself lives as long as its output.
+        known = [span.known for of_example in spans for span in of_example]
+        ctx.save_for_backward(query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS, *known)
+        ctx.borders, ctx.scale = [[span[:4] for span in of_example] for of_example in spans], scale
         return output_BSNH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BSNH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS, *saved_masks = ctx.saved_tensors
-        masks = iter(saved_masks)
+        query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS, *known = ctx.saved_tensors
+        of_spans = iter(known)
         key_heads = key_BKTH.shape[1]
         unmasked, masked = _require_kernels(query_BNSH)
         dquery_BNSH = torch.zeros_like(query_BNSH)
         dkey_BKTH, dvalue_BKTH = torch.zeros_like(key_BKTH), torch.zeros_like(value_BKTH)
-        for b, of_example in enumerate(ctx.spans):
+        for b, of_example in enumerate(ctx.borders):
             rows = [query_BNSH[b], output_BSNH[b].transpose(0, 1), grad_BSNH[b].transpose(0, 1), lse_BNS[b]]
             query, output, grad, lse = (_grouped(x, key_heads) for x in rows)
             dquery = _grouped(dquery_BNSH[b], key_heads)
             key, value = key_BKTH[b], value_BKTH[b]
-            end = of_example[-1].last if of_example else 0
-            masked_spans = [(span, next(masks)) for span in of_example]
-            for (first, last, before, keys, _), mask in visited(masked_spans):
+            end = of_example[-1][1] if of_example else 0  # the last row of all
+            of_example = [Span(first, last, before, keys, next(of_spans)) for first, last, before, keys in of_example]
+            for span in visited(of_example):
+                first, last, before, keys, _ = span
+                mask = span.mask(query.dtype)
                 # The keys under this step: the span's own rows see some of them, the rows of all later spans see all.
                 near = slice(before, keys)
                 for kernel, some, mask_sR in (

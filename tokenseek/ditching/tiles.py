@@ -20,7 +20,6 @@ from torch import nn
 
 from tokenseek.decoder.attention import Attention, Replace
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.masks import aligned_mask
 from tokenseek.ditching.cache import KeysAndValuesSeen, OnceCache
 from tokenseek.ditching.reach import PlainReach, Reach
 from tokenseek.ditching.rows import Rows
@@ -50,25 +49,21 @@ class Tile:
 
     def __init__(self, rows: Rows, first: int, last: int, extents: list[list[int]]) -> None:
         self.first, self.last, self.extents = first, last, extents
-        positions_BR = torch.where(rows.valid_BR, rows.index_BR, -1)[:, first:last]
+        here = slice(first, last)
+        positions_BR = torch.where(rows.valid_BR[:, here], rows.index_BR[:, here], -1)
         fallback_B1 = rows.index_BR[:, :1]  # some row of the example
-        self.rows = Rows(positions_BR, fallback_B1, rows.tokens, rows.padded)
+        # What is made for all tiles of a text would be as large as what is made for the whole.
+        self.rows = Rows(positions_BR, fallback_B1, rows.tokens, rows.padded, keeps=False)
 
     def take(self, hidden_BUD: torch.Tensor) -> torch.Tensor:
         return hidden_BUD[:, self.first : self.last]
 
-    def spans(self, query: torch.Tensor) -> list[list[Span]]:
-        """Of each example one, whose mask is of the keys between its rows.
-
-        Made anew in each layer: the masks of all tiles together grow with the rows of a tile times T, and would soon be
-        the largest of what is held.
-        """
-        spans = []
-        for (count, before, last), index_R in zip(self.extents, self.rows.index_BR, strict=True):
-            keys_R = torch.arange(before, last + 1, device=query.device)
-            mask_RR = aligned_mask(keys_R <= index_R[:count, None].to(query.device), query.dtype)
-            spans.append([Span(0, count, before, last + 1, mask_RR)] if count else [])
-        return spans
+    def spans(self, device: torch.device) -> list[list[Span]]:
+        """Of each example one, whose mask is of the keys between its rows and is made as it is attended to."""
+        return [
+            [Span(0, count, before, last + 1, index_R[:count].to(device))] if count else []
+            for (count, before, last), index_R in zip(self.extents, self.rows.index_BR, strict=True)
+        ]
 
 
 def tiles_of(reach: Reach, tile_rows: int | str, recomputed: bool = False) -> list[Tile] | None:
@@ -197,7 +192,7 @@ def tile_attention(tile: Tile, on_call: Callable[[], None]) -> Replace:
             if attention_mask is None:
                 plain = not args and not kwargs.get("dropout") and kwargs.get("position_bias") is None
                 if plain and is_served(query_BNRH, key_BKTH, value_BKTH):
-                    spans = tile.spans(query_BNRH)
+                    spans = tile.spans(query_BNRH.device)
                     return staircase_attention(query_BNRH, key_BKTH, value_BKTH, spans, kwargs.get("scaling")), None
                 keys_T = torch.arange(tile.rows.tokens, device=query_BNRH.device)
                 attention_mask = (keys_T <= tile.rows.index_BR[:, :, None])[:, None]  # of one tile, and not kept
