@@ -1,5 +1,6 @@
 """Tuning through the launcher: processes share the runs, and a killed launch goes on where it was."""
 
+import pytest
 from conftest import TOKENSEEK, kill_tree, wait_until
 
 from tokenseek.config import load_config
@@ -9,6 +10,7 @@ TUNE = [*TOKENSEEK, "tune", "--accelerate-config", "ddp_cpu", "--num-processes",
 GRID = ["--steps", "2", "--hold-out", "4", "--weights", "1,0", "--weights", "5,5", "--ratios", "0.2,0.4"]
 
 
+@pytest.mark.slow  # what a sweep keeps is tested without a launch, in tests/unit/test_sweep.py
 def test_a_killed_launch_of_two_goes_on_and_finds_what_one_process_finds(workspace, script):
     preset = ["--preset", str(workspace.preset), "--set", "data.limit=12"]
     output = workspace.folder / "tuned"

@@ -45,6 +45,7 @@ def installed(tmp_path_factory):
     return environment / "bin"
 
 
+@pytest.mark.slow  # tests/versions.sh trains with the wheel too
 def test_it_plans_and_trains_outside_the_checkout(installed, tmp_path):
     where = run(installed / "python", "-c", "import tokenseek; print(tokenseek.__file__)", folder=tmp_path)
     assert where.startswith(str(installed.parent))
