@@ -37,7 +37,11 @@ def test_a_run_that_no_longer_learns_ends(tmp_path, capsys):
     prompts = ("training.sample_prompts=['How many?', 'And then?']",)
     assert train(tiny_preset(tmp_path, *settings, *prompts)).steps == 3
     out = capsys.readouterr().out
-    assert re.search(r"\nstep 1/9  loss [\d.]+  [\d,]+ tokens/s  [\d.]+ [MG]iB  .+ left\n", out)
+    assert re.search(r"\nstep 1/9  loss [\d.]+  [\d,]+ tokens/s  [\d.]+ [MG]iB resident  .+ left\n", out)
+    assert re.search(
+        r"\ndone: 3 steps in .+ s, held-out loss [\d.]+ -> [\d.]+, [\d.]+ MiB at the peak of a step\. ", out
+    )
+    assert f"`tokenseek chat {tmp_path / 'run'}`" in out
     assert len(re.findall(r"\nstep \d  held-out loss \d", out)) == 3 + 1  # once before training
     assert out.count("sample at step 3: How many?\n  ") == 1 and "{'loss'" not in out
     samples = [line["samples"] for line in lines(tmp_path / "run") if "samples" in line]

@@ -1,5 +1,6 @@
 """Warnings that a user can do nothing about: their causes are mended, or exactly they are hidden."""
 
+import logging
 import warnings
 
 import pytest
@@ -29,6 +30,14 @@ def test_other_warnings_of_the_same_kind_are_shown():
         warnings.warn("`something_else` is deprecated", FutureWarning, stacklevel=1)
         warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
     assert [str(warning.message) for warning in shown] == ["`something_else` is deprecated"]
+
+
+def test_other_words_of_the_same_logger_are_shown(caplog):
+    hide_known_warnings()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
 def test_nothing_is_pinned_without_an_accelerator(tmp_path):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 
+from tokenseek.config.sizes import format_size
 from tokenseek.labels import IGNORED
 from tokenseek.training import TokenSeekCollator, TokenSeekTrainer
+from tokenseek.training.progress import format_seconds
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class TrainingSummary:
     selected_share: float
     supervised_share: float
     final: str
+
+    def report(self, output: Path) -> str:
+        """What was done, learned and taken, where it is and how to try it; `output` is the run's folder."""
+        losses = [f"{loss:.4f}" for loss in (self.loss_before, self.loss_after) if loss is not None]
+        parts = [f"{self.steps:,} step{'s' * (self.steps != 1)} in {format_seconds(self.seconds)}"]
+        if self.loss_after is not None:
+            parts.append(f"held-out loss {' -> '.join(losses)}")
+        if self.step_peak_bytes:
+            parts.append(f"{format_size(self.step_peak_bytes)} at the peak of a step")
+        return f"done: {', '.join(parts)}. The result is in {self.final}; `tokenseek chat {output}` talks to it."
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,7 @@ def finish(
         write_model_card(final, run.config, card_rows(summary, None if run.stream else len(run.training)))
         if run.config.training.push_to_hub:
             _log.info(f"on the hub: {push(run.config, final)}")
+        _log.info(summary.report(run.output))
     state.wait_for_everyone()
     return summary
 

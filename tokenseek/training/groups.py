@@ -6,6 +6,7 @@ processes only: left alone they would give each rank of a group other examples, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -30,6 +31,8 @@ from tokenseek.parallel import shared_by
 from tokenseek.training.checkpoints import writing
 from tokenseek.training.finite import Collate, NamedExamples, StopAtNan
 from tokenseek.training.sampling import EpochSampler, LengthGroupedSampler, WithBlanks
+
+_log = logging.getLogger(__name__)
 
 
 class GroupTrainer(Trainer):
@@ -83,6 +86,14 @@ class GroupTrainer(Trainer):
         self.stop_at_nan = StopAtNan(self.accelerator) if on_nan == "stop" else None
         if self.stop_at_nan:
             self.add_callback(self.stop_at_nan)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Transformers' schedule; a warm-up that takes the whole run is told."""
+        if self.lr_scheduler is None:
+            self.args.warmup_steps = _warmup_steps(self.args.warmup_steps, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     @property
     def num_groups(self) -> int:
@@ -208,6 +219,25 @@ class DrawsByEpoch(Protocol):
     """A sampler or a collator whose draws depend on the epoch."""
 
     def set_epoch(self, epoch: int) -> None: ...
+
+
+def _warmup_steps(asked: float, steps: int) -> float:
+    """The warm-up of a run of so many steps; `asked` is a number of steps or, below 1, a share of them.
+
+    Transformers rounds a share up, and the first step of a warm-up has a learning rate of 0: the only step of a short
+    run would train nothing.
+    """
+    if 0 < asked < 1 and asked * steps < 1:
+        _log.info(f"warm-up: {asked:.0%} of {steps:,} step{'s' * (steps > 1)} is less than a step, so there is none")
+        return 0
+    if asked >= steps:
+        found = (
+            "one step, whose learning rate is 0: nothing is trained"
+            if steps == 1
+            else (f"{steps:,} steps: the learning rate rises to the end and is never what learning_rate says")
+        )
+        _log.warning(f"warmup_steps is {asked:g} and the run has {found}. Give fewer, or a share of the steps below 1.")
+    return asked
 
 
 class NewEpoch(TrainerCallback):

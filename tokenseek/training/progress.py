@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenseek.config.sizes import format_size
@@ -49,7 +50,7 @@ class ProgressLine(TrainerCallback):
         parts += [f"{name} {logs[name]:.4f}" for name in ("loss", "loss_all") if name in logs]
         parts += [
             f"{(tokens - self._last_tokens) / (now - self._last):,.0f} tokens/s",
-            format_size(peak_memory_bytes()),
+            f"{format_size(peak_memory_bytes())} {'allocated' if torch.cuda.is_available() else 'resident'}",
         ]
         done = state.global_step - self._first_step
         if done and (left := state.max_steps - state.global_step) > 0:
