@@ -9,6 +9,7 @@ from tiny_models import EAGER_ONLY, KINDS, computed_in, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tokenseek
+from benchmarks import long_context
 from benchmarks.memory import LiveStorages
 from tokenseek.errors import UserError
 
@@ -67,6 +68,13 @@ def test_one_mask_at_a_time():
         model(input_ids=ids, labels=ids, selected_positions=torch.arange(31, tokens, 32)[None]).loss.backward()
     mask = 512 * 544 * 4
     assert mask < live.peak < 6 * mask, "eight would be all"
+
+
+def test_a_long_step_takes_what_is_planned():
+    """Ten tiles and more: what is kept for each of them would be missing from the plan, which runs a few."""
+    name = "tokenseek@0.1+recompute+lora"
+    peak, _ = long_context.measured(name, long_context.SHAPE, 8192)
+    assert peak == pytest.approx(long_context.planned(long_context.METHODS[name], long_context.SHAPE, 8192), rel=0.03)
 
 
 @pytest.mark.parametrize("rows", [0, -1, 1.5, True, "all"])

@@ -215,6 +215,8 @@ class Rows:
         return self._once(name, value, lambda: self._shrink(name, value))
 
     def _once(self, name: str, source: torch.Tensor, make: Callable[[], Made]) -> Made:
+        if not self.keeps:
+            return make()
         known: list[tuple[torch.Tensor, Made]] = self._made.setdefault(name, [])
         for known_source, made in known:
             if known_source is source:
