@@ -128,8 +128,9 @@ def check_command(words, monkeypatch):
             patch.setattr(sys, "argv", [args.training_script, *args.training_script_args])
             tokenseek.cli.run_script(Path(args.training_script).stem)
         _check_settings(args.training_script_args)
-    elif words[:2] == ["python", "-m"] and rest[1].startswith("benchmarks."):
-        _require_file(rest[1].replace(".", "/") + ".py")
+    elif words[:2] == ["python", "-m"]:
+        if rest[1] != "venv":
+            _require_file(rest[1].replace(".", "/") + ".py")
     elif program in ("bash", "python"):
         _require_file(next((word for word in rest if not word.startswith("-")), ""))
     elif words[:2] == ["pip", "install"]:
