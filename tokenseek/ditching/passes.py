@@ -24,6 +24,7 @@ from tokenseek.decoder.names import MASK_ARGUMENTS, shared_argument, without_che
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.autocast import autocast_cache
 from tokenseek.ditching.cache import JoiningCache, KeysAndValuesSeen, OnceCache, SelectedCache, UnselectedCache
+from tokenseek.ditching.converted import converted_once
 from tokenseek.ditching.mixer import MixerSeam
 from tokenseek.ditching.projected import ProjectedAgain
 from tokenseek.ditching.reach import PlainReach
@@ -56,16 +57,17 @@ def run_both_passes(
     code = LayerCode(layer, ditching, step, arguments)
     kind = _kind_of(code)
     selected_pass = SelectedPass(kind, code, selected_BSD)
-    if step.recording is not None:
-        return selected_pass(*step.recording.take(layer))[0]
-    if code.parts.unselected is None:
-        return selected_pass()[0]
-    assert step.unselected_BUD is not None, "set by the first layer, given up by the last"
-    # An engine that casts what enters a layer does not see the rows that wait aside.
-    unselected_BUD = step.unselected_BUD.to(selected_BSD)
-    with torch.no_grad(), autocast_cache(False):
-        output, step.unselected_BUD = kind.run_both(selected_pass, unselected_BUD, stop=is_last)
-    return output
+    with converted_once(layer, torch.is_grad_enabled(), code.recomputed):
+        if step.recording is not None:
+            return selected_pass(*step.recording.take(layer))[0]
+        if code.parts.unselected is None:
+            return selected_pass()[0]
+        assert step.unselected_BUD is not None, "set by the first layer, given up by the last"
+        # An engine that casts what enters a layer does not see the rows that wait aside.
+        unselected_BUD = step.unselected_BUD.to(selected_BSD)
+        with torch.no_grad(), autocast_cache(False):
+            output, step.unselected_BUD = kind.run_both(selected_pass, unselected_BUD, stop=is_last)
+        return output
 
 
 def hidden_states(layer_output: Any) -> torch.Tensor:
@@ -183,7 +185,7 @@ class SelectedPass:
     """
 
     def __init__(self, kind: KindOfLayer, code: LayerCode, selected_BSD: torch.Tensor) -> None:
-        self._run, self._selected_BSD = kind.run_selected, selected_BSD
+        self._run, self._layer, self._selected_BSD = kind.run_selected, code.layer, selected_BSD
         self._with_gradient, self._caches_casts = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
         self.recomputes, self._storage = code.recomputed and self._with_gradient, code.ditching.kv_storage
 
@@ -197,10 +199,13 @@ class SelectedPass:
             run = self._run
             if not self.recomputes:
                 return run(self._selected_BSD, *given)
-            take = _kept_for_backward(given, projected, self._storage)
-            output: PassOutput = checkpoint(
-                lambda hidden_BSD: run(hidden_BSD, *take()), self._selected_BSD, use_reentrant=False
-            )
+            take, layer = _kept_for_backward(given, projected, self._storage), self._layer
+
+            def run_once(hidden_BSD: torch.Tensor) -> PassOutput:
+                with converted_once(layer, with_gradient=True, recomputed=True):
+                    return run(hidden_BSD, *take())
+
+            output: PassOutput = checkpoint(run_once, self._selected_BSD, use_reentrant=False)
             return output
 
 

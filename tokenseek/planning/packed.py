@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,23 +11,34 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from tokenseek.config import ModelConfig
+from tokenseek.ditching.converted import conversions_in_force
 
 # bitsandbytes' block sizes: one scale for 64 weights; under double quantisation one byte, with a scale for 256 of them.
 _BLOCK, _DOUBLE_BLOCK = 64, 256
 
 
 class PackedLinear(nn.Linear):
-    """Takes the place of a linear layer; unpacks its weight for the product, and once more in the backward pass."""
+    """Takes the place of a linear layer; unpacks its weight for the product, and once more in the backward pass.
+
+    Where a layer's weights in 4 bits are unpacked once for its two passes, so is this one.
+    """
 
     def __init__(self, like: nn.Linear, model: ModelConfig) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
         self.dtype = getattr(torch, model.dtype)
+        self.is_4bit = model.quantization != "int8"
         self.weight = nn.Parameter(torch.empty(packed_bytes(like, model), dtype=torch.uint8), requires_grad=False)
         self.bias = like.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = _PackedProduct.apply(x.to(self.dtype), self.weight, self.out_features)
+        converted, y = conversions_in_force(), x.to(self.dtype)
+        if converted is not None and converted.unpacks_once and self.is_4bit:
+            shape = self.out_features, self.in_features
+            unpack = partial(torch.zeros, shape, dtype=self.dtype, device=y.device)  # written, as unpacking does
+            output = converted.product(y, self, unpack)
+        else:
+            output = _PackedProduct.apply(y, self.weight, self.out_features)
         # PEFT copies what a 4-bit layer returns.
         return (output if self.bias is None else output + self.bias).to(x.dtype).clone()
 
