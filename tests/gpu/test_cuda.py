@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import enable_token_ditching
+from tokenseek.ditching.lanes import CudaLane, lane_of
 from tokenseek.seeking import TokenScorer
 from tokenseek.seeking.gradient import _head_chunk
 
@@ -78,13 +80,36 @@ def test_gradients_equal_the_dense_reference(kind, dtype, tolerance, recompute):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
-@pytest.mark.parametrize("storage,tolerance", [("host", 1e-10), ("int8", 0.05)])
+@pytest.mark.parametrize("storage,tolerance", [("host", 1e-10), ("int8", 0.05), ("int8_host", 0.05)])
 def test_keys_and_values_put_away(storage, tolerance, recompute):
     model = tiny_model("llama", dtype=torch.float64)
     expected = reference(model, make_batch(), SELECTED)
     model = enable_token_ditching(model.cuda(), recompute=recompute, kv_storage=storage)
     loss = model(**on_cuda(make_batch()), selected_positions=SELECTED.cuda()).loss
     assert_close(gradients(model, loss), expected, tolerance)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["store", "recompute"])
+def test_copies_to_the_host_run_beside_the_work_and_are_exact(recompute):
+    """Steps of many layers and changing lengths, in which the allocator hands freed memory on at once."""
+    model = tiny_model("llama", num_hidden_layers=12).cuda()
+    lane = lane_of(torch.device("cuda", torch.cuda.current_device()))
+    copies = []
+
+    def noted(copy, on_device):
+        copies.append(on_device.shape)
+        return CudaLane.run(lane, copy, on_device)
+
+    for step in range(4):
+        ids = torch.randint(3, 90, (1, 3000 + 700 * step), generator=torch.Generator().manual_seed(step)).cuda()
+        batch = dict(input_ids=ids, labels=ids, selected_positions=torch.arange(0, ids.shape[1], 40)[None].cuda())
+        expected = gradients(enable_token_ditching(model, recompute=recompute), model(**batch).loss)
+        expected = {name: gradient.clone() for name, gradient in expected.items()}
+        enable_token_ditching(model, recompute=recompute, kv_storage="host")
+        with mock.patch.object(lane, "run", noted):
+            actual = gradients(model, model(**batch).loss)
+        assert_close(actual, expected, 1e-5)
+    assert len(copies) == 4 * 12 * 2 * 2 and lane._stream != torch.cuda.current_stream()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

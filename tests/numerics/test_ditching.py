@@ -297,7 +297,7 @@ def test_keys_and_values_put_away_leave_the_device(recompute):
     alive = {}
     for storage in ("device", "host", "int8", "int8_host"):
         tokenseek.enable_token_ditching(model, recompute=recompute, kv_storage=storage)
-        with LiveStorages() as live, mock.patch("tokenseek.ditching.storage.to_host", lambda x: x.new_empty(0)):
+        with LiveStorages() as live, mock.patch("tokenseek.ditching.storage.to_host", lambda x, _: x.new_empty(0)):
             loss = model(**batch, selected_positions=selected).loss
             alive[storage] = live.bytes
         del loss

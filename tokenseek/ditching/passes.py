@@ -32,7 +32,7 @@ from tokenseek.ditching.recorded import RecordedCache
 from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.side_by_side import SideBySide
 from tokenseek.ditching.state import Ditching, Step, original_forward
-from tokenseek.ditching.storage import TakenOnce, saved_as_kept
+from tokenseek.ditching.storage import Board, TakenOnce, saved_as_kept
 from tokenseek.ditching.tiles import ProjectedCache, Tile, TiledLayer, tile_attention, tiles_of
 from tokenseek.errors import UserError
 
@@ -88,6 +88,8 @@ class LayerCode:
         self.recomputed, self.attention_is_ours = layer in step.recomputed, ditching.attention_is_ours
         self.mixer = self.decoder.mixers.get(layer)
         self.shared = shared_argument(layer)
+        # Where what is kept of this layer for the backward pass has its place.
+        self.board = step.shelf.board()
         self._arguments = arguments
         # Made once, outside of what is recomputed: some models hand layers an argument that has a gradient.
         self._of_selected = self._shrunk_to(self.parts.selected)
@@ -187,7 +189,8 @@ class SelectedPass:
     def __init__(self, kind: KindOfLayer, code: LayerCode, selected_BSD: torch.Tensor) -> None:
         self._run, self._layer, self._selected_BSD = kind.run_selected, code.layer, selected_BSD
         self._with_gradient, self._caches_casts = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-        self.recomputes, self._storage = code.recomputed and self._with_gradient, code.ditching.kv_storage
+        self.recomputes = code.recomputed and self._with_gradient
+        self._storage, self._board = code.ditching.kv_storage, code.board
 
     def __call__(self, *given: torch.Tensor, projected: ProjectedAgain | None = None) -> PassOutput:
         """What :meth:`KindOfLayer.run_selected` returns.
@@ -199,7 +202,7 @@ class SelectedPass:
             run = self._run
             if not self.recomputes:
                 return run(self._selected_BSD, *given)
-            take, layer = _kept_for_backward(given, projected, self._storage), self._layer
+            take, layer = _kept_for_backward(given, projected, self._storage, self._board), self._layer
 
             def run_once(hidden_BSD: torch.Tensor) -> PassOutput:
                 with converted_once(layer, with_gradient=True, recomputed=True):
@@ -210,12 +213,12 @@ class SelectedPass:
 
 
 def _kept_for_backward(
-    given: tuple[torch.Tensor, ...], projected: ProjectedAgain | None, storage: str
+    given: tuple[torch.Tensor, ...], projected: ProjectedAgain | None, storage: str, board: Board
 ) -> Callable[[], Sequence[torch.Tensor]]:
     """What gives these tensors to a pass, and to the same pass once more."""
     if projected is not None and projected.keep_instead_of(given):
         return projected.take
-    kept = [TakenOnce(tensor, storage) for tensor in given]
+    kept = [TakenOnce(tensor, storage, board) for tensor in given]
     return lambda: [tensor.take() for tensor in kept]
 
 
@@ -229,7 +232,7 @@ class AttentionPasses:
         code, storage, cache = self.code, self.code.ditching.kv_storage, self._selected_cache(given)
         # What is recomputed saves nothing until then.
         moves_kv = storage != "device" and torch.is_grad_enabled() and not code.recomputed
-        with saved_as_kept(lambda: (cache.keys, cache.values), storage) if moves_kv else nullcontext():
+        with saved_as_kept(lambda: (cache.keys, cache.values), storage, code.board) if moves_kv else nullcontext():
             output = code.run_selected(hidden_BSD, cache, self.order)
         return output, cache.given_by(code.layer, code.decoder)
 
@@ -286,7 +289,8 @@ class AttentionPasses:
         """What may keep `unselected_BUD` in the place of keys and values; None where these cannot be made again."""
         code, storage = self.code, self.code.ditching.kv_storage
         is_plain = isinstance(code.reach, PlainReach) and not code.shared and storage in ("device", "host")
-        return ProjectedAgain(partial(self._project, tiles), unselected_BUD, storage) if is_plain else None
+        project = partial(self._project, tiles)
+        return ProjectedAgain(project, unselected_BUD, storage, code.board) if is_plain else None
 
     def _project(self, tiles: list[Tile] | None, hidden_BUD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, N, U, H] of the unselected rows, without anything else of the layer."""

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tokenseek.ditching.autocast import autocast_cache
-from tokenseek.ditching.storage import Kept, _report
+from tokenseek.ditching.storage import Board, Kept, _report
 
 
 class ProjectedAgain:
@@ -24,15 +24,20 @@ class ProjectedAgain:
         project: from what enters the layer to the keys and values of these rows, without gradient.
         hidden_BUD: what enters the layer; read once more in the backward pass, if kept.
         storage: where it waits, "device" or "host".
+        board: of the layer.
 
     Attributes:
         is_used: hidden states are kept, and must not be written over.
     """
 
     def __init__(
-        self, project: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], hidden_BUD: torch.Tensor, storage: str
+        self,
+        project: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+        hidden_BUD: torch.Tensor,
+        storage: str,
+        board: Board,
     ):
-        self.project, self.storage = project, storage
+        self.project, self.storage, self._board = project, storage, board
         self._hidden: torch.Tensor | None = hidden_BUD
         self._random_state = torch.get_rng_state(), *get_device_states(hidden_BUD)
         self._given: tuple[torch.Tensor, ...] | None = None
@@ -44,7 +49,7 @@ class ProjectedAgain:
         assert hidden is not None, "asked once"
         self.is_used = hidden.nbytes < sum(rows.nbytes for rows in keys_and_values)
         if self.is_used:
-            self._kept, self._given = Kept(hidden, self.storage), keys_and_values
+            self._kept, self._given = Kept(hidden, self.storage, self._board), keys_and_values
             if self.storage == "device":
                 _report("hidden", hidden)
         return self.is_used

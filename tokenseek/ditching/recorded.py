@@ -24,7 +24,7 @@ from tokenseek.decoder.head import is_partitioned
 from tokenseek.ditching.cache import JoiningCache, OnceCache
 from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.rows import Rows
-from tokenseek.ditching.storage import Kept
+from tokenseek.ditching.storage import Kept, Shelf
 from tokenseek.ditching.top import Top
 from tokenseek.errors import UserError
 
@@ -56,13 +56,15 @@ class Recording:
         self.current: RecordingCache | None = None
         self._graphs: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
         self._kept: dict[nn.Module, tuple[Kept, ...]] = {}
+        self._shelf = Shelf(last_first=False)
         self.returns_tuple = False
         self.border: torch.Tensor | None = None
 
     def put(self, layer: nn.Module, *tensors: torch.Tensor) -> None:
         """Keep a layer's keys and values, or what its mixer was given."""
         if layer not in self.unrecorded:
-            self._kept[layer] = tuple(Kept(_alone(tensor.detach()), self.storage) for tensor in tensors)
+            board = self._shelf.board()
+            self._kept[layer] = tuple(Kept(_alone(tensor.detach()), self.storage, board) for tensor in tensors)
 
     def see(self, keys_BNTH: torch.Tensor, values_BNTH: torch.Tensor) -> None:
         """Keys and values of all tokens, as the attention of the layer that runs sees them."""

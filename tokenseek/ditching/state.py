@@ -24,6 +24,7 @@ from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.rows import Partition
 from tokenseek.ditching.seeking import Seeking
+from tokenseek.ditching.storage import Shelf
 from tokenseek.errors import UserError
 from tokenseek.selection.batched import Selection
 
@@ -158,6 +159,8 @@ class Step:
         # Keys and values of layers below, with the selected rows' gradient, for layers that take them over.
         self.shared: dict[str, Any] = {}
         self.started = False
+        # What waits for the backward pass.
+        self.shelf = Shelf()
 
 
 def ditching_of(model: nn.Module) -> Ditching | None:

@@ -1,19 +1,23 @@
 """Where keys and values wait for the backward pass: as they are, on the host, or in 8 bits.
 
 Selected tokens attend to all T, so that every layer keeps the keys and values of all; with recomputation, or few
-selected tokens, they are most of what a step stores.
+selected tokens, they are most of what a step stores. Copies to the host and back run beside the device's own work, and
+those of a layer are on their way back while the layer before it, in the order of the pass, is at work.
 
 Shapes: B batch, N key/value heads, T tokens, H head dim.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+
+from tokenseek.ditching.lanes import Lane, lane_of
 
 STORAGES = ("device", "host", "int8", "int8_host")
 
@@ -37,46 +41,142 @@ def _report(storage: str, *tensors: torch.Tensor) -> None:
         watch(storage, tensors)
 
 
+class Shelf:
+    """Where what is kept of one step stands in order, layer by layer, so that the next layer's can be fetched ahead.
+
+    Args:
+        last_first: it is taken in the order of a backward pass.
+    """
+
+    def __init__(self, last_first: bool = True) -> None:
+        self._step = -1 if last_first else 1
+        self._boards: list[list[weakref.ref[Kept]]] = []
+
+    def board(self) -> Board:
+        """For what is kept of the next layer."""
+        self._boards.append([])
+        return Board(self, len(self._boards) - 1)
+
+    def put(self, place: int, kept: Kept) -> None:
+        self._boards[place].append(weakref.ref(kept))
+
+    def fetch_ahead(self, place: int) -> None:
+        """What else is kept of the layer at `place`, and of the one that comes after it."""
+        for board in (place, place + self._step):
+            for reference in self._boards[board] if 0 <= board < len(self._boards) else ():
+                kept = reference()
+                if kept is not None:
+                    kept.fetch_ahead()
+
+
+class Board(NamedTuple):
+    """A layer's place on its shelf."""
+
+    shelf: Shelf
+    place: int
+
+
 class Kept:
     """A tensor [B, N, T, H] in storage: itself ("device"), a copy on the host, or 8 bits for each of its numbers, there
     or on the host ("int8_host").
 
     In 8 bits, every row of H numbers has a scale of its own, after the mean over the tokens is taken off.
+
+    Args:
+        board: of the layer that it is kept for; by default it is fetched from the host when it is asked for.
     """
 
-    def __init__(self, tensor: torch.Tensor, storage: str) -> None:
-        self.storage = storage
+    def __init__(self, tensor: torch.Tensor, storage: str, board: Board | None = None) -> None:
+        self.storage, self._board = storage, board
         self.size, self.stride, self.offset = tensor.size(), tensor.stride(), tensor.storage_offset()
         self.dtype, self.device = tensor.dtype, tensor.device
+        self._tensors: tuple[torch.Tensor, ...] = ()
+        self._away: tuple[Away, ...] = ()
+        self._was_restored = False
         if storage == "device":
-            self.numbers = tensor
+            self._tensors = (tensor,)
         elif storage == "host":
-            self.numbers = to_host(tensor.detach())
-            _report(storage, self.numbers)
+            self._away = (Away(tensor.detach()),)
+            _report(storage, *(away.on_host for away in self._away))
         else:
-            self.numbers, self.scale, self.mean = to_int8(tensor.detach())
+            numbers, scale, mean = to_int8(tensor.detach())
             if storage == "int8_host":
-                self.numbers, self.scale = to_host(self.numbers), to_host(self.scale)
-                _report("host", self.numbers, self.scale)
-                _report("int8", self.mean)
+                self._tensors, self._away = (mean,), (Away(numbers), Away(scale))
+                _report("host", *(away.on_host for away in self._away))
+                _report("int8", mean)
             else:
-                _report(storage, self.numbers, self.scale, self.mean)
+                self._tensors = (mean, numbers, scale)
+                _report(storage, *self._tensors)
+        if board is not None and self._away:
+            board.shelf.put(board.place, self)
 
     def restore(self) -> torch.Tensor:
         """The tensor again, with the strides that it had."""
         if self.storage == "device":
-            return self.numbers
-        restored = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+            return self._tensors[0]
+        self._was_restored = True
+        for away in self._away:
+            away.fetch()
+        if self._board is not None and self._away:
+            self._board.shelf.fetch_ahead(self._board.place)
+        back = [away.fetched() for away in self._away]
         if self.storage == "host":
-            return restored.copy_(self.numbers, non_blocking=True)
-        numbers, scale = (x.to(self.device, non_blocking=True) for x in (self.numbers, self.scale))
-        return torch.addcmul(self.mean, numbers, scale, out=restored)
+            return back[0]
+        mean, numbers, scale = *self._tensors, *back
+        restored = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        return torch.addcmul(mean, numbers, scale, out=restored)
+
+    def fetch_ahead(self) -> None:
+        """Begin to bring it back from the host, unless it has been there and back."""
+        if not self._was_restored:
+            for away in self._away:
+                away.fetch()
 
 
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory that the device can write and read by itself, in the order of its own work."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor, non_blocking=True)
+class Away:
+    """A tensor's copy in host memory that the device can write and read by itself, beside its other work.
+
+    Attributes:
+        on_host: the copy, which the host itself must not read: it may not have arrived.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._lane = lane_of(tensor.device)
+        self._size, self._stride, self._device = tensor.size(), tensor.stride(), tensor.device
+        self.on_host = to_host(tensor, self._lane)
+        self._coming: tuple[torch.Tensor, Any] | None = None
+
+    def fetch(self) -> None:
+        """Begin to copy it back, unless it is on its way."""
+        if self._lane is None or self._coming is not None:
+            return
+        back = torch.empty_strided(self._size, self._stride, dtype=self.on_host.dtype, device=self._device)
+        until = self._lane.run(lambda: back.copy_(self.on_host, non_blocking=True), back)
+        self._coming = back, until
+
+    def fetched(self) -> torch.Tensor:
+        """The tensor on its device again, with the strides that it had."""
+        if self._lane is None:
+            back = torch.empty_strided(self._size, self._stride, dtype=self.on_host.dtype, device=self._device)
+            return back.copy_(self.on_host)
+        self.fetch()
+        assert self._coming is not None
+        (back, until), self._coming = self._coming, None
+        self._lane.wait(until)
+        return back
+
+
+def to_host(tensor: torch.Tensor, lane: Lane | None = None) -> torch.Tensor:
+    """A copy in host memory, in the order of the tensor's own, so that it travels as one block.
+
+    Args:
+        lane: that copies; nobody waits for it.
+    """
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    if lane is None:
+        return copy.copy_(tensor)
+    lane.run(lambda: copy.copy_(tensor, non_blocking=True), tensor)
+    return copy
 
 
 def to_int8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,11 +191,15 @@ def to_int8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 class TakenOnce:
-    """A tensor for a pass that is recomputed: itself the first time, from what was kept of it from then on."""
+    """A tensor for a pass that is recomputed: itself the first time, from what was kept of it from then on.
 
-    def __init__(self, tensor: torch.Tensor, storage: str) -> None:
+    Who takes it may write over rows of it, also while it is copied to the host, which then gets the one or the other:
+    the same rows are written over again when it is taken again.
+    """
+
+    def __init__(self, tensor: torch.Tensor, storage: str, board: Board | None = None) -> None:
         self._tensor: torch.Tensor | None = tensor
-        self._kept = Kept(tensor, storage)
+        self._kept = Kept(tensor, storage, board)
 
     def take(self) -> torch.Tensor:
         """The tensor; a restored one from the second time on."""
@@ -107,8 +211,10 @@ class saved_as_kept(saved_tensors_hooks):
     """What autograd saves inside the block of the tensors that `watched` returns, views included, is
     stored as :class:`Kept`."""
 
-    def __init__(self, watched: Callable[[], tuple[torch.Tensor | None, ...]], storage: str) -> None:
-        self._watched, self._storage = watched, storage
+    def __init__(
+        self, watched: Callable[[], tuple[torch.Tensor | None, ...]], storage: str, board: Board | None = None
+    ) -> None:
+        self._watched, self._storage, self._board = watched, storage, board
         self._shared: dict[int, _Shared] = {}
         super().__init__(self._pack, lambda packed: packed if isinstance(packed, torch.Tensor) else packed())
 
@@ -120,7 +226,7 @@ class saved_as_kept(saved_tensors_hooks):
         for tensor in self._watched():
             if tensor is not None and tensor.untyped_storage()._cdata == saved.untyped_storage()._cdata:
                 if id(tensor) not in self._shared:
-                    self._shared[id(tensor)] = _Shared(tensor, self._storage)
+                    self._shared[id(tensor)] = _Shared(tensor, self._storage, self._board)
                 return self._shared[id(tensor)].view_like(saved)
         return saved
 
@@ -128,8 +234,8 @@ class saved_as_kept(saved_tensors_hooks):
 class _Shared:
     """A tensor of which several operations saved a part. Restored once, it is freed when the last has its part."""
 
-    def __init__(self, tensor: torch.Tensor, storage: str) -> None:
-        self._kept = Kept(tensor, storage)
+    def __init__(self, tensor: torch.Tensor, storage: str, board: Board | None) -> None:
+        self._kept = Kept(tensor, storage, board)
         self._users = self._served = 0
         self._restored: torch.Tensor | None = None
 
