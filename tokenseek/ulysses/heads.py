@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -135,14 +134,8 @@ def _heads_for_ranks(query_heads: int, ranks: int, *rows_BKRH: torch.Tensor) -> 
     heads = shard_heads(query_heads, key_heads, ranks)
     if heads.is_split(key_heads):
         return rows_BKRH
-    index = _index(heads.key_heads, rows_BKRH[0].device)
-    return tuple(rows.index_select(1, index) for rows in rows_BKRH)
-
-
-@cache
-def _index(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Made once: a device waits for numbers from the host."""
-    return torch.tensor(numbers, device=device)
+    # Each as often as another, and one after the other.
+    return tuple(rows.repeat_interleave(len(heads.key_heads) // key_heads, dim=1) for rows in rows_BKRH)
 
 
 @contextmanager
