@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from tokenseek.commands import (
     Command,
@@ -29,6 +30,7 @@ from tokenseek.commands.terminal import log_to_terminal
 from tokenseek.errors import USAGE_ERROR, UserError
 from tokenseek.launching.launcher import launch_script
 from tokenseek.quiet import hide_known_warnings
+from tokenseek.spelling import nearest
 from tokenseek.versions import tell_of_untested
 
 COMMANDS: dict[str, Command] = {
@@ -62,9 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.LAUNCHED:
             add_launch_arguments(options)
     words = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        _refuse_unknown(commands.choices[args.command], unknown)
     tell_of_untested(lambda warning: print(f"tokenseek: warning: {warning}", file=sys.stderr))
     return guarded(lambda: _run(args, words[1:]))
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """End with the usage of a command, the words that it does not take, and the options that were probably meant."""
+    accepted = [option for option in parser._option_string_actions if option.startswith("--")]
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    meant = dict.fromkeys(near for flag in flags if (near := nearest(flag, accepted)))
+    suggestion = f"; did you mean {', '.join(meant)}?" if meant else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
 
 
 def _run(args: argparse.Namespace, words: Sequence[str]) -> int | None:

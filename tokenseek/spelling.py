@@ -4,8 +4,14 @@ import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(given: object, accepted: Iterable[str]) -> str:
-    """`'; did you mean X?'`, or nothing when no accepted name is close to the given one."""
+def nearest(given: object, accepted: Iterable[str]) -> str | None:
+    """The accepted name that is close to the given one, in whatever case; None where none is."""
     by_lower = {name.lower(): name for name in accepted}
     close = difflib.get_close_matches(str(given).lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+    return by_lower[close[0]] if close else None
+
+
+def did_you_mean(given: object, accepted: Iterable[str]) -> str:
+    """`'; did you mean X?'`, or nothing when no accepted name is close to the given one."""
+    name = nearest(given, accepted)
+    return f"; did you mean {name}?" if name else ""

@@ -66,6 +66,22 @@ def test_scripts_do_not_accept_what_chooses_their_processes(name, monkeypatch, c
     assert "unrecognized arguments: --num-processes 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--outptu", "runs/x"], "unrecognized arguments: --outptu runs/x; did you mean --output?"),
+        (["train", "--ration=0.2"], "unrecognized arguments: --ration=0.2; did you mean --ratio?"),
+        (["train", "--nothing-like-it"], "unrecognized arguments: --nothing-like-it\n"),
+        (["merge-adapter", "a", "b", "c"], "unrecognized arguments: c\n"),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_usage_of_its_command(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith(f"usage: tokenseek {words[0]} [-h]") and message in told
+
+
 @pytest.mark.parametrize("count", ["0", "-1", "two"])
 def test_no_number_of_processes(count, capsys):
     with pytest.raises(SystemExit):

@@ -1,9 +1,8 @@
 """What is wrong with a configuration, a line for each mistake: its dotted path, what is accepted, what was meant."""
 
 import re
-import types
-from collections.abc import Sequence
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,7 +18,7 @@ def explain(error: ValidationError, values: dict[str, Any], schema: type[BaseMod
             *parents, key = loc
             accepted = sorted(_section_at(parents, schema).model_fields)
             message = (
-                f"unknown key; accepted keys: {', '.join(accepted)}{did_you_mean(key, accepted)}"
+                f"unknown key; accepted keys: {', '.join(accepted)}{_meant_key(str(key), parents, accepted, schema)}"
                 if item["type"] == "extra_forbidden"
                 else "required, but not given"
             )
@@ -32,6 +31,24 @@ def explain(error: ValidationError, values: dict[str, Any], schema: type[BaseMod
                 message += did_you_mean(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
         problems.setdefault(".".join(map(str, loc)), []).append(message)
     return [_with_path(path, " or ".join(dict.fromkeys(messages))) for path, messages in problems.items()]
+
+
+def _meant_key(key: str, parents: Sequence[int | str], accepted: Sequence[str], schema: type[BaseModel]) -> str:
+    """`'; did you mean X?'`: the setting of that name elsewhere (`training.max_steps`), or a near name here."""
+    elsewhere = [path for path in _settings(schema) if path.rpartition(".")[2] == key]
+    if parents:
+        elsewhere = [path for path in elsewhere if path.startswith(f"{parents[0]}.")] or elsewhere
+    return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(key, accepted)
+
+
+def _settings(section: type[BaseModel]) -> Iterator[str]:
+    """The dotted path of every setting that is no section, as `--set` takes it; of a list of sections, its first."""
+    for name, field in section.model_fields.items():
+        inner, is_list = _section_in(field.annotation)
+        if inner is None:
+            yield name
+        else:
+            yield from (f"{name}.0.{path}" if is_list else f"{name}.{path}" for path in _settings(inner))
 
 
 def _with_path(path: str, message: str) -> str:
@@ -53,13 +70,19 @@ def _steps_in(values: Any, loc: Sequence[int | str]) -> list[int | str]:
 def _section_at(loc: Sequence[int | str], section: type[BaseModel]) -> type[BaseModel]:
     for step in loc:
         if isinstance(step, str):
-            section = _section_in(section.model_fields[step].annotation)
+            inner, _ = _section_in(section.model_fields[step].annotation)
+            assert inner is not None, f"{step} is a value, and pydantic names keys of sections alone"
+            section = inner
     return section
 
 
-def _section_in(annotation: Any) -> type[BaseModel]:
-    """The section class inside `Section | None` or `list[Section]`."""
-    while get_origin(annotation) in (list, Annotated, Union, types.UnionType):
-        annotation = next(arg for arg in get_args(annotation) if arg is not types.NoneType)
-    section: type[BaseModel] = annotation
-    return section
+def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section class inside `Section | None` or `list[Section]`, if any, and whether it is in a list."""
+    if get_origin(annotation) is None:
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        return annotation if is_section else None, False
+    for inner in get_args(annotation):
+        section, is_list = _section_in(inner)
+        if section:
+            return section, is_list or get_origin(annotation) is list
+    return None, False
