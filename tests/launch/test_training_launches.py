@@ -212,5 +212,5 @@ def test_what_a_run_leaves(workspace, lora, console):
         assert f"{text.count('[[')} selected" in text.splitlines()[0]
     assert "### Response" in second
     assert "rows 0 to 20" in console("show", "--preset", config, "--row", "21").refusal()
-    presets = console("presets")
+    presets = console("presets", "--names")
     assert presets.status == 0 and presets.out.split() == list_resources("preset")

@@ -49,7 +49,7 @@ def installed(tmp_path_factory):
 def test_it_plans_and_trains_outside_the_checkout(installed, tmp_path):
     where = run(installed / "python", "-c", "import tokenseek; print(tokenseek.__file__)", folder=tmp_path)
     assert where.startswith(str(installed.parent))
-    assert run(installed / "tokenseek", "presets", folder=tmp_path).split() == list_resources("preset")
+    assert run(installed / "tokenseek", "presets", "--names", folder=tmp_path).split() == list_resources("preset")
 
     tokenizer = tiny_tokenizer()
     tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "model")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tokenseek import cli
+from tokenseek.config.resources import list_resources
 from tokenseek.launching import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,17 @@ def test_an_unknown_option_is_told_with_the_usage_of_its_command(words, message,
         cli.main(words)
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.startswith(f"usage: tokenseek {words[0]} [-h]") and message in told
+
+
+def test_every_preset_is_listed_with_what_it_is(capsys):
+    names = list_resources("preset")
+    assert cli.main(["presets", "--names"]) == 0
+    assert capsys.readouterr().out.split() == names
+    assert cli.main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = dict(line.split(maxsplit=1) for line in lines)  # fails where a preset has no comment
+    assert list(told) == names and len(set(told.values())) == len(names) and max(map(len, lines)) < 140
+    assert told["gsm8k"].startswith("Grade-school word problems") and "--set" not in told["gsm8k"]
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two"])

@@ -277,6 +277,22 @@ def test_rows_and_averages(tmp_path):
     assert json.loads((tmp_path / "a" / "b.json").read_text())["scores"]["mmlu"]["value"] == 0.3
 
 
+def test_a_folder_that_is_not_there_is_told_with_the_runs_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/mine", "./mine", "/no/such/model", "a/b/c"):
+        with pytest.raises(UserError, match=f"there is no folder {name}; runs here: none"):
+            find_subject(name)
+    for name in ("Qwen", "runs"):
+        (tmp_path / name / "model-first").mkdir(parents=True)
+    (tmp_path / "runs" / "model-first" / "config.yaml").write_text("")
+    with pytest.raises(
+        UserError, match="no folder runs/model-fist; did you mean runs/model-first.; runs here: runs/model-first. Give"
+    ):
+        find_subject("runs/model-fist")
+    for name in ("Qwen/Qwen2.5-0.5B", "gpt2"):  # names on the hub, also beside folders and runs
+        assert find_subject(name).model.name_or_path == name
+
+
 def test_what_is_evaluated(tmp_path, world):
     run = tmp_path / "run"
     run.mkdir()

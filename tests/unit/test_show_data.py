@@ -46,7 +46,7 @@ def test_examples_are_told_and_shown(model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{path}: 5 rows, chat messages (messages; not read: id)" in out
     assert "template: the tokenizer's chat template; loss on " in out
-    assert "packed, 5 examples in 1 rows of 2,048 tokens" in out
+    assert "; would pack into 1 rows of 2,048 tokens, " in out and "(training.packing is false; bins packs" in out
     assert out.count("\nexample ") == 2 and "[[" in out and "<|im_end|>|↵\n]]" in out
 
 
@@ -102,8 +102,9 @@ def test_the_command(model, tmp_path, capsys):
     preset = tmp_path / "preset.yaml"
     source = f"{{path: {path}, columns: {{instruction: question, response: answer}}}}"
     preset.write_text(f"model: {{name_or_path: {model}}}\ndata: {{sources: [{source}]}}\noutput_dir: x\n")
-    assert cli.main(["data", "--preset", str(preset), "--examples", "1"]) == 0
-    assert "template: alpaca (data.template)" in capsys.readouterr().out
+    assert cli.main(["data", "--preset", str(preset), "--examples", "1", "--set", "training.packing=bins"]) == 0
+    out = capsys.readouterr().out
+    assert "template: alpaca (data.template)" in out and "; packed into 1 rows of " in out
     for words in (["--model", "x"], ["--data", "x"], [], ["--preset", "gsm8k", "--data", "x"]):
         assert cli.main(["data", *words]) == 2
         assert "give --model and --data, or a --preset" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
+from itertools import takewhile
 
-from tokenseek.config.resources import list_resources
+from tokenseek.config.resources import find_resource, list_resources
 
 HELP = "list the shipped presets"
 DESCRIPTION = HELP
@@ -12,7 +14,8 @@ LAUNCHED = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--names", action="store_true", help="the names alone, for scripts")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -20,5 +23,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, checked: None) -> None:
-    """Print the names of the shipped presets."""
-    print("\n".join(list_resources("preset")))
+    """Print the names of the shipped presets, each with what it is."""
+    names = list_resources("preset")
+    width = max(map(len, names))
+    for name in names:
+        print(name if args.names else f"{name:<{width}}  {description(name)}")
+
+
+def description(name: str) -> str:
+    """The first sentence of the comment that a shipped preset opens with."""
+    lines = find_resource("preset", name).read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"(?<=\.) ", comment)[0].removesuffix(".")

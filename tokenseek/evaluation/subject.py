@@ -9,6 +9,11 @@ from pathlib import Path
 
 from tokenseek.config import DataConfig, ModelConfig, load_config, load_evaluated
 from tokenseek.errors import UserError
+from tokenseek.spelling import did_you_mean
+
+# Where `tokenseek train` writes runs by default.
+RUNS = "runs"
+_RUNS_TOLD = 8
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,11 @@ def find_subject(name_or_path: str, adapter: Path | None = None, overrides: Sequ
         overrides: `model.*` and `eval_data.*` settings as for :func:`load_config`.
 
     Raises:
-        UserError: the run has not finished, an adapter is given for an adapter, or there is none in the folder.
+        UserError: there is no such folder, the run has not finished, an adapter is given for an adapter, or the folder
+            holds none.
     """
     path = Path(name_or_path).expanduser()
+    _require_folder(name_or_path, path)
     of_run = path.name == "final" and (path.parent / "config.yaml").is_file()
     folder = path.parent if of_run else path
     run = folder if (folder / "config.yaml").is_file() else None
@@ -61,6 +68,28 @@ def find_subject(name_or_path: str, adapter: Path | None = None, overrides: Sequ
         overrides = [f"model.revision={revision}", *overrides]
     evaluated = load_evaluated(base, overrides)
     return Subject(evaluated.model, path if is_adapter else adapter, evaluated.eval_data)
+
+
+def _require_folder(given: str, path: Path) -> None:
+    """Refuse a folder that is not there where no name on the hub can be meant, which costs a look at the disk alone."""
+    if path.exists():
+        return
+    runs = _runs_in(path.parent)
+    # A name on the hub is `model` or `owner/model`; `owner` is no folder of runs.
+    is_hub_name = given.count("/") < 2 and not given.startswith((".", "/", "~")) and path.parent != Path(RUNS)
+    if is_hub_name and (path.parent == Path() or not runs):
+        return
+    here = runs or _runs_in(Path(RUNS))
+    names = [str(run) for run in here]
+    told = ", ".join(names[:_RUNS_TOLD]) + (f" and {len(names) - _RUNS_TOLD} more" if len(names) > _RUNS_TOLD else "")
+    raise UserError(
+        f"there is no folder {given}{did_you_mean(given, names)}; runs here: {told or 'none'}. Give the folder of a "
+        "run, of an adapter or of a model, or a model's name on the hub."
+    )
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(file.parent for file in folder.glob("*/config.yaml"))
 
 
 def require_adapter(folder: Path) -> None:
