@@ -494,7 +494,7 @@ def test_truncated_index_is_refused(index_path, share):
 
 
 def test_missing_index_is_refused(tmp_path):
-    with pytest.raises(UserError, match="There is no file .*nowhere.arrow.*tokenseek score"):
+    with pytest.raises(UserError, match=r"There is no file .*nowhere.arrow\. Make it with `tokenseek score`"):
         TokenIndex.open(tmp_path / "nowhere.arrow")
 
 

@@ -236,6 +236,39 @@ def test_show_prints_without_an_option(run, capsys):
     assert "[[" in capsys.readouterr().out
 
 
+def test_a_runs_folder_is_shown(run, tmp_path, capsys):
+    from tokenseek.config import load_config, save_resolved
+
+    config = load_config(None, [word.removeprefix("--set=") for word in run[1:]])
+    save_resolved(config, tmp_path / "config.yaml")
+    assert main(["show", str(tmp_path), "--no-color", "--row", "2"]) == 0
+    assert "row 2, " in capsys.readouterr().out
+    assert main(["show", str(tmp_path), "--preset", "gsm8k"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert main(["show", str(tmp_path / "other")]) == 2
+    assert f"there is no folder {tmp_path / 'other'}" in capsys.readouterr().err
+    assert main(["show", str(tmp_path.parent)]) == 2
+    assert f"{tmp_path.parent} is no run: it has no config.yaml" in capsys.readouterr().err
+
+
+def test_a_run_that_selects_online_is_told_how_to_make_its_index(run, tmp_path, capsys):
+    from tokenseek.config import load_config, save_resolved
+
+    settings = [word.removeprefix("--set=") for word in run[1:]]
+    online = ["scoring.mode=online", "scoring.reduction=l2", f"output_dir={tmp_path}"]
+    save_resolved(load_config(None, [*settings, *online]), tmp_path / "config.yaml")
+    assert main(["show", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert f"there is no index {tmp_path / 'index.arrow'}: the run selects its tokens in each training step" in told
+    (words,) = [line.split() for line in told.splitlines() if line.startswith("  tokenseek score")]
+    assert words == ["tokenseek", "score", "--preset", str(tmp_path / "config.yaml")]
+    from tokenseek.runs.score import score
+
+    score(load_config(words[3]))
+    assert main(["show", str(tmp_path), "--no-color"]) == 0
+    assert "[[" in capsys.readouterr().out
+
+
 def test_show_writes_figures(run, tmp_path):
     pytest.importorskip("matplotlib")
     assert main([*run, "--row", "2", "--random", "1", "--figures", str(tmp_path)]) == 0

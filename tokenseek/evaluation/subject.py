@@ -74,18 +74,21 @@ def _require_folder(given: str, path: Path) -> None:
     """Refuse a folder that is not there where no name on the hub can be meant, which costs a look at the disk alone."""
     if path.exists():
         return
-    runs = _runs_in(path.parent)
     # A name on the hub is `model` or `owner/model`; `owner` is no folder of runs.
     is_hub_name = given.count("/") < 2 and not given.startswith((".", "/", "~")) and path.parent != Path(RUNS)
-    if is_hub_name and (path.parent == Path() or not runs):
+    if is_hub_name and (path.parent == Path() or not _runs_in(path.parent)):
         return
-    here = runs or _runs_in(Path(RUNS))
-    names = [str(run) for run in here]
-    told = ", ".join(names[:_RUNS_TOLD]) + (f" and {len(names) - _RUNS_TOLD} more" if len(names) > _RUNS_TOLD else "")
     raise UserError(
-        f"there is no folder {given}{did_you_mean(given, names)}; runs here: {told or 'none'}. Give the folder of a "
-        "run, of an adapter or of a model, or a model's name on the hub."
+        f"there is no folder {given}{runs_near(path)}. Give the folder of a run, of an adapter or of a model, or a "
+        "model's name on the hub."
     )
+
+
+def runs_near(folder: Path) -> str:
+    """For an error about a folder that is no run: the runs beside it, else those in :data:`RUNS`."""
+    names = [str(run) for run in _runs_in(folder.parent) or _runs_in(Path(RUNS))]
+    more = f" and {len(names) - _RUNS_TOLD} more" if len(names) > _RUNS_TOLD else ""
+    return f"{did_you_mean(folder, names)}; runs here: {', '.join(names[:_RUNS_TOLD]) or 'none'}{more}"
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -38,6 +38,11 @@ class TokenIndex:
         Raises:
             UserError: there is no such file, or it is truncated or damaged; the message names the example and the fix.
         """
+        if not Path(path).exists():
+            raise UserError(
+                f"There is no file {Path(path).absolute()}. Make it with `tokenseek score`, or with `tokenseek merge` "
+                "where all its parts are scored."
+            )
         file = ExampleFile(Path(path).absolute(), _FIX)
         header = file.header
         if header.num_examples is None or len(file) == 0 or header.num_examples != len(file):
