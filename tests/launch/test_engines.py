@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tokenseek.config import load_config
 from tokenseek.config.resources import find_resource
+from tokenseek.runs.export import merge_adapter
 from tokenseek.runs.train import train
 
 pytest.importorskip("deepspeed")
@@ -19,26 +20,30 @@ pytest.importorskip("deepspeed")
 FULL = ["peft=null", "training.learning_rate=1e-3", "training.weight_decay=0.1"]
 DRAWN = ["selection.rule=sampled", "selection.alpha=0", "selection.explore=0.3", "selection.scope=supervised"]
 ONLINE = ["scoring.mode=online", "scoring.reduction=l2", *DRAWN]
+NF4 = ["model.quantization=nf4"]
 KINDS = {
     "full": FULL,
     "lora": [],
     "bf16": ["training.mixed_precision=bf16"],
-    "nf4": ["model.quantization=nf4"],
+    "nf4": NF4,
+    "nf4-bf16": [*NF4, "model.dtype=bfloat16", "model.double_quantization=true", "training.mixed_precision=bf16"],
+    "nf4-online": [*NF4, *ONLINE, "selection.exact_layers=1"],
     "online": [*FULL, *ONLINE],
     "online-error": [*FULL, *ONLINE, "scoring.reduction=error"],
     "exact": [*FULL, *ONLINE, "selection.exact_layers=1"],
 }
-EXACT = ("full", "lora")  # resumed, exported and compared to the last digits
+EXACT = ("full", "lora")  # resumed, exported and compared to the last digits; `nf4` too, where engines split weights
+PACKED = ("nf4-bf16", "nf4-online")  # and these there alone
 # Of losses and gradient norms. One process trains float32 weights under autocast, and so does DDP; ZeRO and FSDP2
 # compute in bfloat16 throughout, with float32 master weights.
 PRECISION = {
     **dict.fromkeys(("full", "lora", "online", "online-error", "exact"), dict(computed_in=torch.float32)),
-    "bf16": dict(computed_in=torch.bfloat16, roundings=4),
-    "nf4": dict(computed_in=torch.float32, roundings=1024),
+    **dict.fromkeys(("bf16", "nf4-bf16"), dict(computed_in=torch.bfloat16, roundings=4)),
+    **dict.fromkeys(("nf4", "nf4-online"), dict(computed_in=torch.float32, roundings=1024)),
 }
 # Examples that were cut before their response leave some micro batches without a loss.
 COMMON = ["selection.ratio=0.5", "training.max_grad_norm=0.5"]
-FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+FILES = {"full": "model.safetensors", **dict.fromkeys(("lora", "nf4"), "adapter_model.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +60,9 @@ def alone(workspace):
 
 
 def index_of(workspace, folder, kind):
-    if kind.startswith(("online", "exact")):
+    if "online" in kind or kind == "exact":
         return []
-    return [f"scoring.index={workspace.folder}/{folder}/{'nf4.arrow' if kind == 'nf4' else 'index.arrow'}"]
+    return [f"scoring.index={workspace.folder}/{folder}/{kind if kind.startswith('nf4') else 'index'}.arrow"]
 
 
 def launch(workspace, folder, config, runs, processes=2):
@@ -107,8 +112,8 @@ ZERO1 = pytest.param("zero1", marks=pytest.mark.slow)
 def test_two_processes_equal_one(workspace, alone, config):
     folder = workspace.folder / config
     splits = config in ("zero3", "zero3_offload", "fsdp2")  # parameters
-    refused = ("nf4",) if splits else ()
-    kinds = [kind for kind in KINDS if kind not in refused]
+    kinds = [kind for kind in KINDS if splits or kind not in PACKED]
+    exact = (*EXACT, "nf4") if splits else EXACT
     runs = {}
     for kind in kinds:
         # Under ZeRO-3, score a second time, where a training has told Transformers to partition whatever it loads.
@@ -117,7 +122,7 @@ def test_two_processes_equal_one(workspace, alone, config):
         runs[kind] = {"output": str(folder / kind), "set": settings}
     resumed = [
         {**runs[kind], "output": str(folder / f"{kind}-resumed"), "resume": str(folder / kind / "checkpoint-4")}
-        for kind in EXACT
+        for kind in exact
     ]
     launch(workspace, folder, config, [*runs.values(), *resumed])
 
@@ -127,18 +132,24 @@ def test_two_processes_equal_one(workspace, alone, config):
         summaries = [json.loads((f / "summary.json").read_text()) for f in (alone[kind], folder / kind)]
         for name in ("loss_before", "loss_after"):
             assert_close(summaries[1][name], summaries[0][name], **PRECISION[kind])
-    for kind in EXACT:
+    for kind in exact:
         whole, resumed = steps(folder / kind), steps(folder / f"{kind}-resumed")
         assert_close_steps(resumed, whole[4:])  # norms are summed in any order
         for run in (folder / kind, folder / f"{kind}-resumed"):
             assert_same_export(alone[kind], run, kind)
 
     if splits:
-        for kind in EXACT:
+        merged = []
+        for run in (alone["nf4"], folder / "nf4"):
+            merge_adapter(run / "final", folder / "merged" / run.parent.name)
+            merged.append(load_file(folder / "merged" / run.parent.name / "model.safetensors"))
+        assert_close(merged[1], merged[0])
+        for kind in exact:
             for micro_batch in json.loads((folder / kind / "gathers.json").read_text()):
                 for way, counts in micro_batch.items():
                     in_layers = [n for name, n in counts.items() if ".layers." in name]
                     assert in_layers and set(in_layers) == {2 if way == "both" else 1}, (kind, way, counts)
+                    assert any(name.endswith("self_attn.q_proj.weight") for name in counts)  # packed, in `nf4`
     if config == "zero3":
         index = workspace.folder / "alone" / "index.arrow"
         assert (folder / "index.arrow").read_bytes() == index.read_bytes()

@@ -35,7 +35,7 @@ from tokenseek.planning import (
     read_engine,
 )
 from tokenseek.planning.ledger import Ledger
-from tokenseek.planning.packed import packed_bytes
+from tokenseek.planning.packed import packed_bytes, scale_bytes
 from tokenseek.planning.work import Work
 
 SIZES = dict(hidden=128, layers=2, vocab=1000, tokens=384)
@@ -126,13 +126,40 @@ def test_packed_weights_take_the_bytes_of_bitsandbytes(tmp_path, monkeypatch, qu
     overrides = [f"model.quantization={kind}", f"model.double_quantization={str(bool(double)).lower()}"]
     config = run_config(*LORA, *overrides, f"model.name_or_path={tmp_path}")
     layer = load_model(config.model).model.layers[0].mlp.up_proj
-    held = layer.weight.nbytes
     if kind == "int8":
-        held += layer.weight.SCB.nbytes
+        scales = layer.weight.SCB.nbytes
     else:
         state = layer.weight.quant_state
-        held += state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
-    assert packed_bytes(torch.nn.Linear(layer.in_features, layer.out_features), config.model) == held
+        scales = state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
+    linear = torch.nn.Linear(layer.in_features, layer.out_features)
+    assert packed_bytes(linear, config.model) == layer.weight.nbytes
+    assert scale_bytes(linear, config.model) == scales
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_engines_split_packed_weights_and_not_their_scales(double):
+    """Against arithmetic: half a byte a weight of a layer's, 4 bytes for 64 of them or 1 and 4 for 256 of those."""
+    config = run_config(
+        *LORA, "model.quantization=nf4", f"model.double_quantization={str(double).lower()}", "model.dtype=bfloat16"
+    )
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    linear = [m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    others = sum(p.numel() for p in model.parameters()) - sum(linear)
+    split = sum(linear) // 2 + 2 * others
+    scales = sum(n // 64 + 4 * -(-n // 64 // 256) if double else 4 * n // 64 for n in linear)
+
+    def parameters(kind, processes):
+        plan = plan_memory(config, Method(0.25), Engine(kind, processes), model_config=LLAMA)
+        return plan.parts["parameters"], plan.loading
+
+    whole, none = parameters("ddp", 2)
+    adapters = whole - split - scales
+    assert none == 0 and 0 < adapters < 0.4 * split
+    for kind in ("zero3", "fsdp2"):
+        (two, loading), (eight, _) = (parameters(kind, n) for n in (2, 8))
+        assert loading == whole
+        assert two - eight == pytest.approx((split + adapters) * 3 / 8, rel=0.02)
+        assert scales + split / 8 < eight
 
 
 def test_plan_agrees_with_a_real_step_on_4_bit_weights(tmp_path, monkeypatch):
@@ -241,8 +268,8 @@ def test_exact_layers_add_what_they_store():
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):
-    with pytest.raises(UserError, match="zero3 splits parameters"):
-        plan_memory(run_config(*LORA, "model.quantization=nf4"), engine=Engine("zero3", 2), model_config=LLAMA)
+    with pytest.raises(UserError, match="ZeRO-3 splits parameters.*int8"):
+        plan_memory(run_config(*LORA, "model.quantization=int8"), engine=Engine("zero3", 2), model_config=LLAMA)
     with pytest.raises(UserError, match="no config that Transformers can read"):
         plan_memory(run_config(f"model.name_or_path={tmp_path}"))
 

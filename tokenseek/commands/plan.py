@@ -106,6 +106,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
         REFERENCE,
         describe_choice,
         describe_length,
+        describe_loading,
         describe_proposals,
         find_gpu,
         largest_ratio,
@@ -141,6 +142,8 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
             methods = methods_of_table(config, ratios)
             found = [plan_memory(config, method, engine, tokens=args.tokens) for method in methods]
         print(plan_table(found), end="\n\n")
+        if note := describe_loading(found[0]):
+            print(note, end="\n\n")
         if gpu:
             print(time_table(found, args.gpu, gpu), end="\n\n")
         plans += found

@@ -33,11 +33,18 @@ def check(args: argparse.Namespace) -> RunConfig:
     """The configuration, from a model and data or from a preset.
 
     Raises:
-        UserError: an unknown method or setting, or a value that is not accepted.
+        UserError: an unknown method or setting, or a value that is not accepted; packed weights that the engine of
+            the launch cannot split.
     """
-    if words := _words(args):
-        return load_one_line(words, args.preset, args.set, on_cpu=lambda: _on_cpu(args))
-    return configuration(args)
+    words = _words(args)
+    one_line = words and load_one_line(words, args.preset, args.set, on_cpu=lambda: _on_cpu(args))
+    config = one_line or configuration(args)
+    launched_with = getattr(args, "accelerate_config", None)  # in a launched process there is no such argument
+    if config.model.quantization and launched_with is not None:
+        from tokenseek.launching.engine import require_splittable_by  # late: it imports torch
+
+        require_splittable_by(launched_with, config.model.quantization)
+    return config
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:
@@ -55,7 +62,7 @@ def _on_cpu(args: argparse.Namespace) -> bool:
     """Whether the processes of this command, or the one that asks, train on CPUs."""
     from tokenseek.launching.environment import trains_on_cpu  # late: it imports torch
 
-    launched_with = getattr(args, "accelerate_config", None)  # in a launched process there is no such argument
+    launched_with = getattr(args, "accelerate_config", None)
     if launched_with is None:
         return trains_on_cpu()
     from tokenseek.launching.engine import read_engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tokenseek.config.resources import resolve_accelerate_config
 from tokenseek.config.strict_yaml import parse_yaml
@@ -61,18 +62,37 @@ class Engine:
         return f"{self.kind}, {processes}" + (f", {' and '.join(offload)} in host memory" if offload else "")
 
 
-def require_whole_weights(engine: str, quantization: str | None) -> None:
-    """Refuse quantised weights under an engine that shards parameters.
+def require_splittable(kind: str, quantization: str | None) -> None:
+    """Refuse packed weights that an engine would split and cannot.
+
+    Args:
+        kind: as :attr:`Engine.kind`; or "fsdp1".
 
     Raises:
-        UserError: the weights are quantised.
+        UserError: the engine splits parameters, and the packed weights are int8, or the engine is not made for them.
     """
-    if quantization:
+    engine = {"zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP"}.get(kind)
+    if engine is None or not quantization:
+        return
+    if quantization == "int8":
         raise UserError(
-            f"model.quantization: {engine} splits parameters over the processes, and TokenSeek does not split packed "
-            f"{quantization} weights, whose scales are no parameters. Launch with ddp.yaml or zero2.yaml, which keep "
-            "the small quantised weights whole and split the optimizer's states, or set model.quantization to null."
+            f"model.quantization: {engine} splits parameters over the processes, and int8 weights cannot be split: "
+            "their layers keep a copy and scales of their own. Set model.quantization=nf4, half as large and split "
+            "here, or launch with ddp.yaml or zero2.yaml, which keep weights whole."
         )
+    if kind == "fsdp1":
+        raise UserError(
+            f"model.quantization: FSDP 1 joins the weights of a layer into one, {quantization} and others. Launch with "
+            "fsdp2.yaml (fsdp_version: 2), which splits each by itself, or with ddp.yaml, which keeps weights whole."
+        )
+
+
+def require_splittable_by(accelerate_config: str | Path, quantization: str | None) -> None:
+    """As :func:`require_splittable`, of an accelerate config by name or path, before any process starts."""
+    if quantization:
+        path = resolve_accelerate_config(accelerate_config)
+        config = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        require_splittable(kind_of(config), quantization)
 
 
 def read_engine(accelerate_config: str | Path = "single", num_processes: int | None = None) -> Engine:
@@ -100,17 +120,34 @@ def launched_engine(on_cpu: bool) -> Engine:
     return _engine(environment.launched_config(on_cpu), "this launch")
 
 
+def kind_of(config: dict) -> str:
+    """:attr:`Engine.kind` of an accelerate config, or what else it asks for: "fsdp1" for FSDP 1, "XLA", ...
+
+    Args:
+        config: keys as in an accelerate config.
+    """
+    kind = str(config.get("distributed_type", "NO")).upper()
+    if kind == "FSDP":
+        return f"fsdp{int((config.get('fsdp_config') or {}).get('fsdp_version', 1))}"
+    if kind == "DEEPSPEED":
+        stage = _zero_stage(config.get("deepspeed_config") or {})
+        return f"zero{stage}" if stage else "ddp"
+    if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        return "ddp" if config.get("num_processes", 1) > 1 else "single"
+    return kind
+
+
 def _engine(config: dict, accelerate_config: str) -> Engine:
     """
     Args:
         config: keys as in an accelerate config.
         accelerate_config: what to call it.
     """
-    kind = str(config.get("distributed_type", "NO")).upper()
+    kind = kind_of(config)
     engine = Engine(processes=config.get("num_processes", 1), on_cpu=bool(config.get("use_cpu")))
     if given := config.get("parallelism_config"):
         sizes = {name: int(given.get(f"parallelism_config_{name}", 1)) for name in PARALLEL_SIZES}
-        parallelism = served_parallelism(kind == "FSDP", **sizes)
+        parallelism = served_parallelism(kind.startswith("fsdp"), **sizes)
         if parallelism.sp_size == 1 < parallelism.total_size:
             raise UserError(
                 f"{accelerate_config}: of parallelism_config, plan serves sp_size; tensor and context parallelism and "
@@ -118,37 +155,47 @@ def _engine(config: dict, accelerate_config: str) -> Engine:
             )
         require_groups(parallelism, engine.processes)
         engine = replace(engine, sp_size=parallelism.sp_size)
-    if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        return replace(engine, kind="ddp" if engine.processes > 1 else "single")
-    if kind == "FSDP":
+    if str(config.get("distributed_type")).upper() == "DEEPSPEED":
+        return _deepspeed(replace(engine, kind=kind), config.get("deepspeed_config") or {})
+    if kind in ("single", "ddp"):
+        return replace(engine, kind=kind)
+    if kind.startswith("fsdp"):
         fsdp = config.get("fsdp_config") or {}
-        if int(fsdp.get("fsdp_version", 1)) != 2 or fsdp.get("fsdp_reshard_after_forward") is False:
+        if kind != "fsdp2" or fsdp.get("fsdp_reshard_after_forward") is False:
             raise UserError(
                 f"{accelerate_config}: of FSDP, plan serves fsdp_version 2 with fsdp_reshard_after_forward true."
             )
         offload = bool(fsdp.get("fsdp_offload_params"))
-        return replace(engine, kind="fsdp2", offload_optimizer=offload, offload_parameters=offload)
-    if kind == "DEEPSPEED":
-        return _deepspeed(engine, config.get("deepspeed_config") or {})
+        return replace(engine, kind=kind, offload_optimizer=offload, offload_parameters=offload)
     raise UserError(
         f"{accelerate_config}: distributed_type {kind} cannot be planned; accepted are NO, MULTI_GPU, DEEPSPEED "
         "and FSDP."
     )
 
 
+def _zero_stage(settings: dict) -> int:
+    if file := settings.get("deepspeed_config_file"):
+        return int(_zero_settings(file).get("stage", 0))
+    return int(settings.get("zero_stage", 2))  # accelerate's default
+
+
+def _zero_settings(file: str) -> dict[str, Any]:
+    return json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+
+
 def _deepspeed(engine: Engine, settings: dict) -> Engine:
     if file := settings.get("deepspeed_config_file"):
-        zero = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+        zero = _zero_settings(file)
         bucket = zero.get("reduce_bucket_size", 500_000_000)
-        stage, devices = zero.get("stage", 0), [zero.get(f"offload_{what}", {}) for what in ("optimizer", "param")]
-        optimizer, parameters = (device.get("device", "none") for device in devices)
+        optimizer, parameters = (
+            zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")
+        )
     else:
-        stage, bucket = int(settings.get("zero_stage", 2)), "auto"
+        bucket = "auto"
         optimizer = settings.get("offload_optimizer_device", "none")
         parameters = settings.get("offload_param_device", "none")
     return replace(
         engine,
-        kind=f"zero{stage}" if stage else "ddp",
         offload_optimizer=optimizer != "none",
         offload_parameters=parameters != "none",
         reduce_bucket=None if bucket == "auto" else int(bucket),

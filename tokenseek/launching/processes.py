@@ -21,7 +21,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from tokenseek.errors import UserError
 from tokenseek.launching import environment
-from tokenseek.launching.engine import require_whole_weights
+from tokenseek.launching.engine import kind_of, require_splittable
 
 Result = TypeVar("Result")
 
@@ -76,16 +76,14 @@ def require_engine(state: PartialState, quantization: str | None) -> None:
     """Refuse a launch whose engine would not do what its accelerate config says.
 
     Raises:
-        UserError: FSDP without GPUs, or quantised weights that the engine would split.
+        UserError: FSDP without GPUs, or quantised weights that the engine would split and cannot.
     """
-    fsdp = environment.uses_fsdp()
-    if fsdp and state.device.type == "cpu":
+    if environment.uses_fsdp() and state.device.type == "cpu":
         raise UserError(
             "FSDP was asked for, and there are no GPUs: accelerate would silently run DDP, with the whole model in "
             "every process. Launch with ddp_cpu.yaml, or with zero3.yaml, which splits parameters on CPUs too."
         )
-    if fsdp or environment.zero_stage() == 3:
-        require_whole_weights("FSDP" if fsdp else "ZeRO-3", quantization)
+    require_splittable(kind_of(environment.launched_config(state.device.type == "cpu")), quantization)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 import zlib
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from tokenseek.config import ModelConfig, PeftSettings
+from tokenseek.config import ModelConfig, PeftSettings, RunConfig
 from tokenseek.decoder.find import find_causal_lm, find_decoder, find_layers, keep_4bit_differentiable
 from tokenseek.decoder.names import cache_argument
 from tokenseek.ditching.packing import require_packable
@@ -211,15 +212,19 @@ def load_tokenizer(model: ModelConfig, *, weights: bool = True) -> PreTrainedTok
     return tokenizer
 
 
-def load_model(model: ModelConfig) -> PreTrainedModel:
+def load_model(model: ModelConfig, *, packed_in: torch.dtype = torch.uint8) -> PreTrainedModel:
     """The causal LM in the configured dtype, on this process's accelerator, unless an engine deals its weights out.
+
+    Args:
+        packed_in: the dtype whose bits hold 4-bit weights. An engine that splits parameters splits floating ones
+            alone, and casts those that are not in the dtype of its mixed precision.
 
     Raises:
         UserError: the folder has no weights for some of its parameters.
     """
     options: dict[str, Any] = {}
     if model.quantization:
-        options["quantization_config"] = _quantization(model)
+        options["quantization_config"] = _quantization(model, packed_in)
     if torch.accelerator.is_available():
         # ZeRO-3 and FSDP fill in each process's share of the weights themselves.
         if model.quantization or not (is_deepspeed_zero3_enabled() or environment.uses_fsdp()):
@@ -229,14 +234,16 @@ def load_model(model: ModelConfig) -> PreTrainedModel:
     folder = model_folder(model)
     auto = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code))
     # A pair, by `output_loading_info`, of which Transformers' types know nothing.
-    both: Any = auto.from_pretrained(
-        folder,
-        dtype=getattr(torch, model.dtype),
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-        output_loading_info=True,
-        **options,
-    )
+    # Packed weights are whole until the engine takes the model over: what it deals out itself is never packed.
+    with whole_models() if model.quantization else nullcontext():
+        both: Any = auto.from_pretrained(
+            folder,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
     loaded, loading = both
     # Transformers fills them in at random, with a warning.
     if missing := sorted(loading["missing_keys"]):
@@ -288,7 +295,20 @@ def is_local(model: ModelConfig) -> bool:
     return Path(model.name_or_path).expanduser().is_dir()
 
 
-def _quantization(model: ModelConfig) -> BitsAndBytesConfig:
+def packing_dtype(config: RunConfig) -> torch.dtype:
+    """What 4-bit weights are packed in for a training: bytes, or what the launch's engine can split and never casts.
+
+    FSDP2 and ZeRO-3 cast the parameters that they gather to the dtype of their mixed precision; packed in numbers of
+    that dtype, weights keep their bits.
+    """
+    if not (environment.uses_fsdp() or environment.zero_stage() == 3):
+        return torch.uint8
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        config.training.mixed_precision, getattr(torch, config.model.dtype)
+    )
+
+
+def _quantization(model: ModelConfig, packed_in: torch.dtype) -> BitsAndBytesConfig:
     if model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -296,6 +316,7 @@ def _quantization(model: ModelConfig) -> BitsAndBytesConfig:
         bnb_4bit_quant_type=model.quantization,
         bnb_4bit_use_double_quant=model.double_quantization,
         bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        bnb_4bit_quant_storage=packed_in,
     )
 
 

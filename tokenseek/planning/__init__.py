@@ -9,6 +9,7 @@ from tokenseek.planning.proposal import proposals
 from tokenseek.planning.report import (
     describe_choice,
     describe_length,
+    describe_loading,
     describe_proposals,
     longest_table,
     plan_table,
@@ -35,6 +36,7 @@ __all__ = [
     "StepWork",
     "describe_choice",
     "describe_length",
+    "describe_loading",
     "describe_proposals",
     "find_gpu",
     "find_shape",

@@ -115,15 +115,15 @@ def _knobs(config: RunConfig, engine: Engine, tokens: int) -> Iterator[tuple[str
     if not config.peft:
         yield "--set peft.method=lora --set peft.r=8", with_lora, engine, tokens
     takes_packed = not config.peft or config.peft.method == "lora"
-    if takes_packed and not config.model.quantization and not engine.shards_parameters:
+    if takes_packed and not config.model.quantization:
         model = config.model.model_copy(update=dict(quantization="nf4", double_quantization=True))
         how = "--set model.quantization=nf4 --set model.double_quantization=true"
         how += "" if config.peft else " --set peft.method=lora --set peft.r=8"
         yield how, with_lora.model_copy(update={"model": model}), engine, tokens
-    if config.model.quantization or engine.sp_size > 1:
+    if engine.sp_size > 1 or config.model.quantization == "int8":
         return
     if engine.processes > 1 and not engine.shards_parameters:
         yield "--accelerate-config fsdp2", config, replace(engine, kind="fsdp2"), tokens
-    if not engine.offload_parameters:
+    if not config.model.quantization and not engine.offload_parameters:
         offloaded = replace(engine, kind="zero3", offload_optimizer=True, offload_parameters=True)
         yield "--accelerate-config zero3_offload", config, offloaded, tokens

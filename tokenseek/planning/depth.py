@@ -143,6 +143,7 @@ def deepened(shallow: TakenStep, deeper: TakenStep, depths: Depths) -> TakenStep
         done(shallow.optimizer, deeper.optimizer),
         grown(shallow.weights, deeper.weights),
         grown(shallow.trained, deeper.trained),
+        grown(shallow.scales, deeper.scales),
         grown(shallow.exchanged, deeper.exchanged),
     )
 

@@ -68,6 +68,7 @@ class TakenStep:
         micro_batch: forward and backward pass of one.
         optimizer: the optimizer's step.
         weights, trained: bytes of all weights and of those that are trained.
+        scales: bytes of the scales of packed weights, and of other buffers.
         exchanged: bytes that ranks that share a text send in a micro batch.
     """
 
@@ -78,6 +79,7 @@ class TakenStep:
     optimizer: Done
     weights: int
     trained: int
+    scales: int
     exchanged: int
 
 
@@ -144,6 +146,7 @@ def take_step(
         Done(work.flops, work.operations),
         _nbytes(state.parameters),
         _nbytes(state.trained),
+        _nbytes(model.buffers()),
         sum([*traffic.forward.values(), *traffic.backward.values()]),
     )
 

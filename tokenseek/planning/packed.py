@@ -21,6 +21,7 @@ class PackedLinear(nn.Linear):
     """Takes the place of a linear layer; unpacks its weight for the product, and once more in the backward pass.
 
     Where a layer's weights in 4 bits are unpacked once for its two passes, so is this one.
+    Engines split the packed weight; the scales are no parameter, and every process has all of them.
     """
 
     def __init__(self, like: nn.Linear, model: ModelConfig) -> None:
@@ -29,6 +30,7 @@ class PackedLinear(nn.Linear):
         self.dtype = getattr(torch, model.dtype)
         self.is_4bit = model.quantization != "int8"
         self.weight = nn.Parameter(torch.empty(packed_bytes(like, model), dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("scales", torch.empty(scale_bytes(like, model), dtype=torch.uint8), persistent=False)
         self.bias = like.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,12 +55,16 @@ def pack_linear_layers(model: PreTrainedModel, settings: ModelConfig) -> None:
 
 
 def packed_bytes(layer: nn.Linear, model: ModelConfig) -> int:
+    """Of its weight, without the scales."""
     weights = layer.in_features * layer.out_features
+    return weights if model.quantization == "int8" else -(-weights // 2)
+
+
+def scale_bytes(layer: nn.Linear, model: ModelConfig) -> int:
     if model.quantization == "int8":
-        return weights + 4 * layer.out_features
-    blocks = -(-weights // _BLOCK)
-    scales = blocks + 4 * -(-blocks // _DOUBLE_BLOCK) if model.double_quantization else 4 * blocks
-    return -(-weights // 2) + scales
+        return 4 * layer.out_features
+    blocks = -(-layer.in_features * layer.out_features // _BLOCK)
+    return blocks + 4 * -(-blocks // _DOUBLE_BLOCK) if model.double_quantization else 4 * blocks
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -53,6 +53,16 @@ def _aligned(lines: list[list[str]]) -> str:
     )
 
 
+def describe_loading(plan: MemoryPlan) -> str | None:
+    """What is held before the first step, where that is more than a process has in it."""
+    if not plan.loading:
+        return None
+    return (
+        f"Before the first step every process packs all weights and holds {format_size(plan.loading)}, until they are "
+        "split."
+    )
+
+
 def describe_length(model_config: PreTrainedConfig, tokens: int) -> str | None:
     """What a length beyond the model's positions needs; None where it has as many.
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from tokenseek.config import RunConfig
 from tokenseek.errors import UserError
-from tokenseek.launching.engine import Engine, require_whole_weights
+from tokenseek.launching.engine import Engine, require_splittable
 from tokenseek.planning.depth import deepened, depths_that_tell, with_layers
 from tokenseek.planning.fake import TakenStep, take_step
 from tokenseek.planning.ledger import Stretch
@@ -30,6 +30,8 @@ class MemoryPlan:
         parts: by category (:data:`~tokenseek.planning.ledger.CATEGORIES`).
         states: parameters, gradients and optimizer states: what a step has before its first token.
         host: the most bytes that the step keeps in host memory at once.
+        loading: before the first step, where the engine splits packed weights: those of all processes, which each of
+            them packs and holds until they are split. 0 otherwise.
         tokens: (examples, tokens of each) in a micro batch of a process, or of those that share its texts.
         micro_batches: of an optimizer step.
         work: what an optimizer step computes and sends.
@@ -43,6 +45,7 @@ class MemoryPlan:
     parts: dict[str, int]
     states: int
     host: int
+    loading: int
     tokens: tuple[int, int]
     micro_batches: int
     work: StepWork = field(repr=False)
@@ -89,8 +92,7 @@ def plan_memory(
         >>> plan_memory(load_config("llama-3.2-1b"), Method(ratio=0.1)).peak
     """
     method, engine = method or method_of(config), engine or Engine()
-    if engine.shards_parameters:
-        require_whole_weights(engine.kind, config.model.quantization)
+    require_splittable(engine.kind, config.model.quantization)
     config.require_trainable()
     shape = (config.training.micro_batch, tokens or config.data.max_length)
     model_config = model_config or load_model_config(config)
@@ -117,6 +119,7 @@ def plan_memory(
         highest.parts,
         sum(highest.parts[name] for name in ("parameters", "gradients", "optimizer")),
         step.host,
+        step.weights + step.scales if config.model.quantization and engine.shards_parameters else 0,
         shape,
         micro_batches,
         _work(step, engine, micro_batches),

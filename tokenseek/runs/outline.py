@@ -69,6 +69,8 @@ def _memory(config: RunConfig, inputs: RunInputs, tokens: int) -> str:
         f"memory: {format_size(plan.peak)} planned at the peak of a step with {tokens:,} tokens in a row, weights "
         f"included; {format_size(free)} are free"
     )
-    if plan.peak <= free:
+    if plan.loading:
+        told += f"; {format_size(plan.loading)} are held before it, until the packed weights are split"
+    if max(plan.peak, plan.loading) <= free:
         return told
     return f"{told}. WARNING: this may not fit; `tokenseek plan --budget` lists what would help"

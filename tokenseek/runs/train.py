@@ -38,7 +38,7 @@ from tokenseek.launching.memory import peak_memory_bytes
 from tokenseek.launching.processes import first_on_main, join_processes, log_once, require_engine
 from tokenseek.models.checks import require_adapter, require_fitting_data
 from tokenseek.models.kernels import apply_liger, compile_regions, require_kernels
-from tokenseek.models.loading import add_adapter, load_model, model_folder, revision_of
+from tokenseek.models.loading import add_adapter, load_model, model_folder, packing_dtype, revision_of
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.allocation import StepAllocation
 from tokenseek.runs.batch import settle_batch, with_batch
@@ -202,7 +202,11 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
     config, inputs, tokenizer = run.config, run.inputs, run.inputs.tokenizer
     # Under ZeRO-3 the arguments, which are made before, decide that weights are partitioned as they are loaded.
     set_seed(config.seed)
-    model = _model(config, inputs.group)
+    packed_in = packing_dtype(config)
+    if config.model.quantization and packed_in != torch.uint8:
+        numbers = f"{config.model.quantization} weights, packed in {str(packed_in).removeprefix('torch.')} numbers"
+        log_once(_log, inputs.state, f"The engine splits {numbers}, over {inputs.state.num_processes} processes.")
+    model = _model(config, inputs.group, packed_in)
     options: dict[str, Any] = dict(
         args=run.arguments,
         on_nan=config.training.on_nan,
@@ -312,9 +316,9 @@ def _split(config: RunConfig, inputs: RunInputs) -> tuple[Dataset, Dataset | Non
     return training, held_out
 
 
-def _model(config: RunConfig, group: dist.ProcessGroup | None) -> PreTrainedModel | PeftModel:
+def _model(config: RunConfig, group: dist.ProcessGroup | None, packed_in: torch.dtype) -> PreTrainedModel | PeftModel:
     """The model as the run trains it: with its adapter, its ditching and its ranks that share texts."""
-    base = load_model(config.model)
+    base = load_model(config.model, packed_in=packed_in)
     revision = revision_of(config.model, model_folder(config.model))
     model = add_adapter(base, config.peft, revision=revision) if config.peft else base
     if config.training.liger:
