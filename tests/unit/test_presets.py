@@ -23,7 +23,9 @@ PAPER_MODELS = {
 
 def test_all_presets_are_there():
     paper = {name + form for name in PAPER_MODELS for form in ("", "-loha", "-qlora")}
-    assert set(list_resources("preset")) == paper | {"gsm8k", "here", "llama-2-7b-translation", "quickstart"}
+    assert set(list_resources("preset")) == paper | {
+        "gsm8k", "here", "llama-2-7b-translation", "llama-3.1-70b-qlora", "quickstart",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list_resources("preset"))
