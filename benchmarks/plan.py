@@ -33,6 +33,7 @@ from tokenseek.planning.work import Work
 STEPS_OF_A_GROUP = 3
 LORA = ("peft.method=lora", "peft.r=8")
 ACCUMULATED, BF16 = "training.gradient_accumulation_steps=2", "training.mixed_precision=bf16"
+TILES = "training.tile_rows=48"
 DRAWN = ("selection.rule=sampled", "selection.alpha=0", "selection.explore=0.3", "selection.ratio=0.2")
 ONLINE = ("scoring.mode=online", *DRAWN)
 # name -> (model_type, method, settings)
@@ -50,6 +51,9 @@ CASES: dict[str, tuple[str, Method, tuple[str, ...]]] = {
     "llama, r = 0.1, LoRA, 8-bit keys and values": ("llama", Method(0.1), (*LORA, "training.kv_storage=int8")),
     "llama, r = 1, LoRA": ("llama", Method(1.0), LORA),
     "llama, r = 0.2, LoRA, online by error": ("llama", Method(0.2), (*LORA, *ONLINE, "scoring.reduction=error")),
+    "llama, r = 0.1, LoRA, recomputed, tiles": ("llama", Method(0.1, recompute=True), (*LORA, TILES)),
+    "gpt2, r = 0.2, online by error, tiles": ("gpt2", Method(0.2), (*ONLINE, "scoring.reduction=error", TILES)),
+    "llama, r = 0.2, LoRA, online, tiles": ("llama", Method(0.2, recompute=True), (*LORA, *ONLINE, TILES)),
     "gpt2, r = 0.2, online by gradient": ("gpt2", Method(0.2), ONLINE),
     "llama, r = 0.2, LoRA, online, 1 exact layer": ("llama", Method(0.2), (*LORA, *ONLINE, "selection.exact_layers=1")),
 }
@@ -153,7 +157,8 @@ def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model
     if method.ratio is not None:
         selection, scoring = config.selection, config.scoring
         seeking = Seeking(scoring.reduction, scoring.gradient_layer, selection.exact_layers)
-        enable_token_ditching(model, recompute=method.recompute, kv_storage=training.kv_storage, seeking=seeking)
+        options: dict = dict(kv_storage=training.kv_storage, tile_rows=training.tile_rows, seeking=seeking)
+        enable_token_ditching(model, recompute=method.recompute, **options)
     elif method.recompute:
         enable_checkpointing(model)
     if group is not None:

@@ -3,7 +3,7 @@
     python -m benchmarks.selected_attention --lengths 1024,2048,4096,8192,16384,32768 --ratio 0.1
 
 "masked" is one call with a mask [1, 1, G S, T], "spans" what is done where rows are few (up to four masked calls, whose
-rows see no key behind them), "staircase" `tokenseek/ditching/staircase.py`. MiB: "mask" of all masks, which a step
+rows see no key behind them), "staircase" `tokenseek/tiling/staircase.py`. MiB: "mask" of all masks, which a step
 makes once; "extra" is the peak of a forward and a backward pass above queries, keys, values, output and their
 gradients, with the masks and whatever was needed to make them.
 """
@@ -22,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.memory import LiveStorages
 from tokenseek.ditching import attention
-from tokenseek.ditching.rows import Rows, partition
+from tokenseek.ditching.rows import partition
+from tokenseek.tiling.rows import Rows
 
 MIB = 2**20
 METHODS = ("masked", "spans", "staircase")

@@ -27,7 +27,7 @@ def flags(monkeypatch):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_no_attention_of_ditching_runs_by_cudnn(flags, kind, recompute):
     model = tokenseek.enable_token_ditching(tiny_model(kind), recompute=recompute)
     model(**make_batch(), selected_positions=SELECTED).loss.backward()

@@ -140,13 +140,16 @@ def test_rules_select_as_they_do_from_an_index(rule, reduction):
     assert_close(output.loss_all, ordinary)
 
 
+@pytest.mark.parametrize("tile_rows", ["auto", 4])
 @pytest.mark.parametrize("exact_layers", [0, 1])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_packed_examples_are_selected_and_trained_alone(attn, exact_layers):
+def test_packed_examples_are_selected_and_trained_alone(attn, exact_layers, tile_rows):
     """A row of several examples gives the loss and the gradients of a batch of them."""
     batch, lengths = make_batch((13, 9)), (13, 9)
     model = enabled(
-        tiny_model("llama", attn=attn, dtype=torch.float64), seeking=Seeking("l2", exact_layers=exact_layers)
+        tiny_model("llama", attn=attn, dtype=torch.float64),
+        seeking=Seeking("l2", exact_layers=exact_layers),
+        tile_rows=tile_rows,
     )
     padded = model(**batch, selection=DRAWN, selection_keys=KEYS)
     expected = copied(gradients(model, padded.loss))

@@ -20,8 +20,8 @@ def used(monkeypatch):
     """For each layer of a step, whether it kept its hidden states."""
     made, keep = [], ProjectedAgain.keep_instead_of
 
-    def noted(self, keys_and_values):
-        made.append(keep(self, keys_and_values))
+    def noted(self, *given):
+        made.append(keep(self, *given))
         return made[-1]
 
     monkeypatch.setattr(ProjectedAgain, "keep_instead_of", noted)

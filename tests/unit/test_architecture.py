@@ -25,6 +25,7 @@ FLOORS = (
     {"errors", "labels", "quiet", "spelling", "versions"},
     {"imported"},
     {"decoder", "index", "selection"},
+    {"tiling"},
     {"config", "ulysses"},
     {"launching", "reporting", "seeking"},
     {"data", "ditching"},

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 import benchmarks.plan
 from benchmarks.plan import DRAWN, LORA, model_config
+from tokenseek.ditching.loss import EveryChunk
 from tokenseek.planning import Engine, Gpu, Method, find_shape, plan_memory
 from tokenseek.planning.depth import depths_that_tell
 
@@ -75,7 +76,11 @@ def test_where_layers_differ_all_of_them_are_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "gemma-2-9b", "gpt-oss-20b", "smollm3-3b"])
 def test_public_models(name):
-    config = benchmarks.plan.run_config(2048, *LORA, "model.dtype=bfloat16")
+    attention = "eager" if name in ("gemma-2-9b", "gpt-oss-20b") else "sdpa"
+    settings = ("model.dtype=bfloat16", f"model.attn_implementation={attention}")
+    if name == "gpt-oss-20b":  # whose experts are no linear layers
+        settings += ("peft.target_modules=[q_proj,v_proj]",)
+    config = benchmarks.plan.run_config(2048, *LORA, *settings)
     shape = find_shape(name).config()
     for method in (Method(recompute=True), Method(0.1)):
         whole = plan_memory(config, method, model_config=shape, every_layer=True)
@@ -88,7 +93,7 @@ def test_a_few_chunks_of_the_head_tell_of_all(monkeypatch):
     method = Method(recompute=True, chunked_loss=True)
     monkeypatch.setattr("tokenseek.decoder.head.MOST_CHUNK_BYTES", 4 * 500 * 8)  # 8 of 96 rows
     quick = plan_memory(config, method, model_config=LLAMA)
-    monkeypatch.setattr("tokenseek.planning.fake._FewChunks", lambda work: lambda run, *chunk: run(*chunk))
+    monkeypatch.setattr("tokenseek.planning.fake._FewChunks", lambda work: EveryChunk())
     whole = plan_memory(config, method, model_config=LLAMA)
     assert quick.work.flops == whole.work.flops
     assert quick.peak == pytest.approx(whole.peak, rel=1e-4)

@@ -13,8 +13,9 @@ import tokenseek
 from benchmarks.launches import Launches, measure
 from tokenseek import TokenSeekCollator, TokenSeekTrainer
 from tokenseek.ditching.planned import PlannedRows
-from tokenseek.ditching.rows import MIN_SPAN_ROWS, partition
+from tokenseek.ditching.rows import partition
 from tokenseek.labels import IGNORED
+from tokenseek.tiling.rows import MIN_SPAN_ROWS
 
 BUDGETS = {
     # Of a layer, forward and backward, as shares of an ordinary one's; of what comes once, in the forward pass.

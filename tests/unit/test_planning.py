@@ -59,6 +59,28 @@ def test_plan_agrees_with_a_real_step(case):
     assert sum(planned.parts.values()) == planned.peak
 
 
+def test_plan_agrees_with_a_real_step_of_windows(monkeypatch):
+    """Of four tokens each, evenly spread as a plan has the selected ones: most keys and values are not kept."""
+
+    def inputs(batch: int, tokens: int, vocab: int, ratio: float) -> dict[str, torch.Tensor]:
+        ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        count = round(ratio * tokens)
+        positions = torch.arange(1, count + 1) * tokens // count - 1
+        return dict(input_ids=ids, labels=ids, selected_positions=positions[None], num_items_in_batch=ids.numel())
+
+    monkeypatch.setattr(benchmarks.plan, "_inputs", inputs)
+    shape, method = model_config("mistral", **SIZES | {"layers": 6}), Method(0.1, recompute=True)
+    held = []
+    for window in (4, 400):
+        shape.sliding_window = window
+        config = run_config(*LORA)
+        planned = plan_memory(config, method, CPU, model_config=shape)
+        assert planned.peak == pytest.approx(measured_peak(config, method, shape), rel=0.03)
+        held.append(next(stretch.peak for stretch in planned.stretches if stretch.name == "head"))
+    unselected, layers, per_token = 346, 6, 2 * 64 * 4  # bytes of the keys and values of a token in a layer
+    assert held[1] - held[0] > 0.4 * unselected * layers * per_token, held
+
+
 @pytest.mark.parametrize(
     "case", [c for c, (_, _, set_) in CASES.items() if not differentiates_inside(run_config(*set_))]
 )
@@ -272,6 +294,8 @@ def test_what_cannot_be_planned_is_refused(tmp_path):
         plan_memory(run_config(*LORA, "model.quantization=int8"), engine=Engine("zero3", 2), model_config=LLAMA)
     with pytest.raises(UserError, match="no config that Transformers can read"):
         plan_memory(run_config(f"model.name_or_path={tmp_path}"))
+    with pytest.raises(UserError, match="gpt-oss.*attn_implementation=sdpa.*--set model.attn_implementation=eager"):
+        plan_memory(run_config("model.name_or_path=openai/gpt-oss-20b"))
 
 
 def test_largest_ratio_is_the_largest_that_fits():

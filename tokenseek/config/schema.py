@@ -136,8 +136,9 @@ class DitchingSettings(Section):
       there or on the host (`int8_host`).
     - `compile`: norms and feed-forward blocks compiled by torch, for fewer and larger kernels on a GPU.
     - `liger`: Liger's kernels for norms, rotary embeddings and gated feed-forward blocks, on a GPU.
-    - `tile_rows`: how many unselected tokens go through a layer at once: a number, or `auto`, 2048 where there are 4096
-      or more. Losses and gradients are the same.
+    - `tile_rows`: how many tokens without gradient go through a layer at once (unselected ones; all, where a step
+      selects, and in scoring and evaluation): a number, or `auto`, 2048 where there are 4096 or more. Losses and
+      gradients are the same.
     - `on_nan`: whether a loss or gradient that is not finite ends the run (`stop`) or not (`continue`).
     - `packing`: `true` lays the examples of a micro batch in one row instead of padding them; losses and gradients are
       the same. `bins` packs the whole data set into rows of `data.max_length` tokens first, by first-fit decreasing: a

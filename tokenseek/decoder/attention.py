@@ -47,6 +47,12 @@ def has_attention_interface(decoder: Decoder) -> bool:
     return looks_up and not getattr(decoder.causal_lm.config, "reorder_and_upcast_attn", False)
 
 
+def attention_is_ours(decoder: Decoder) -> bool:
+    """Whether the model looks its attention function up, and finds one of ours in its place: its backend is sdpa."""
+    is_sdpa = decoder.causal_lm.config.get_text_config()._attn_implementation == "sdpa"
+    return is_sdpa and has_attention_interface(decoder)
+
+
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """Inside the block, ``scaled_dot_product_attention`` on CUDA chooses among its own kernels and leaves cuDNN's out.

@@ -8,11 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    sliding_window_causal_mask_function,
+)
 
+from tokenseek.decoder.attention import attention_is_ours
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.names import require_known_mask_function
 from tokenseek.errors import UserError
@@ -44,14 +50,43 @@ def makes_masks_by_utils(decoder: Decoder) -> bool:
     return hasattr(sys.modules[type(decoder.body).__module__], "create_causal_mask")
 
 
+@dataclass(frozen=True)
+class SlidingWindow:
+    """Stands for a mask of all rows and keys by which a token looks at itself and at the `size` - 1 tokens before it.
+
+    Only attention functions of ours take one. Any other use of it as a tensor raises.
+    """
+
+    size: int
+
+    def seen(self, position_R1: torch.Tensor, key_T: torch.Tensor) -> torch.Tensor:
+        """[.., R, T] bool: which keys, by their positions, rows at these positions [.., R, 1] look at."""
+        return (key_T <= position_R1) & (key_T > position_R1 - self.size)
+
+
+def takes_windows(decoder: Decoder) -> bool:
+    """Whether a :class:`SlidingWindow` reaches nothing but attention functions of ours.
+
+    A mixer reads its mask, and bodies whose layers share keys and values cut masks to the rows that these run on.
+    """
+    return attention_is_ours(decoder) and not decoder.mixers and not decoder.sharing
+
+
 @contextmanager
 def whole_masks(
-    decoder: Decoder, tokens: int, attention_mask_BT: torch.Tensor | None, position_ids_BT: torch.Tensor | None
+    decoder: Decoder,
+    tokens: int,
+    attention_mask_BT: torch.Tensor | None,
+    position_ids_BT: torch.Tensor | None,
+    windows: bool = False,
 ) -> Iterator[None]:
     """Inside the block, the masks that the model builds are [.., T, T] for the text given here, whatever rows it sees.
 
     Transformers' rules are followed: examples packed in one row are told apart by jumps in their `position_ids`, unless
     there is an `attention_mask`. The model itself has to be given an `attention_mask`, or it would tell them apart too.
+
+    Args:
+        windows: a mask that is a sliding window and nothing else is a :class:`SlidingWindow`.
 
     Raises:
         UserError: on leaving the block, if no mask was built in it.
@@ -87,6 +122,10 @@ def whole_masks(
                 return by_text(batch, head, positions[batch, query], positions[batch, key])
 
             mask_function, allow_is_causal_skip = and_masks(same_example, within_example), False
+        size = more.get("local_size")
+        is_alone = windows and allow_is_causal_skip and packed is None and attention_mask_BT is None
+        if is_alone and size and size < tokens and _is_same(mask_function, sliding_window_causal_mask_function(size)):
+            return SlidingWindow(size)
         return make_mask(
             batch_size=batch_size,
             q_length=tokens,
@@ -108,6 +147,22 @@ def whole_masks(
             "cannot be made for examples packed in one row, or for a text shared by ranks. Pad the examples "
             "(training.packing: false), or train without sequence parallelism."
         )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two functions run the same code on the same values, as what one factory makes for the same arguments."""
+    if not callable(one) or not callable(other):
+        return type(one) is type(other) and isinstance(one, (int, tuple, list)) and _all_same(one, other)
+    if getattr(one, "__code__", one) is not getattr(other, "__code__", other):
+        return False
+    cells = [[cell.cell_contents for cell in getattr(f, "__closure__", None) or ()] for f in (one, other)]
+    return _all_same(*cells)
+
+
+def _all_same(one: Any, other: Any) -> bool:
+    if isinstance(one, int):
+        return bool(one == other)
+    return len(one) == len(other) and all(_is_same(a, b) for a, b in zip(one, other, strict=True))
 
 
 def begins_anew(position_ids_BT: torch.Tensor) -> torch.Tensor:

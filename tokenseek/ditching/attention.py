@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from tokenseek.decoder.attention import Attention, Replace
-from tokenseek.ditching.rows import Rows
+from tokenseek.decoder.masks import SlidingWindow
 from tokenseek.ditching.side_by_side import SideBySide
-from tokenseek.ditching.staircase import Span, is_served, make_spans, staircase_attention
+from tokenseek.tiling.rows import Rows
+from tokenseek.tiling.staircase import Span, as_autocast, is_served, make_spans, make_window_spans, staircase_attention
 
 # What sdpa's function reads from an attention module, for one without grouped heads: it then repeats no key or value.
 _UNGROUPED = SimpleNamespace(is_causal=True)
@@ -41,11 +42,17 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Replace:
             query_BNUH: torch.Tensor,
             key_BKTH: torch.Tensor,
             value_BKTH: torch.Tensor,
-            attention_mask: torch.Tensor | None,
+            attention_mask: torch.Tensor | SlidingWindow | None,
             *args: Any,
             **kwargs: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             on_call()
+            if isinstance(attention_mask, SlidingWindow):
+                query, key, value = as_autocast(query_BNUH, key_BKTH, value_BKTH)
+                steps = _window_spans(rows, attention_mask, query, key, value, *args, **kwargs)
+                if steps is not None:
+                    return staircase_attention(query, key, value, steps, kwargs.get("scaling")), None
+                attention_mask = rows.window_mask(attention_mask)
             keys = key_BKTH.shape[2]  # T, or fewer where the last tokens are in no pass
             if attention_mask is not None:
                 outputs = []
@@ -66,7 +73,7 @@ def selected_attention(rows: Rows, order: SideBySide | None = None) -> Replace:
     """A replacement for the selected pass, in which keys and values are stored for the backward pass.
 
     Where the mask is plain causality (None) and rows are many, no mask of rows times keys is made
-    (:mod:`tokenseek.ditching.staircase`).
+    (:mod:`tokenseek.tiling.staircase`).
 
     Under a mask, sdpa repeats keys and values for every query head of a group. Queries of a group are taken as G times
     the rows of one head instead, so that autograd stores the keys and values of K heads and not of N. Early rows, which
@@ -82,17 +89,24 @@ def selected_attention(rows: Rows, order: SideBySide | None = None) -> Replace:
             query_BNSH: torch.Tensor,
             key_BKTH: torch.Tensor,
             value_BKTH: torch.Tensor,
-            attention_mask: torch.Tensor | None,
+            attention_mask: torch.Tensor | SlidingWindow | None,
             *args: Any,
             **kwargs: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            if isinstance(attention_mask, SlidingWindow):
+                window = attention_mask
+                query, key, value = as_autocast(query_BNSH, key_BKTH, value_BKTH)
+                steps = _window_spans(rows, window, query, key, value, *args, **kwargs)
+                if steps is not None:
+                    return staircase_attention(query, key, value, steps, kwargs.get("scaling")), None
+                attention_mask = rows.once(f"{window}", rows.index_BR, lambda: rows.window_mask(window))
             spans, is_biased = rows.spans, kwargs.get("position_bias") is not None
             if order is not None and attention_mask is None and not is_biased:
                 attention_mask, spans = order.causal_mask, [(0, query_BNSH.shape[2], order.keys)]
             elif order is not None:  # what a layer makes for its keys takes them to be in the order of the text
                 key_BKTH, value_BKTH = order.in_text_order(key_BKTH, value_BKTH)
             elif attention_mask is None:
-                query, key, value = _as_autocast(query_BNSH, key_BKTH, value_BKTH)
+                query, key, value = as_autocast(query_BNSH, key_BKTH, value_BKTH)
                 steps = _staircase(rows, query, key, value, *args, **kwargs)
                 if steps is not None:
                     return staircase_attention(query, key, value, steps, kwargs.get("scaling")), None
@@ -144,16 +158,30 @@ def _staircase(
         positions_BS = rows.on_host
         return None if positions_BS is None else make_spans(positions_BS, rows.tokens, query_BNSH.device, dtype)
 
-    return rows._once(f"staircase.{dtype}", rows.index_BR, make)
+    return rows.once(f"staircase.{dtype}", rows.index_BR, make)
 
 
-def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As autocast would hand them to ``scaled_dot_product_attention``."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+def _window_spans(
+    rows: Rows,
+    window: SlidingWindow,
+    query_BNSH: torch.Tensor,
+    key_BKTH: torch.Tensor,
+    value_BKTH: torch.Tensor,
+    *args: Any,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> list[list[Span]] | None:
+    """The spans of these rows, which look at a window each; None where a mask of all keys is the only way."""
+    if args or dropout or kwargs.get("position_bias") is not None or not is_served(query_BNSH, key_BKTH, value_BKTH):
+        return None
+    device, dtype = query_BNSH.device, query_BNSH.dtype
+
+    def make() -> list[list[Span]] | None:
+        positions_BS = rows.on_host
+        return None if positions_BS is None else make_window_spans(positions_BS, window, device, dtype)
+
+    spans: list[list[Span]] | None = rows.once(f"{window}.{dtype}", rows.index_BR, make)
+    return spans
 
 
 def _within_limit(spans: Sequence[tuple[int, int, int]], entries: int) -> Iterator[tuple[int, int, int]]:

@@ -88,6 +88,11 @@ class _Recorded:
         self.mixer = self.decoder.mixers.get(layer)
 
     def run(self, hidden_BRD: torch.Tensor) -> Any:
+        if tiled := self.recorder.in_tiles(self.layer):
+            output, keys_and_values = tiled.run(self.layer, original_forward(self.layer), hidden_BRD, self.arguments)
+            self.recorder.put(self.layer, *(keys_and_values or ()))
+            self.recorder.returns_tuple = isinstance(output, tuple)
+            return output
         cache, seen = self._make_cache(), list[torch.Tensor]()
         with nullcontext() if self.mixer is None else recording_input(self.mixer, seen):
             output = (self._run_scored if self.layer in self.recorder.scored else self._call)(hidden_BRD, cache)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -103,17 +104,19 @@ class _Chunks:
         rows: int,
     ) -> None:
         self.decoder, self.body_output = decoder, body_output
-        self.targets_R, self.weights_R, self.rows = targets_R, weights_R, rows
-        self.starts = range(0, len(targets_R), rows)
+        self.targets_R, self.weights_R = targets_R, weights_R
+        self.borders = (*range(0, len(targets_R), rows), len(targets_R))
 
-    def of(self, hidden_RD: torch.Tensor) -> list[Chunk]:
-        """Hidden states [C, D], targets [C] and weights [C] of each."""
-        split, weights_R = self._split, self.weights_R
-        weights = [None] * len(self.starts) if weights_R is None else split(weights_R)
-        return list(zip(split(hidden_RD), split(self.targets_R), weights, strict=True))
+    def of(self, hidden_RD: torch.Tensor, borders: tuple[int, ...] | None = None) -> list[Chunk]:
+        """Hidden states [C, D], targets [C] and weights [C] of each.
 
-    def _split(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        return [rows[first : first + self.rows] for first in self.starts]
+        Args:
+            borders: other row numbers than those of :attr:`borders`.
+        """
+        borders, weights_R = borders or self.borders, self.weights_R
+        lengths = [last - first for first, last in pairwise(borders)]
+        weights = [None] * len(lengths) if weights_R is None else weights_R.split(lengths)
+        return list(zip(hidden_RD.split(lengths), self.targets_R.split(lengths), weights, strict=True))
 
     def loss(
         self, hidden_CD: torch.Tensor, targets_C: torch.Tensor, weights_C: torch.Tensor | None, once: bool = True
@@ -135,8 +138,9 @@ def _sum_of_losses(
     """Of all rows: with their gradient at once, or with the logits of a single chunk kept, or recomputed."""
     if has_gradient and _is_constant(head):
         run_chunk = _run_chunk.get()
-        return _sum(run_chunk(_LossWithGradient.apply, chunks.loss, *chunk) for chunk in chunks.of(hidden_RD))
-    if not recompute and len(chunks.starts) == 1:
+        of_chunks = chunks.of(hidden_RD, run_chunk.borders(*chunks.borders))
+        return _sum(run_chunk(_LossWithGradient.apply, chunks.loss, *chunk) for chunk in of_chunks)
+    if not recompute and len(chunks.borders) == 2:
         return chunks.loss(*chunks.of(hidden_RD)[0], once=False)
     if has_gradient and is_plain_trained(head):
         loss: torch.Tensor = _LossWithHeadGradient.apply(chunks, head, hidden_RD, head.weight)
@@ -183,14 +187,25 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient_CV.to(ctx.dtype), None, None
 
 
-# How a chunk of a head without gradient is run: as it is.
-RunChunk: TypeAlias = Callable[..., torch.Tensor]
-_run_chunk: ContextVar[RunChunk] = ContextVar("_run_chunk", default=lambda run, *chunk: run(*chunk))
+class EveryChunk:
+    """How the chunks of a head without gradient are run: all of them, as they are."""
+
+    def borders(self, *borders: int) -> tuple[int, ...]:
+        """Of the chunks, row numbers; from 0 to the number of rows."""
+        return borders
+
+    def __call__(self, run: Callable[..., torch.Tensor], *chunk: Any) -> torch.Tensor:
+        """``run(*chunk)``, or what stands for it."""
+        return run(*chunk)
+
+
+_EVERY_CHUNK = EveryChunk()
+_run_chunk: ContextVar[EveryChunk] = ContextVar("_run_chunk", default=_EVERY_CHUNK)
 
 
 @contextmanager
-def chunks_run_by(run_chunk: RunChunk) -> Iterator[None]:
-    """Inside the block, chunks are run by `run_chunk`, given their function and its arguments; a plan skips some."""
+def chunks_run_by(run_chunk: EveryChunk) -> Iterator[None]:
+    """Inside the block, chunks are run by `run_chunk`; a plan skips some."""
     token = _run_chunk.set(run_chunk)
     try:
         yield

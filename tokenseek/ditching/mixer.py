@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from tokenseek.decoder.find import forward_replaced
-from tokenseek.ditching.cache import KeysAndValuesSeen
 from tokenseek.ditching.reach import PlainReach, Reach
 from tokenseek.ditching.recorded import written
-from tokenseek.ditching.rows import Rows
 from tokenseek.errors import UserError
+from tokenseek.tiling.cache import KeysAndValuesSeen
+from tokenseek.tiling.rows import Rows
 
 
 class MixerSeam:

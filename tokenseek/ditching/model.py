@@ -20,11 +20,11 @@ from tokenseek.ditching.embedding import one_gradient_of_tied_weights
 from tokenseek.ditching.loss import selected_loss, supervised_loss
 from tokenseek.ditching.online import OnlineOutput, Seen, see_all_tokens
 from tokenseek.ditching.planned import PlannedRows
-from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.state import Ditching, Share, original_forward
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.selection import SelectionRule
+from tokenseek.tiling.rows import Rows
 
 
 @dataclass

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, S selected, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -31,17 +31,17 @@ from tokenseek.ditching.state import Ditching
 from tokenseek.ditching.top import Top, seeds
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
-from tokenseek.seeking.context import attention_received
+from tokenseek.seeking.context import attention_received, last_attending
 from tokenseek.seeking.gradient import REDUCTIONS, gradient_beyond, gradient_from, head_scores
 from tokenseek.selection import SelectionRule
 from tokenseek.selection.batched import Example, Selection, examples_of, select_batch
+from tokenseek.tiling.whole import PackedText, PlainText, TiledPass, tiled_pass
+from tokenseek.tiling.window import Replaced, with_windows
 from tokenseek.ulysses.text import DealtText
 
 # The sum of the losses of all rows of this process, with a graph, from the body's output, hidden states [B, T, D] and
 # targets [B, T].
 AllTokensLoss: TypeAlias = Callable[[BodyOutput, torch.Tensor, torch.Tensor], torch.Tensor]
-# Replaces the attention function in a block.
-Replaced: TypeAlias = Callable[[Replace], AbstractContextManager[None]]
 
 
 @dataclass
@@ -146,6 +146,7 @@ class _Batch(NamedTuple):
         valid_BT: True but at padding.
         examples: none where the selection is decided already.
         text: where ranks share the examples, which tokens are this rank's.
+        tiled: how layers run in tiles, if they do.
         own_targets_BR: of the rows of this process.
         arguments: of the model's body, for these rows.
         attention: what attention is replaced by; None for the model's own, or where ranks share the examples.
@@ -155,6 +156,7 @@ class _Batch(NamedTuple):
     valid_BT: torch.Tensor
     examples: list[Example]
     text: DealtText | None
+    tiled: TiledPass | None
     own_targets_BR: torch.Tensor
     arguments: dict[str, Any]
     attention: Replaced | None
@@ -169,11 +171,18 @@ def _batch_of(
     examples = [] if ditching.decided else examples_of(mask, position_ids, targets_BT.shape)
     if ditching.sequence is None:
         own = _all_rows_arguments(arguments, mask, position_ids)
-        attention = _attention_of(ditching, examples, len(targets_BT), mask)
-        return _Batch(targets_BT, valid_BT, examples, None, targets_BT, own, attention)
+        lengths = _lengths_attending_alone(ditching, examples, len(targets_BT), mask)
+        attention = None if lengths is None else _each_alone(ditching.decoder, lengths)
+        whole = PlainText((len(targets_BT), targets_BT.shape[1])) if lengths is None else PackedText(lengths)
+        decoder, recomputes = ditching.decoder, ditching.recomputes(ditching.decoder.layers[-1])
+        tiled = tiled_pass(decoder, whole, ditching.tile_rows, recomputes)
+        if tiled and lengths is None and own.keys().isdisjoint({"attention_mask", "position_ids"}):
+            attention = with_windows(decoder, targets_BT.shape[1])
+            own |= {} if attention is None else {"attention_mask": torch.ones_like(targets_BT)}
+        return _Batch(targets_BT, valid_BT, examples, None, tiled, targets_BT, own, attention)
     text = _dealt(ditching, arguments, labels_BT, selection_keys, ditching.sequence.group)
     own, own_targets_BR = text.arguments(arguments["input_ids"]), text.mine(targets_BT, IGNORED)
-    return _Batch(targets_BT, valid_BT, examples, text, own_targets_BR, own, None)
+    return _Batch(targets_BT, valid_BT, examples, text, None, own_targets_BR, own, None)
 
 
 class _Scored(NamedTuple):
@@ -247,10 +256,11 @@ def _is_split(decoder: Decoder) -> bool:
 
 def _recording(ditching: Ditching, wanted: _Wanted, batch: _Batch, is_split: bool) -> Recording:
     """Where the first pass leaves keys and values: of all layers but the exact ones, and with a graph of the scored."""
-    layers, exact, text = ditching.decoder.layers, ditching.seeking.exact_layers, batch.text
+    decoder, exact, text = ditching.decoder, ditching.seeking.exact_layers, batch.text
+    layers = decoder.layers
     top = None
     if exact and is_split:
-        top = Top(ditching.decoder, batch.own_targets_BR, None if text is None else text.gathered)
+        top = Top(decoder, batch.own_targets_BR, None if text is None else text.gathered)
     scored = ditching.seeking.gradient_layer if wanted.gradient else int(wanted.context)
     if exact:
         scored = 0 if top is None else exact
@@ -259,6 +269,8 @@ def _recording(ditching: Ditching, wanted: _Wanted, batch: _Batch, is_split: boo
         unrecorded=tuple(layers[-exact:]) if exact else (),
         scored=tuple(layers[-scored:]) if scored else (),
         top=top,
+        tiled=batch.tiled,
+        watched=last_attending(decoder) if wanted.context else None,
     )
 
 
@@ -348,14 +360,17 @@ def _head_scores(
     return loss_sum, REDUCTIONS[ditching.seeking.reduction](recording.gradient_through_scored(gradient_BTD))
 
 
-def _attention_of(
+def _lengths_attending_alone(
     ditching: Ditching, examples: list[Example], batch: int, mask: torch.Tensor | None
-) -> Replaced | None:
-    """What attention is replaced by in the first pass: examples of a packed row attend alone. None: the model's own."""
+) -> list[int] | None:
+    """Of a packed row, the lengths of its examples, each of which attends alone; None: the model's own attention."""
     if mask is not None or len(examples) == batch or batch > 1 or not ditching.attention_is_ours:
         return None
-    lengths = [len(example.positions) for example in examples]
-    decoder = ditching.decoder
+    return [len(example.positions) for example in examples]
+
+
+def _each_alone(decoder: Decoder, lengths: list[int]) -> Replaced:
+    """What attention is replaced by in the first pass over a packed row."""
 
     @contextmanager
     def replaced(replace: Replace) -> Iterator[None]:

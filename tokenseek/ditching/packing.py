@@ -14,19 +14,20 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from tokenseek.decoder.attention import Attention, Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.masks import begins_anew, whole_masks
-from tokenseek.decoder.names import MASK_ARGUMENTS
+from tokenseek.decoder.masks import begins_anew, takes_windows, whole_masks
 from tokenseek.ditching.reach import BodyCall, PlainReach
-from tokenseek.ditching.rows import Partition, Rows, partition
+from tokenseek.ditching.rows import Partition, partition
 from tokenseek.errors import UserError
+from tokenseek.tiling.rows import PackedRows, Rows
+from tokenseek.tiling.tiles import PackedTile, PlainTile, Tile, attention_by_example, borders_of_tiles
 from tokenseek.ulysses.heads import Joining
 
 
@@ -112,15 +113,6 @@ def _row(index_1R: list[torch.Tensor], tokens: int) -> PackedRows:
     return PackedRows(index, index[:, :1], tokens, padded=False)
 
 
-class PackedRows(Rows):
-    """The rows of one pass of all examples. Masks are left as they are: each example cuts them by its own rows."""
-
-    def shrink(self, name: str, value: Any, keep_causality: bool = False) -> Any:
-        if name.partition(".")[0] in MASK_ARGUMENTS and (value is None or isinstance(value, torch.Tensor)):
-            return value
-        return super().shrink(name, value, keep_causality)
-
-
 @dataclass(frozen=True)
 class PackedPartition(Partition):
     """Of one row of several examples.
@@ -163,42 +155,40 @@ class PackedReach(PlainReach):
 
     def body_call(self, decoder: Decoder, arguments: dict[str, Any]) -> BodyCall:
         # Masks are [.., M, M], or None where causality, which the kernels know, is all that they would say.
-        masks = whole_masks(decoder, max(self.parts.lengths), None, None)
+        masks = whole_masks(decoder, max(self.parts.lengths), None, None, windows=takes_windows(decoder))
         return arguments | {"attention_mask": self.parts.ones_BT}, masks
 
     def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
-        is_selected = rows is self.parts.selected
-        own = [None if example is None else example[0 if is_selected else 1] for example in self.parts.examples]
-        counts, lengths = [0 if rows is None else rows.index_BR.shape[1] for rows in own], self.parts.lengths
+        own, lengths = self._own(rows), self.parts.lengths
 
         def replace(original: Attention) -> Attention:
-            attend = [None if rows is None else make(rows)(original) for rows in own]
-
-            def attention(
-                module: nn.Module,
-                query_1NRH: torch.Tensor,
-                key_1KTH: torch.Tensor,
-                value_1KTH: torch.Tensor,
-                attention_mask: torch.Tensor | None,
-                *args: Any,
-                **kwargs: Any,
-            ) -> tuple[torch.Tensor, torch.Tensor | None]:
-                if kwargs.get("position_bias") is not None:
-                    raise UserError("attention with a position_bias cannot be kept inside packed examples; pad them.")
-                queries, keys, values = (
-                    x.split(sizes, dim=2)
-                    for x, sizes in ((query_1NRH, counts), (key_1KTH, lengths), (value_1KTH, lengths))
-                )
-                outputs = []
-                for rows, attend_one, *qkv in zip(own, attend, queries, keys, values, strict=True):
-                    if rows is not None and attend_one is not None:
-                        mask = _mask_of(rows, attention_mask)
-                        outputs.append(attend_one(module, *qkv, mask, *args, **kwargs)[0])
-                return torch.cat(outputs, dim=1), None
-
-            return attention
+            attend = [None if each is None else (each, make(each)(original)) for each in own]
+            return attention_by_example(attend, lengths)
 
         return replace
+
+    def tiles(self, rows: Rows, size: int) -> Sequence[Tile]:
+        return rows.once(f"tiles.{size}", rows.index_BR, lambda: self._make_tiles(rows, size))
+
+    def _make_tiles(self, rows: Rows, size: int) -> list[PackedTile]:
+        own = self._own(rows)
+        counts = [0 if each is None else each.index_BR.shape[1] for each in own]
+        begins = list(accumulate(counts, initial=0))
+        tiles = []
+        for first, last in borders_of_tiles(begins[-1], size):
+            examples = [
+                None if each is None else _tile_of_example(each, max(0, first - begin), min(count, last - begin))
+                for each, begin, count in zip(own, begins, counts, strict=False)
+            ]
+            index_1R = rows.index_BR[:, first:last]
+            here = PackedRows(index_1R, index_1R[:, :1], rows.tokens, padded=False).of_tile()
+            tiles.append(PackedTile(here, first, last, examples, self.parts.lengths))
+        return tiles
+
+    def _own(self, rows: Rows) -> list[Rows | None]:
+        """Of each example its rows in the pass of `rows`."""
+        number = 0 if rows is self.parts.selected else 1
+        return [None if example is None else example[number] for example in self.parts.examples]
 
     @contextmanager
     def attention(self, decoder: Decoder, replace: Replace | None, cache: Joining | None) -> Iterator[None]:
@@ -251,13 +241,13 @@ def every_example_alone(lengths: Sequence[int]) -> Replace:
     return replace
 
 
-def _mask_of(rows: Rows, mask_11MM: torch.Tensor | None) -> torch.Tensor | None:
-    """The mask of one example's rows [1, 1, rows, its tokens], a corner of that of the longest, once a step."""
-    if mask_11MM is None:
+def _tile_of_example(rows: Rows, first: int, last: int) -> PlainTile | None:
+    if first >= last:
         return None
-    corner = mask_11MM[:, :, : rows.tokens, : rows.tokens]
-    mask: torch.Tensor = rows._once("corner", mask_11MM, lambda: rows.shrink("attention_mask", corner))
-    return mask
+    positions = cast(list[list[int]], rows.on_host)[0]
+    index_1R = rows.index_BR[:, first:last]
+    extents = [(last - first, positions[first], positions[last - 1])]
+    return PlainTile(Rows(index_1R, index_1R[:, :1], rows.tokens, padded=False).of_tile(), first, last, extents)
 
 
 class _FirstLayer(Exception):

@@ -23,18 +23,21 @@ from tokenseek.decoder.attention import Replace
 from tokenseek.decoder.names import MASK_ARGUMENTS, shared_argument, without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.autocast import autocast_cache
-from tokenseek.ditching.cache import JoiningCache, KeysAndValuesSeen, OnceCache, SelectedCache, UnselectedCache
+from tokenseek.ditching.cache import JoiningCache, SelectedCache, UnselectedCache
 from tokenseek.ditching.converted import converted_once
 from tokenseek.ditching.mixer import MixerSeam
 from tokenseek.ditching.projected import ProjectedAgain
 from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.recorded import RecordedCache
-from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.side_by_side import SideBySide
 from tokenseek.ditching.state import Ditching, Step, original_forward
-from tokenseek.ditching.storage import Board, TakenOnce, saved_as_kept
-from tokenseek.ditching.tiles import ProjectedCache, Tile, TiledLayer, tile_attention, tiles_of
+from tokenseek.ditching.storage import TakenOnce, saved_as_kept
+from tokenseek.ditching.tiles import tiles_of
+from tokenseek.ditching.window import seen_rows
 from tokenseek.errors import UserError
+from tokenseek.tiling.cache import KeysAndValuesSeen, OnceCache, ProjectedCache
+from tokenseek.tiling.rows import Rows
+from tokenseek.tiling.tiles import Tile, TiledLayer
 
 # The layer's output for the selected rows and, where it has keys and values, those of all tokens, [B, N, T, H] each.
 PassOutput: TypeAlias = tuple[Any, tuple[torch.Tensor, ...]]
@@ -129,9 +132,16 @@ class LayerCode:
         replace = self.reach.replacement(attending, partial(unselected_attention, on_call=on_attention))
         return self(hidden_BUD, self.parts.unselected, cache, replace)
 
-    def tiles(self) -> list[Tile] | None:
+    def tiles(self) -> Sequence[Tile] | None:
         """Of the unselected rows; None where they run at once."""
         return tiles_of(self.reach, self.ditching.tile_rows, self.recomputed)
+
+    def seen(self, count: int) -> torch.Tensor | None:
+        """Which of `count` rows of keys and values (unselected ones, or all) selected rows look at; None: all."""
+        if self.mixer is not None:
+            return None
+        masks = [self._arguments.get(name) for name in MASK_ARGUMENTS]
+        return seen_rows(self.reach, next((mask for mask in masks if mask is not None), None), count)
 
     def order(self) -> SideBySide | None:
         """In which keys and values lie; None for that of the text, if anyone but our attention looks at them."""
@@ -189,8 +199,7 @@ class SelectedPass:
     def __init__(self, kind: KindOfLayer, code: LayerCode, selected_BSD: torch.Tensor) -> None:
         self._run, self._layer, self._selected_BSD = kind.run_selected, code.layer, selected_BSD
         self._with_gradient, self._caches_casts = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-        self.recomputes = code.recomputed and self._with_gradient
-        self._storage, self._board = code.ditching.kv_storage, code.board
+        self.recomputes, self._code = code.recomputed and self._with_gradient, code
 
     def __call__(self, *given: torch.Tensor, projected: ProjectedAgain | None = None) -> PassOutput:
         """What :meth:`KindOfLayer.run_selected` returns.
@@ -202,7 +211,7 @@ class SelectedPass:
             run = self._run
             if not self.recomputes:
                 return run(self._selected_BSD, *given)
-            take, layer = _kept_for_backward(given, projected, self._storage, self._board), self._layer
+            take, layer = _kept_for_backward(self._code, given, projected), self._layer
 
             def run_once(hidden_BSD: torch.Tensor) -> PassOutput:
                 with converted_once(layer, with_gradient=True, recomputed=True):
@@ -213,12 +222,14 @@ class SelectedPass:
 
 
 def _kept_for_backward(
-    given: tuple[torch.Tensor, ...], projected: ProjectedAgain | None, storage: str, board: Board
+    code: LayerCode, given: tuple[torch.Tensor, ...], projected: ProjectedAgain | None
 ) -> Callable[[], Sequence[torch.Tensor]]:
     """What gives these tensors to a pass, and to the same pass once more."""
-    if projected is not None and projected.keep_instead_of(given):
+    seen = code.seen(given[0].shape[2]) if given else None
+    share = 1.0 if seen is None else len(seen) / given[0].shape[2]
+    if projected is not None and projected.keep_instead_of(given, share):
         return projected.take
-    kept = [TakenOnce(tensor, storage, board) for tensor in given]
+    kept = [TakenOnce(tensor, code.ditching.kv_storage, code.board, seen) for tensor in given]
     return lambda: [tensor.take() for tensor in kept]
 
 
@@ -232,7 +243,9 @@ class AttentionPasses:
         code, storage, cache = self.code, self.code.ditching.kv_storage, self._selected_cache(given)
         # What is recomputed saves nothing until then.
         moves_kv = storage != "device" and torch.is_grad_enabled() and not code.recomputed
-        with saved_as_kept(lambda: (cache.keys, cache.values), storage, code.board) if moves_kv else nullcontext():
+        seen = code.seen(code.reach.whole.tokens) if moves_kv else None
+        saved = lambda: saved_as_kept(lambda: (cache.keys, cache.values), storage, code.board, seen)  # noqa: E731
+        with saved() if moves_kv else nullcontext():
             output = code.run_selected(hidden_BSD, cache, self.order)
         return output, cache.given_by(code.layer, code.decoder)
 
@@ -269,7 +282,7 @@ class AttentionPasses:
 
     def _in_tiles(
         self,
-        tiles: list[Tile],
+        tiles: Sequence[Tile],
         selected_pass: SelectedPass,
         unselected_BUD: torch.Tensor,
         stop: bool,
@@ -285,14 +298,14 @@ class AttentionPasses:
         self._require_attended(tiled.attended)
         return output, unselected_BUD
 
-    def _projected_again(self, tiles: list[Tile] | None, unselected_BUD: torch.Tensor) -> ProjectedAgain | None:
+    def _projected_again(self, tiles: Sequence[Tile] | None, unselected_BUD: torch.Tensor) -> ProjectedAgain | None:
         """What may keep `unselected_BUD` in the place of keys and values; None where these cannot be made again."""
         code, storage = self.code, self.code.ditching.kv_storage
         is_plain = isinstance(code.reach, PlainReach) and not code.shared and storage in ("device", "host")
         project = partial(self._project, tiles)
         return ProjectedAgain(project, unselected_BUD, storage, code.board) if is_plain else None
 
-    def _project(self, tiles: list[Tile] | None, hidden_BUD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project(self, tiles: Sequence[Tile] | None, hidden_BUD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, N, U, H] of the unselected rows, without anything else of the layer."""
         code = self.code
         if tiles:
@@ -352,8 +365,8 @@ class SharingPasses:
         return output, None if stop else self._run_unselected(unselected_BUD)
 
     def _run_unselected(self, hidden_BUD: torch.Tensor) -> torch.Tensor:
-        code, outputs = self.code, list[torch.Tensor]()
-        for tile in code.tiles() or ():
-            replace = tile_attention(tile, lambda: None)
-            outputs.append(hidden_states(code(tile.take(hidden_BUD), tile.rows, None, replace)))
-        return torch.cat(outputs, dim=1) if outputs else hidden_states(code.run_unselected(hidden_BUD, None))
+        code = self.code
+        if tiles := code.tiles():
+            tiled = TiledLayer(code.layer, code.decoder, tiles, hidden_BUD, lambda *given: hidden_states(code(*given)))
+            return tiled.finish()
+        return hidden_states(code.run_unselected(hidden_BUD, None))

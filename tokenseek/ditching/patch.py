@@ -27,9 +27,9 @@ from tokenseek.ditching.model import make_causal_lm_forward
 from tokenseek.ditching.seeking import Seeking
 from tokenseek.ditching.state import Ditching, ditching_of
 from tokenseek.ditching.storage import STORAGES
-from tokenseek.ditching.tiles import require_tile_rows
 from tokenseek.ditching.zero3 import gather_layers_once, ungather_layers
 from tokenseek.errors import UserError
+from tokenseek.tiling.tiles import require_tile_rows
 from tokenseek.versions import tell_of_untested
 
 

@@ -43,11 +43,15 @@ class ProjectedAgain:
         self._given: tuple[torch.Tensor, ...] | None = None
         self.is_used = False
 
-    def keep_instead_of(self, keys_and_values: tuple[torch.Tensor, ...]) -> bool:
-        """Whether hidden states are kept, which :meth:`take` then makes keys and values of."""
+    def keep_instead_of(self, keys_and_values: tuple[torch.Tensor, ...], share: float = 1) -> bool:
+        """Whether hidden states are kept, which :meth:`take` then makes keys and values of.
+
+        Args:
+            share: of keys and values that would be kept.
+        """
         hidden, self._hidden = self._hidden, None
         assert hidden is not None, "asked once"
-        self.is_used = hidden.nbytes < sum(rows.nbytes for rows in keys_and_values)
+        self.is_used = hidden.nbytes < share * sum(rows.nbytes for rows in keys_and_values)
         if self.is_used:
             self._kept, self._given = Kept(hidden, self.storage, self._board), keys_and_values
             if self.storage == "device":

@@ -10,7 +10,7 @@ Shapes: B batch, R rows of one pass (selected or unselected), N heads, H head di
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any, Protocol, TypeAlias
@@ -20,8 +20,10 @@ from typing_extensions import Self
 
 from tokenseek.decoder.attention import Replace, attention_replaced, without_cudnn
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.masks import makes_masks_by_utils, whole_masks
-from tokenseek.ditching.rows import Partition, Rows
+from tokenseek.decoder.masks import makes_masks_by_utils, takes_windows, whole_masks
+from tokenseek.ditching.rows import Partition
+from tokenseek.tiling.rows import Rows
+from tokenseek.tiling.tiles import Tile, plain_tiles
 from tokenseek.ulysses.heads import Joining
 
 # Arguments of the decoder's body, and what it is called inside of.
@@ -97,12 +99,16 @@ class PlainReach:
         # No token looks at padding behind it: causality is all the mask that is needed.
         if makes_masks_by_utils(decoder):
             # Without a mask, Transformers would look for packed examples, for which the host waits for the device.
-            masks = whole_masks(decoder, self.parts.tokens, None, None)
+            masks = whole_masks(decoder, self.parts.tokens, None, None, windows=takes_windows(decoder))
             return arguments | {"attention_mask": self.parts.ones_BT}, masks
         return {name: value for name, value in arguments.items() if name != "attention_mask"}, nullcontext()
 
     def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         return make(rows)
+
+    def tiles(self, rows: Rows, size: int) -> Sequence[Tile]:
+        """Tiles of at most `size` of `rows` of `parts`, made once a step."""
+        return plain_tiles(rows, size)
 
     def attention(
         self, decoder: Decoder, replace: Replace | None, cache: Joining | None

@@ -21,12 +21,14 @@ from torch.distributed.tensor import DTensor
 
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import is_partitioned
-from tokenseek.ditching.cache import JoiningCache, OnceCache
+from tokenseek.ditching.cache import JoiningCache
 from tokenseek.ditching.reach import Reach
-from tokenseek.ditching.rows import Rows
 from tokenseek.ditching.storage import Kept, Shelf
 from tokenseek.ditching.top import Top
 from tokenseek.errors import UserError
+from tokenseek.tiling.cache import OnceCache
+from tokenseek.tiling.rows import Rows
+from tokenseek.tiling.whole import TiledPass
 
 
 class Recording:
@@ -37,6 +39,8 @@ class Recording:
         unrecorded: layers that the second pass leaves out.
         scored: the last layers, through which a gradient is taken before the second pass.
         top: the scored layers, where the second pass runs them once more over all tokens.
+        tiled: how the other layers run in tiles, if they do.
+        watched: a layer more that runs as it is.
 
     Attributes:
         returns_tuple: whether layers return their hidden states in a tuple.
@@ -50,7 +54,10 @@ class Recording:
         unrecorded: tuple[nn.Module, ...] = (),
         scored: tuple[nn.Module, ...] = (),
         top: Top | None = None,
+        tiled: TiledPass | None = None,
+        watched: nn.Module | None = None,
     ) -> None:
+        self.tiled, self.watched = tiled, watched
         self.top = top
         self.storage, self.unrecorded, self.scored = storage, unrecorded, scored
         self.current: RecordingCache | None = None
@@ -70,6 +77,12 @@ class Recording:
         """Keys and values of all tokens, as the attention of the layer that runs sees them."""
         assert self.current is not None, "a layer hands its keys and values to a cache before it attends"
         self.current.keys, self.current.values = keys_BNTH, values_BNTH
+
+    def in_tiles(self, layer: nn.Module) -> TiledPass | None:
+        """How this layer runs in tiles; None where it runs at once."""
+        if self.tiled is None or layer is self.watched or layer in self.scored or not self.tiled.takes(layer):
+            return None
+        return self.tiled
 
     def take(self, layer: nn.Module) -> tuple[torch.Tensor, ...]:
         """What was kept of a layer, which is removed: it belongs to the caller. Nothing of one that shares keys."""

@@ -35,7 +35,7 @@ class SideBySide:
         rows = parts.selected
         if len(rows.index_BR) > 1 or parts.padded or len(rows.spans) > 1:
             return None
-        return rows._once("side by side", rows.index_BR, lambda: cls(parts))
+        return rows.once("side by side", rows.index_BR, lambda: cls(parts))
 
     @property
     def keys(self) -> int:

@@ -84,17 +84,25 @@ class Kept:
 
     Args:
         board: of the layer that it is kept for; by default it is fetched from the host when it is asked for.
+        seen: [X], those of the T tokens that are kept; zeros are restored in the place of the others. All by default.
     """
 
-    def __init__(self, tensor: torch.Tensor, storage: str, board: Board | None = None) -> None:
-        self.storage, self._board = storage, board
+    def __init__(
+        self, tensor: torch.Tensor, storage: str, board: Board | None = None, seen: torch.Tensor | None = None
+    ) -> None:
+        self.storage, self._board, self._seen = storage, board, seen
         self.size, self.stride, self.offset = tensor.size(), tensor.stride(), tensor.storage_offset()
         self.dtype, self.device = tensor.dtype, tensor.device
         self._tensors: tuple[torch.Tensor, ...] = ()
         self._away: tuple[Away, ...] = ()
         self._was_restored = False
+        if seen is not None:
+            tensor = tensor.detach().index_select(2, seen)
+        self._kept_size, self._kept_stride = tensor.size(), tensor.stride()
         if storage == "device":
             self._tensors = (tensor,)
+            if seen is not None:
+                _report(storage, tensor)
         elif storage == "host":
             self._away = (Away(tensor.detach()),)
             _report(storage, *(away.on_host for away in self._away))
@@ -112,6 +120,13 @@ class Kept:
 
     def restore(self) -> torch.Tensor:
         """The tensor again, with the strides that it had."""
+        kept = self._restore()
+        if self._seen is None:
+            return kept
+        restored = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device).zero_()
+        return restored.index_copy_(2, self._seen, kept)
+
+    def _restore(self) -> torch.Tensor:
         if self.storage == "device":
             return self._tensors[0]
         self._was_restored = True
@@ -123,7 +138,7 @@ class Kept:
         if self.storage == "host":
             return back[0]
         mean, numbers, scale = *self._tensors, *back
-        restored = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        restored = torch.empty_strided(self._kept_size, self._kept_stride, dtype=self.dtype, device=self.device)
         return torch.addcmul(mean, numbers, scale, out=restored)
 
     def fetch_ahead(self) -> None:
@@ -197,9 +212,11 @@ class TakenOnce:
     the same rows are written over again when it is taken again.
     """
 
-    def __init__(self, tensor: torch.Tensor, storage: str, board: Board | None = None) -> None:
+    def __init__(
+        self, tensor: torch.Tensor, storage: str, board: Board | None = None, seen: torch.Tensor | None = None
+    ) -> None:
         self._tensor: torch.Tensor | None = tensor
-        self._kept = Kept(tensor, storage, board)
+        self._kept = Kept(tensor, storage, board, seen)
 
     def take(self) -> torch.Tensor:
         """The tensor; a restored one from the second time on."""
@@ -209,12 +226,16 @@ class TakenOnce:
 
 class saved_as_kept(saved_tensors_hooks):
     """What autograd saves inside the block of the tensors that `watched` returns, views included, is
-    stored as :class:`Kept`."""
+    stored as :class:`Kept`, of which `seen` are looked at (all by default)."""
 
     def __init__(
-        self, watched: Callable[[], tuple[torch.Tensor | None, ...]], storage: str, board: Board | None = None
+        self,
+        watched: Callable[[], tuple[torch.Tensor | None, ...]],
+        storage: str,
+        board: Board | None = None,
+        seen: torch.Tensor | None = None,
     ) -> None:
-        self._watched, self._storage, self._board = watched, storage, board
+        self._watched, self._storage, self._board, self._seen = watched, storage, board, seen
         self._shared: dict[int, _Shared] = {}
         super().__init__(self._pack, lambda packed: packed if isinstance(packed, torch.Tensor) else packed())
 
@@ -226,7 +247,7 @@ class saved_as_kept(saved_tensors_hooks):
         for tensor in self._watched():
             if tensor is not None and tensor.untyped_storage()._cdata == saved.untyped_storage()._cdata:
                 if id(tensor) not in self._shared:
-                    self._shared[id(tensor)] = _Shared(tensor, self._storage, self._board)
+                    self._shared[id(tensor)] = _Shared(tensor, self._storage, self._board, self._seen)
                 return self._shared[id(tensor)].view_like(saved)
         return saved
 
@@ -234,8 +255,8 @@ class saved_as_kept(saved_tensors_hooks):
 class _Shared:
     """A tensor of which several operations saved a part. Restored once, it is freed when the last has its part."""
 
-    def __init__(self, tensor: torch.Tensor, storage: str, board: Board | None) -> None:
-        self._kept = Kept(tensor, storage, board)
+    def __init__(self, tensor: torch.Tensor, storage: str, board: Board | None, seen: torch.Tensor | None) -> None:
+        self._kept = Kept(tensor, storage, board, seen)
         self._users = self._served = 0
         self._restored: torch.Tensor | None = None
 

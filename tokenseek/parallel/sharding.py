@@ -22,8 +22,9 @@ from tokenseek.decoder.attention import Replace
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import whole_masks
 from tokenseek.decoder.names import MASK_ARGUMENTS
-from tokenseek.ditching.rows import Partition, Rows
+from tokenseek.ditching.rows import Partition
 from tokenseek.errors import UserError
+from tokenseek.tiling.rows import Rows
 from tokenseek.ulysses.heads import Joining, heads_exchanged
 from tokenseek.ulysses.layout import Dealer, Layout, Shards
 from tokenseek.ulysses.regroup import Move, plan_move

@@ -173,6 +173,13 @@ def _all_stretches(shallow: TakenStep, deeper: TakenStep, depths: Depths) -> lis
             return None
         return grown((what, layer), other[keys[1]][0], one[keys[0]][1], other[keys[1]][1])
 
+    def place_between(what: Hashable, layer: int, time: int, low: float, high: float) -> float:
+        """Among those of all layers, of whatever kind; near `low` and `high` where the neighbours have none."""
+        first, last = 2 * period - 1, depths.whole - of_end
+        before, behind = of_layer(what, first, time), of_layer(what, last, time)
+        start, end = before[0] if before else low, behind[0] if behind else high
+        return start + (end - start) * (layer - first) / (last - first)
+
     found = [grown(key[0], at, one[key][1], stretch) for key, (at, stretch) in other.items() if key[1] is None]
     for what, time in of_layers:
         for layer in range(depths.whole):
@@ -184,21 +191,20 @@ def _all_stretches(shallow: TakenStep, deeper: TakenStep, depths: Depths) -> lis
             high = next(n for n in range(depths.whole - of_end, depths.whole) if n % period == layer % period)
             below, above = of_layer(what, low, time), of_layer(what, high, time)
             if below and above:
-                found.append(_between(below, above, (what, layer), layer - low, high - low))
+                stretch = _between(below[1], above[1], (what, layer), layer - low, high - low)
+                found.append((place_between(what, layer, time, below[0], above[0]), stretch))
     return [stretch for _, stretch in sorted(found, key=lambda entry: entry[0])]
 
 
-def _between(low: tuple[float, Stretch], high: tuple[float, Stretch], name: Hashable, step: int, steps: int):
-    """The stretch `step` of `steps` from one to another, with its time."""
+def _between(a: Stretch, b: Stretch, name: Hashable, step: int, steps: int) -> Stretch:
+    """The stretch `step` of `steps` from one to another."""
 
     def whole(one: int, other: int) -> int:
         return one + (other - one) * step // steps
 
-    share = step / steps
-    (at, a), (end, b) = low, high
     parts = {category: whole(nbytes, b.parts[category]) for category, nbytes in a.parts.items()}
-    average = a.average + share * (b.average - a.average)
-    return at + share * (end - at), Stretch(name, whole(a.peak, b.peak), parts, a.seconds, average)
+    average = a.average + step / steps * (b.average - a.average)
+    return Stretch(name, whole(a.peak, b.peak), parts, a.seconds, average)
 
 
 def _by_name(step: TakenStep) -> dict[tuple[Hashable, int | None, int], tuple[float, Stretch]]:

@@ -27,11 +27,10 @@ from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.head import next_token_labels
 from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import enable_token_ditching, storage, tiles
-from tokenseek.ditching.loss import chunks_run_by, selected_loss
+from tokenseek.ditching.loss import EveryChunk, chunks_run_by, selected_loss
 from tokenseek.ditching.reach import PlainReach, Reach
 from tokenseek.ditching.rows import partition
 from tokenseek.ditching.state import require_ditching
-from tokenseek.ditching.visits import visited_by
 from tokenseek.errors import UserError
 from tokenseek.launching.engine import Engine
 from tokenseek.models.loading import add_adapter
@@ -43,6 +42,7 @@ from tokenseek.planning.packed import pack_linear_layers
 from tokenseek.planning.sequence import plan_as_first_rank
 from tokenseek.planning.sharding import ShardedState
 from tokenseek.planning.work import Work
+from tokenseek.tiling.visits import visited_by
 from tokenseek.training.arguments import training_arguments
 
 _CPU = torch.device("cpu")
@@ -101,6 +101,7 @@ def take_step(
     reach = None if positions_BS is None else PlainReach(partition(positions_BS, None, shape[1]))
     parts = None if reach is None else reach.parts
     if reach:
+        _ = reach.parts.unselected and reach.parts.unselected.on_host  # while its tensors can be read
         tiles.tiles_of(reach, config.training.tile_rows, method.recompute)
     model = build(config, model_config, method, engine)
     if engine.sp_size > 1 and parts is not None:
@@ -180,14 +181,26 @@ def _spread_positions(ratio: float, batch: int, tokens: int) -> torch.Tensor:
 
 
 def build(config: RunConfig, model_config: PreTrainedConfig, method: Method, engine: Engine) -> nn.Module:
-    """The model of a run with its adapter, on the meta device."""
+    """The model of a run with its adapter, on the meta device.
+
+    Raises:
+        UserError: Transformers makes no such model, or not with this attention.
+    """
     with torch.device("meta"), no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(
-            model_config,
-            dtype=getattr(torch, config.model.dtype),
-            attn_implementation=config.model.attn_implementation,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        attention = config.model.attn_implementation
+        try:
+            model: Any = AutoModelForCausalLM.from_config(
+                model_config,
+                dtype=getattr(torch, config.model.dtype),
+                attn_implementation=attention,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        except ValueError as error:
+            other = {"sdpa": "eager", "eager": "sdpa"}[attention]
+            raise UserError(
+                f"{config.model.name_or_path} cannot be made with model.attn_implementation={attention} "
+                f"({str(error).strip().splitlines()[0]}); try --set model.attn_implementation={other}."
+            ) from error
         model.tie_weights()
         if config.model.quantization:
             pack_linear_layers(model, config.model)
@@ -267,14 +280,19 @@ def _track_stored(ledger: Ledger, kind: str, copies: tuple[torch.Tensor, ...]) -
 
 
 def _some(work: Work, parts: Sequence[Any]) -> Iterator[Any]:
-    """Of a layer's tiles, or of the spans of its attention, the first, one in the middle for all but two, and the last.
+    """Of a layer's tiles, or of the spans of its attention, the first and the last, each of which stands for half of
+    them, and of an odd number the one in the middle for itself.
 
     Arithmetic grows evenly from one to the next, so that the sum is that of all; the first or the last holds the most.
     """
-    outside, between = work.times, len(parts) - 2
-    numbers = range(len(parts)) if between < 2 else (0, len(parts) // 2, len(parts) - 1)
-    for number in numbers:
-        work.times = outside * between if between > 1 and number == numbers[1] else outside
+    outside, count = work.times, len(parts)
+    standing_for = (
+        {0: count // 2, count // 2: 1, count - 1: count // 2} if count % 2 else {0: count // 2, -1: count // 2}
+    )
+    if count == 1:
+        standing_for = {0: 1}
+    for number, times in standing_for.items() if count else ():
+        work.times = outside * times
         yield parts[number]
     work.times = outside
 
@@ -290,28 +308,31 @@ def _masks_as_of_real_tensors() -> Iterator[None]:
         masking_utils.is_tracing = before
 
 
-class _FewChunks:
+class _FewChunks(EveryChunk):
     """Of the head's chunks the first, which stands for those that follow it, and the last two, which hold the most."""
 
     def __init__(self, work: Work):
         self.work = work
-        self._flops, self._operations, self._seconds = 0, Counter[tuple[float, int, bool]](), 0.0
+        self._rows, self._flops, self._operations, self._seconds = 0, 0, Counter[tuple[float, int, bool]](), 0.0
 
-    def __call__(
-        self, run: Callable[..., torch.Tensor], chunk_loss: Any, hidden_CD: torch.Tensor, *more: Any
-    ) -> torch.Tensor:
-        (rows, width), work = hidden_CD.shape, self.work
-        first = hidden_CD.storage_offset() // width
-        of_all = hidden_CD.untyped_storage().nbytes() // hidden_CD.element_size() // width
-        if 0 < first < of_all - 2 * rows:
-            work.flops += self._flops
-            work.operations.update(self._operations)
-            work.seconds += self._seconds
+    def borders(self, *borders: int) -> tuple[int, ...]:
+        self._rows = 0
+        return borders if len(borders) < 6 else (*borders[:2], *borders[-3:])
+
+    def __call__(self, run: Callable[..., torch.Tensor], *chunk: Any) -> torch.Tensor:
+        chunk_loss, hidden_CD, *more = chunk
+        work, rows = self.work, len(hidden_CD)
+        if self._rows and rows > self._rows:  # many of them
+            times = rows // self._rows
+            work.flops += times * self._flops
+            work.operations.update({key: times * count for key, count in self._operations.items()})
+            work.seconds += times * self._seconds
             return _SkippedChunk.apply(hidden_CD)
         flops, operations, seconds = work.flops, Counter(work.operations), work.seconds
         total = run(chunk_loss, hidden_CD, *more)
-        self._flops, self._seconds = work.flops - flops, work.seconds - seconds
-        self._operations = work.operations - operations
+        if not self._rows:
+            self._rows, self._flops, self._seconds = rows, work.flops - flops, work.seconds - seconds
+            self._operations = work.operations - operations
         return total
 
 

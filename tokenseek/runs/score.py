@@ -205,6 +205,7 @@ def _seek(
             gradient_layer=config.scoring.gradient_layer,
             reduction=config.scoring.reduction,
             loss_scope=config.scoring.loss_scope,
+            tile_rows=config.training.tile_rows,
             group=team.group,
         )
         loading = time.perf_counter() - began

@@ -45,8 +45,7 @@ def attention_received(
     Raises:
         UserError: on leaving the block, if the last layer computed its attention in code of its own.
     """
-    attending = [layer for layer in decoder.layers if layer not in decoder.mixers]
-    attention_modules = set(attending[-1].modules())
+    attention_modules = set(last_attending(decoder).modules())
     received: list[torch.Tensor] = []
 
     def replace(original: Attention) -> Attention:
@@ -82,6 +81,11 @@ def attention_received(
             "tokens receive (Eq. 3) cannot be read. Use a model that does, as Llama, Qwen, Mistral, Gemma, Phi-3, "
             "GPT-2, GPT-NeoX and OPT do; for GPT-2, reorder_and_upcast_attn must be off."
         )
+
+
+def last_attending(decoder: Decoder) -> nn.Module:
+    """The last layer with attention."""
+    return [layer for layer in decoder.layers if layer not in decoder.mixers][-1]
 
 
 def _column_sums(output_BTNH: torch.Tensor, value_BKTH: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,11 @@ from tokenseek.decoder.head import next_token_labels
 from tokenseek.decoder.masks import makes_masks_by_utils, whole_masks
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
-from tokenseek.seeking.context import attention_received
+from tokenseek.seeking.context import attention_received, last_attending
 from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, head_scores, loss_gradient
+from tokenseek.tiling.tiles import require_tile_rows
+from tokenseek.tiling.whole import PlainText, layers_in_tiles, tiled_pass
+from tokenseek.tiling.window import Replaced, with_windows
 from tokenseek.ulysses.heads import require_shareable
 from tokenseek.ulysses.text import DealtText
 
@@ -72,6 +75,8 @@ class TokenScorer:
         gradient_layer: k takes the gradient at the input of layer N-k+1 of N; 1 is the last layer (Eq. 4, Table S14).
         reduction: of the gradient's D entries: "abs" sums magnitudes, "signed" the entries, "l2" is their norm.
         loss_scope: "response" trusts the labels; "sequence" takes every token as its own label.
+        tile_rows: how many rows go through a layer at once where no gradient is taken, as in
+            :func:`tokenseek.enable_token_ditching`.
         group: ranks that score the same batches together, each computing a part of the tokens and of the heads, for
             examples too long for one; every rank is given whole batches and gets whole scores.
 
@@ -87,6 +92,7 @@ class TokenScorer:
         gradient_layer: int = 1,
         reduction: str = "abs",
         loss_scope: str = "response",
+        tile_rows: int | str = "auto",
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.model, self.decoder, self.group = model, find_decoder(model), group
@@ -101,7 +107,9 @@ class TokenScorer:
             raise UserError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}.")
         if loss_scope not in LOSS_SCOPES:
             raise UserError(f"loss_scope is {loss_scope!r}; it must be one of {', '.join(LOSS_SCOPES)}.")
+        require_tile_rows(tile_rows)
         self.gradient_layer, self.reduction, self.loss_scope = gradient_layer, reduction, loss_scope
+        self.tile_rows = tile_rows
         keep_4bit_differentiable(model)
 
     @property
@@ -149,14 +157,19 @@ class TokenScorer:
         input_ids, attention_mask, labels, targets, supervised, _ = batch
         own_R: torch.Tensor | None = batch.supervised_R
         valid = attention_mask.bool()
-        text, replaced = None, None
+        text: DealtText | None = None
+        replaced: Replaced | None = None
         # Causal attention never looks at padding on the right: without a mask, kernels for plain causality apply.
         arguments = dict(input_ids=input_ids)
         masks: AbstractContextManager[None] = nullcontext()
+        plain = PlainText((len(input_ids), input_ids.shape[1]))
         if self.group is None and makes_masks_by_utils(self.decoder):
             # Without one, Transformers would look for packed examples, for which the host waits for the device.
             arguments["attention_mask"] = torch.ones_like(input_ids)
-            masks = whole_masks(self.decoder, input_ids.shape[1], None, None)
+            if tiled_pass(self.decoder, plain, self.tile_rows):
+                replaced = with_windows(self.decoder, input_ids.shape[1])
+            if replaced is None:
+                masks = whole_masks(self.decoder, input_ids.shape[1], None, None)
         if self.group is not None:
             text = DealtText(
                 self.decoder, self.group, input_ids=input_ids, attention_mask=attention_mask, labels=labels
@@ -164,9 +177,13 @@ class TokenScorer:
             arguments, targets, replaced = text.arguments(input_ids), text.mine(targets, IGNORED), text.attention
             own_R = None
         layer = self.decoder.layers[-self.gradient_layer]
+        in_tiles: AbstractContextManager[None] = nullcontext()
+        if text is None:
+            in_tiles = layers_in_tiles(self.decoder, plain, self.tile_rows, whole=[last_attending(self.decoder)])
         with (
             masks,
             _frozen(self.model),
+            in_tiles,
             gradient_from(layer) as leaves,
             attention_received(self.decoder, valid, replaced) as received,
         ):

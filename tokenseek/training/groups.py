@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -29,6 +30,7 @@ from tokenseek.errors import UserError
 from tokenseek.launching.sequence import launched_sp_size, unseen_by_accelerate
 from tokenseek.parallel import shared_by
 from tokenseek.training.checkpoints import writing
+from tokenseek.training.evaluating import loss_in_pieces
 from tokenseek.training.finite import Collate, NamedExamples, StopAtNan
 from tokenseek.training.sampling import EpochSampler, LengthGroupedSampler, WithBlanks
 
@@ -110,6 +112,16 @@ class GroupTrainer(Trainer):
         if self.stop_at_nan:
             self.stop_at_nan.note(loss, examples)
         return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        in_pieces: AbstractContextManager[None] = nullcontext()
+        own_loss = self.label_smoother is None and self.compute_loss_func is None
+        if prediction_loss_only and own_loss and inputs.get("labels") is not None:  # nobody asks for logits
+            in_pieces = loss_in_pieces(model, inputs["labels"].shape, self.accelerator.autocast)
+        with in_pieces:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with writing(Path(output_dir or str(self.args.output_dir))):

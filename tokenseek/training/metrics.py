@@ -16,6 +16,7 @@ from tokenseek.labels import IGNORED
 from tokenseek.launching.memory import peak_memory_bytes, reset_peak_memory
 from tokenseek.training import GroupTrainer
 from tokenseek.training.checkpoints import writing
+from tokenseek.training.evaluating import loss_in_pieces
 
 
 class MetricsFile(TrainerCallback):
@@ -83,7 +84,8 @@ def held_out_loss(trainer: GroupTrainer, dataset: Dataset) -> float:
     with torch.no_grad():
         for batch in trainer.get_eval_dataloader(concatenate_datasets([dataset, blank])):
             count = batch["labels"][:, 1:].ne(IGNORED).sum().item()
-            with trainer.compute_loss_context_manager():
+            in_pieces = loss_in_pieces(model, batch["labels"].shape, accelerator.autocast)
+            with trainer.compute_loss_context_manager(), in_pieces:
                 loss = model(**batch, num_items_in_batch=1, use_cache=False).loss.item()
             total += torch.tensor([loss, count], dtype=torch.float64)
     loss, count = accelerator.reduce(total.to(accelerator.device, torch.float32), reduction="sum").tolist()

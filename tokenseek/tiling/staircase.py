@@ -17,6 +17,7 @@ Shapes: B batch, T tokens, S rows, N query heads, K key/value heads, G = N / K, 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -26,9 +27,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from tokenseek.decoder.device import kind_of
-from tokenseek.decoder.masks import aligned_mask
-from tokenseek.ditching.visits import visited
+from tokenseek.decoder.masks import SlidingWindow, aligned_mask
 from tokenseek.errors import UserError
+from tokenseek.tiling.visits import visited
 
 _aten = torch.ops.aten
 
@@ -53,6 +54,8 @@ class Limits:
 LIMITS = {"cpu": Limits(rows=48, keys=256, fewest=4), "cuda": Limits(rows=256, keys=1024, fewest=2)}
 
 
+# Rows that look at a window of keys: spans cover so many positions at least.
+SHORTEST_STRETCH = 256
 # Masks of so many entries altogether are made once and kept for all layers; larger ones as spans are visited.
 MOST_KEPT_ENTRIES = 2**20
 
@@ -63,6 +66,8 @@ class Span(NamedTuple):
     Attributes:
         known: the mask [s, R] of its rows at keys [before, keys), to be added to the scores; or, where masks are not
             kept, what it is made of: the positions [s] of its rows.
+        window: its rows look at so many keys each, none before `before`, and no later row looks at these keys without a
+            mask; None where rows look at all keys up to their own.
     """
 
     first: int
@@ -70,13 +75,15 @@ class Span(NamedTuple):
     before: int
     keys: int
     known: torch.Tensor
+    window: int | None = None
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
         """[s, R]"""
         if self.known.dim() == 2:
             return self.known
         keys_R = torch.arange(self.before, self.keys, device=self.known.device)
-        return aligned_mask(keys_R <= self.known[:, None], dtype)
+        seen = SlidingWindow(self.keys if self.window is None else self.window).seen
+        return aligned_mask(seen(self.known[:, None], keys_R), dtype)
 
 
 def make_spans(
@@ -111,14 +118,60 @@ def _spans_of(positions_S: Sequence[int], count: int, device: torch.device, dtyp
         Span(first, last, before, keys, position_S[first:last])
         for first, last, before, keys in zip(rows, rows[1:], steps, steps[1:], strict=False)
     ]
+    return _kept_masks(spans, dtype)
+
+
+def _kept_masks(spans: list[Span], dtype: torch.dtype) -> list[Span]:
+    """With their masks made, where these are small."""
     if sum((span.last - span.first) * (span.keys - span.before) for span in spans) > MOST_KEPT_ENTRIES:
         return spans
     return [span._replace(known=span.mask(dtype)) for span in spans]
 
 
+def window_span(first: int, position_s: torch.Tensor, before: int, last: int, window: SlidingWindow) -> Span:
+    """The span of consecutive rows from row `first` on, each of which looks at a window of keys.
+
+    Args:
+        position_s: of its rows.
+        before, last: the first and the last of them, on the host.
+    """
+    begin = max(0, before - window.size + 1)
+    return Span(first, first + len(position_s), begin, last + 1, position_s, window.size)
+
+
+def make_window_spans(
+    positions_BS: Sequence[Sequence[int]], window: SlidingWindow, device: torch.device, dtype: torch.dtype
+) -> list[list[Span]]:
+    """The spans of each example's rows, each of which looks at a window of keys; stretches about as long as that.
+
+    Args:
+        positions_BS: of the rows, ascending, without those that fill an example up.
+    """
+    spans = []
+    for positions_S in positions_BS:
+        of_example, first = list[Span](), 0
+        position_S = torch.tensor(positions_S, dtype=torch.int64).to(device, non_blocking=True)
+        while first < len(positions_S):
+            end = bisect_left(positions_S, positions_S[first] + max(window.size, SHORTEST_STRETCH))
+            ends = positions_S[first], positions_S[end - 1]
+            of_example.append(window_span(first, position_S[first:end], *ends, window))
+            first = end
+        spans.append(_kept_masks(of_example, dtype))
+    return spans
+
+
 def is_served(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether there are kernels that give their log-sum-exp for tensors such as these."""
     return _kernels(query) is not None and key.shape[-1] == value.shape[-1] and key.dtype == value.dtype == query.dtype
+
+
+def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As autocast would hand them to ``scaled_dot_product_attention``."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def staircase_attention(
@@ -159,12 +212,12 @@ class _Staircase(torch.autograd.Function):
             key, value = key_BKTH[b], value_BKTH[b]
             lse = _grouped(lse_BNS[b], key_heads)
             for span in visited(of_example):
-                first, last, before, keys, _ = span
+                first, last, before, keys, _, window = span
                 mask = span.mask(query.dtype)
                 query_s = query[:, :, first:last]
                 near = slice(before, keys)
                 out, total = masked.forward(query_s, key[:, near], value[:, near], mask, scale)
-                if before:
+                if before and window is None:
                     far, far_lse = unmasked.forward(query_s, key[:, :before], value[:, :before], None, scale)
                     out, total = _merged(out, total, far, far_lse)
                 output[:, :, first:last] = out
@@ -172,7 +225,7 @@ class _Staircase(torch.autograd.Function):
         # What spans know too, since what a node holds itself lives as long as its output.
         known = [span.known for of_example in spans for span in of_example]
         ctx.save_for_backward(query_BNSH, key_BKTH, value_BKTH, output_BSNH, lse_BNS, *known)
-        ctx.borders, ctx.scale = [[span[:4] for span in of_example] for of_example in spans], scale
+        ctx.borders, ctx.scale = [[(*span[:4], span.window) for span in of_example] for of_example in spans], scale
         return output_BSNH
 
     @staticmethod
@@ -190,9 +243,12 @@ class _Staircase(torch.autograd.Function):
             dquery = _grouped(dquery_BNSH[b], key_heads)
             key, value = key_BKTH[b], value_BKTH[b]
             end = of_example[-1][1] if of_example else 0  # the last row of all
-            of_example = [Span(first, last, before, keys, next(of_spans)) for first, last, before, keys in of_example]
+            of_example = [
+                Span(first, last, before, keys, next(of_spans), window)
+                for first, last, before, keys, window in of_example
+            ]
             for span in visited(of_example):
-                first, last, before, keys, _ = span
+                first, last, before, keys, _, window = span
                 mask = span.mask(query.dtype)
                 # The keys under this step: the span's own rows see some of them, the rows of all later spans see all.
                 near = slice(before, keys)
@@ -200,7 +256,7 @@ class _Staircase(torch.autograd.Function):
                     (masked, slice(first, last), mask),
                     (unmasked, slice(last, end), None),
                 ):
-                    if some.start == some.stop:
+                    if some.start == some.stop or (mask_sR is None and window is not None):
                         continue
                     sums = dquery[:, :, some], dkey_BKTH[b, :, near], dvalue_BKTH[b, :, near]
                     given = grad[:, :, some], query[:, :, some], output[:, :, some], lse[:, :, some]
