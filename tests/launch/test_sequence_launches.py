@@ -173,6 +173,10 @@ def test_under_zero3(workspace, unshared):
     (folder / "ds.json").write_text(json.dumps(ds_config))
     runs = runs_of(workspace, folder, KINDS)
     runs.append({**runs[1], "output": str(folder / "resumed"), "resume": f"{folder}/full/checkpoint-4"})
+    alone = workspace.folder / "unshared-nf4"  # packed weights have an index of their own
+    packed = settings(workspace, "model.quantization=nf4", f"scoring.index={alone}/index.arrow")
+    launch(workspace, alone, "ddp_cpu", [{"output": str(alone / "nf4"), "set": packed}], processes=1)
+    runs.append({"output": str(folder / "nf4"), "set": packed})
     launch(
         workspace, folder, "sp_zero3", runs, processes=2, use_cpu=True,
         parallelism_config={"parallelism_config_sp_size": 2},
@@ -180,6 +184,7 @@ def test_under_zero3(workspace, unshared):
     )  # fmt: skip
     for kind in KINDS:
         assert_same_run(unshared / kind, folder / kind, FILES[kind])
+    assert_same_run(alone / "nf4", folder / "nf4", FILES["lora"])
     assert_close_steps(steps(folder / "resumed"), steps(folder / "full")[4:])
 
 

@@ -124,6 +124,6 @@ def _knobs(config: RunConfig, engine: Engine, tokens: int) -> Iterator[tuple[str
         return
     if engine.processes > 1 and not engine.shards_parameters:
         yield "--accelerate-config fsdp2", config, replace(engine, kind="fsdp2"), tokens
-    if not config.model.quantization and not engine.offload_parameters:
+    if not engine.offload_parameters:
         offloaded = replace(engine, kind="zero3", offload_optimizer=True, offload_parameters=True)
         yield "--accelerate-config zero3_offload", config, offloaded, tokens
