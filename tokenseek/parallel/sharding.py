@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,54 +123,26 @@ def shard(
     Args:
         arguments: of the decoder's body, for the whole text.
     """
-    ranks, rank = group.size(), group.rank()
+    deal = partial(_deal, ranks=group.size(), tokens=parts.tokens)
+    selected_shards = deal(parts.selected, layout.in_layers)
+    unselected_shards = None if parts.unselected is None else deal(parts.unselected, layout.in_layers)
+    whole = _of_all_ranks(parts, selected_shards, unselected_shards)
 
-    def dealt(rows: Rows, dealer: Dealer) -> Shards:
-        return dealer(torch.where(rows.valid_BR, rows.index_BR, -1), ranks, parts.tokens)
-
-    selected_shards = dealt(parts.selected, layout.in_layers)
-    unselected_shards = None if parts.unselected is None else dealt(parts.unselected, layout.in_layers)
-    fallback_B1 = parts.selected.index_BR[:, :1]  # a token, even where nothing is selected
-
-    def everywhere(rows: Rows, shards: Shards) -> Rows:
-        positions_BR = shards.in_text_order
-        spans = [(0, positions_BR.shape[1], parts.tokens)]
-        if shards.interleaved:  # rows are where they were, with empty slots behind the last
-            *spans, (first, _, keys) = rows.spans
-            spans.append((first, positions_BR.shape[1], keys))
-        of_all = Rows(positions_BR, fallback_B1, parts.tokens, True, spans)
-        of_all.on_host = rows.on_host if shards.interleaved else None
-        return of_all
-
-    whole = Partition(
-        everywhere(parts.selected, selected_shards),
-        everywhere(parts.unselected, unselected_shards) if parts.unselected and unselected_shards else None,
-        parts.tokens,
-        True,
-        parts.right_padded,
-    )
-    selected_BR = selected_shards.positions_BPR[:, rank]
+    selected_BR = selected_shards.positions_BPR[:, group.rank()]
     first_unselected = selected_BR.shape[1]
     slots = first_unselected + (unselected_shards.positions_BPR.shape[2] if unselected_shards else 0) + 1
     selected = LocalRows(selected_BR, 0, slots, whole.selected)
+    moves = _Moves(group.rank(), deal, layout.between_layers)
+    moves.add(selected, selected_shards, parts.selected)
     unselected = None
-    if unselected_shards and whole.unselected:
-        unselected = LocalRows(unselected_shards.positions_BPR[:, rank], first_unselected, slots, whole.unselected)
+    if parts.unselected and unselected_shards and whole.unselected:
+        unselected_BR = unselected_shards.positions_BPR[:, group.rank()]
+        unselected = LocalRows(unselected_BR, first_unselected, slots, whole.unselected)
+        moves.add(unselected, unselected_shards, parts.unselected)
 
     position_ids = arguments.get("position_ids")
     # No token looks at padding behind it: causality is all the mask that is needed.
     causal_alone = parts.right_padded and position_ids is None
-    into: dict[Rows, Move] = {}
-    out: dict[Rows, Move] = {}
-    if layout.between_layers:
-        for rows, shards, of_all in (
-            (selected, selected_shards, parts.selected),
-            (unselected, unselected_shards, parts.unselected),
-        ):
-            if rows and shards and of_all:
-                between_layers = dealt(of_all, layout.between_layers)
-                into[rows] = plan_move(between_layers, shards, rank)
-                out[rows] = plan_move(shards, between_layers, rank)
     return LocalPartition(
         selected,
         unselected,
@@ -183,9 +156,60 @@ def shard(
         query_heads=query_heads,
         selected_shards=selected_shards,
         unselected_shards=unselected_shards,
-        into_layer=into,
-        out_of_layer=out,
+        into_layer=moves.into,
+        out_of_layer=moves.out,
     )
+
+
+def _deal(rows: Rows, dealer: Dealer, ranks: int, tokens: int) -> Shards:
+    return dealer(torch.where(rows.valid_BR, rows.index_BR, -1), ranks, tokens)
+
+
+def _of_all_ranks(parts: Partition, selected_shards: Shards, unselected_shards: Shards | None) -> Partition:
+    """The rows as attention sees them: in the order of the text, with the empty slots of all ranks."""
+    fallback_B1 = parts.selected.index_BR[:, :1]  # a token, even where nothing is selected
+
+    def everywhere(rows: Rows, shards: Shards) -> Rows:
+        positions_BR = shards.in_text_order
+        spans = [(0, positions_BR.shape[1], parts.tokens)]
+        if shards.interleaved:  # rows are where they were, with empty slots behind the last
+            *spans, (first, _, keys) = rows.spans
+            spans.append((first, positions_BR.shape[1], keys))
+        of_all = Rows(positions_BR, fallback_B1, parts.tokens, True, spans)
+        of_all.on_host = rows.on_host if shards.interleaved else None
+        return of_all
+
+    return Partition(
+        everywhere(parts.selected, selected_shards),
+        everywhere(parts.unselected, unselected_shards) if parts.unselected and unselected_shards else None,
+        parts.tokens,
+        True,
+        parts.right_padded,
+    )
+
+
+class _Moves:
+    """How rows move at a layer's borders, where the layout is another between layers than in them.
+
+    Args:
+        deal: from rows to who holds which of them, by a dealer.
+        between_layers: the dealer; None where the layout is the same.
+
+    Attributes:
+        into, out: of a layer, by its local rows.
+    """
+
+    def __init__(self, rank: int, deal: Callable[[Rows, Dealer], Shards], between_layers: Dealer | None) -> None:
+        self._rank, self._deal, self._between_layers = rank, deal, between_layers
+        self.into: dict[Rows, Move] = {}
+        self.out: dict[Rows, Move] = {}
+
+    def add(self, local: Rows, in_layers: Shards, of_all: Rows) -> None:
+        """Plan the moves of `local`, of which `in_layers` tells where `of_all` ranks hold them in a layer."""
+        if self._between_layers is not None:
+            between_layers = self._deal(of_all, self._between_layers)
+            self.into[local] = plan_move(between_layers, in_layers, self._rank)
+            self.out[local] = plan_move(in_layers, between_layers, self._rank)
 
 
 def local_positions(parts: LocalPartition) -> torch.Tensor:
