@@ -340,12 +340,12 @@ class _SkippedChunk(torch.autograd.Function):
     """Keeps what a chunk keeps, the gradient of its hidden states."""
 
     @staticmethod
-    def forward(ctx, hidden_CD: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden_CD: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(torch.empty_like(hidden_CD))
         return torch.empty((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (gradient_CD,) = ctx.saved_tensors
         return gradient_CD * gradient
 
@@ -354,7 +354,7 @@ def _mark_layers(decoder: Decoder, ledger: Ledger) -> None:
     """A stretch for each layer, forward and backward."""
 
     def mark(number: int, layer: nn.Module) -> None:
-        def after(module, args, output):
+        def after(module: nn.Module, args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:
                 hidden.register_hook(lambda gradient: ledger.mark(("backward", number)))
@@ -375,7 +375,7 @@ def _enter_head(ledger: Ledger, body_output: Any) -> None:
     ledger.region = "logits"
     ledger.mark("head")
 
-    def leave(gradient):
+    def leave(gradient: torch.Tensor) -> None:
         ledger.region = "workspace"
 
     hidden = body_output[0]
@@ -399,7 +399,7 @@ def _chunked_loss(
 def _saved(ledger: Ledger, checkpoints: _HostCheckpoints | None) -> saved_tensors_hooks:
     """What autograd saves is counted as such; what enters a recomputed layer goes to the host, where that is asked."""
 
-    def save(tensor: torch.Tensor):
+    def save(tensor: torch.Tensor) -> Any:
         if checkpoints and checkpoints.is_one(tensor):
             return checkpoints.put(tensor)
         if ledger.category_of(tensor) == "workspace":
@@ -460,7 +460,9 @@ class _LargestBatch(TorchDispatchMode):
         super().__init__()
         self.ledger = ledger
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.ops.prim.device.default:  # asked more often than all else together
             return _CPU
         if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
