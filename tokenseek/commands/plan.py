@@ -14,6 +14,7 @@ from tokenseek.config.sizes import parse_size
 from tokenseek.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenseek.launching.engine import Engine
     from tokenseek.planning import MemoryPlan
 
 HELP = "report the peak memory and the time of a run's steps, without its weights, its data or a GPU"
@@ -103,18 +104,11 @@ def _shaped(args: argparse.Namespace) -> RunConfig:
 def run(args: argparse.Namespace, config: RunConfig) -> int:
     """Returns 1 if a budget is too small for any share of the tokens."""
     from tokenseek.planning import (  # late: a mistake in the configuration is reported before torch is imported
-        REFERENCE,
-        describe_choice,
         describe_length,
         describe_loading,
-        describe_proposals,
         find_gpu,
-        largest_ratio,
         load_model_config,
-        methods_of_table,
-        plan_memory,
         plan_table,
-        proposals,
         read_engine,
         time_table,
     )
@@ -124,23 +118,13 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
     budget = args.budget and parse_size(args.budget)
     gpu = args.gpu and find_gpu(args.gpu)
     engines = [read_engine(name, args.num_processes) for name in args.accelerate_config or ["single"]]
-    ratios = split_ratios(args.ratios)
     if note := describe_length(load_model_config(config), args.tokens or config.data.max_length):
         print(note)
     plans, status = [], 0
     for engine in engines:
         print(f"{engine}; {config.training.micro_batch} x {args.tokens or config.data.max_length} tokens")
-        if budget:
-            choice = largest_ratio(config, budget, engine, tokens=args.tokens)
-            print(describe_choice(choice, budget))
-            name = args.gpu or REFERENCE
-            if fitting := proposals(config, budget, find_gpu(name), engine, ratios=ratios, tokens=args.tokens):
-                print(describe_proposals(fitting, name, find_gpu(name)))
-            found = [choice.plan]
-            status = max(status, int(choice.ratio is None))
-        else:
-            methods = methods_of_table(config, ratios)
-            found = [plan_memory(config, method, engine, tokens=args.tokens) for method in methods]
+        found, fits = _choose(args, config, engine, budget) if budget else (_compare(args, config, engine), True)
+        status = max(status, int(not fits))
         print(plan_table(found), end="\n\n")
         if note := describe_loading(found[0]):
             print(note, end="\n\n")
@@ -156,6 +140,32 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
     if args.json:
         args.json.write_text(json.dumps([plan.as_dict(gpu) for plan in plans], indent=1) + "\n", encoding="utf-8")
     return status
+
+
+def _compare(args: argparse.Namespace, config: RunConfig, engine: Engine) -> list[MemoryPlan]:
+    """The plans of every method with an engine."""
+    from tokenseek.planning import methods_of_table, plan_memory  # late, as above
+
+    methods = methods_of_table(config, split_ratios(args.ratios))
+    return [plan_memory(config, method, engine, tokens=args.tokens) for method in methods]
+
+
+def _choose(args: argparse.Namespace, config: RunConfig, engine: Engine, budget: int) -> tuple[list[MemoryPlan], bool]:
+    """The plan of the largest share that fits into a budget of bytes, and whether any fits; prints what fits."""
+    from tokenseek.planning import (  # late, as above
+        REFERENCE,
+        describe_choice,
+        describe_proposals,
+        find_gpu,
+        largest_ratio,
+        proposals,
+    )
+
+    choice, name, ratios = largest_ratio(config, budget, engine, tokens=args.tokens), args.gpu or REFERENCE, args.ratios
+    print(describe_choice(choice, budget))
+    if fitting := proposals(config, budget, find_gpu(name), engine, ratios=split_ratios(ratios), tokens=args.tokens):
+        print(describe_proposals(fitting, name, find_gpu(name)))
+    return [choice.plan], choice.ratio is not None
 
 
 def _run_longest(args: argparse.Namespace, config: RunConfig) -> int:
