@@ -49,7 +49,7 @@ def test_dropout_drops_the_same(tile_rows, monkeypatch):
     found = []
     for projects in (True, False):
         if not projects:
-            monkeypatch.setattr(ProjectedAgain, "keep_instead_of", lambda self, keys_and_values: False)
+            monkeypatch.setattr(ProjectedAgain, "keep_instead_of", lambda self, *given: False)
         torch.manual_seed(1)
         found.append(copied(gradients(model, model(**make_batch(), selected_positions=SELECTED).loss)))
     assert_close(*found)
@@ -64,7 +64,7 @@ def test_it_needs_half_the_memory_of_keys_and_values(monkeypatch):
     ids, peaks = torch.arange(1, 513)[None] % 64, []
     for projects in (True, False):
         if not projects:
-            monkeypatch.setattr(ProjectedAgain, "keep_instead_of", lambda self, keys_and_values: False)
+            monkeypatch.setattr(ProjectedAgain, "keep_instead_of", lambda self, *given: False)
         tokenseek.enable_token_ditching(model, recompute=True)
         with LiveStorages().ignore(model.parameters()) as live:
             model(input_ids=ids, labels=ids, selected_positions=torch.arange(31, 512, 32)[None]).loss.backward()
