@@ -20,6 +20,8 @@ from tokenseek.selection.batched import draw_key
 
 DRAWN = SelectionRule("sampled", ratio=0.4, alpha=0, beta=1, explore=0.3, scope="supervised")
 MIXED = SelectionRule("top", ratio=0.4)
+PACKED_CONTIGUOUS = Case(lengths=(19,), packed=(5, 8, 6), layout="contiguous")
+PACKED_LORA = Case(lengths=(19,), packed=(5, 8, 6), lora=True, recompute=True)
 CASES = {
     "llama": (Case(), DRAWN, "l2"),
     "llama: contiguous": (Case(layout="contiguous"), DRAWN, "l2"),
@@ -43,14 +45,22 @@ CASES = {
     "exact layers: gpt2": (Case("gpt2"), DRAWN, "l2", 1),
     "exact layers: all": (Case(lengths=(5, 13, 2)), DRAWN, "l2", 4),
     "exact layers: LoRA, recompute": (Case(lora=True, recompute=True, num_items=17), DRAWN, "l2", 1),
+    "packed": (Case(lengths=(19,), packed=(5, 8, 6)), DRAWN, "l2"),
+    "packed: contiguous, by attention and gradient": (PACKED_CONTIGUOUS, MIXED, "abs"),
+    "packed: regroup, by error": (Case(lengths=(19,), packed=(5, 8, 6), layout="regroup"), DRAWN, "error"),
+    "packed: eager": (Case(model=dict(attn="eager"), lengths=(19,), packed=(5, 8, 6)), DRAWN, "l2"),
+    "packed: mistral, window": (Case("mistral", lengths=(19,), packed=(5, 8, 6)), DRAWN, "l2"),
+    "packed: random, LoRA, recompute": (PACKED_LORA, SelectionRule("random", ratio=0.4), "abs"),
+    "packed: exact layers, rows of two": (Case(lengths=(14, 14), packed=(6, 8)), DRAWN, "l2", 2),
+    "packed: exact layer, one example": (Case(lengths=(13,), packed=(13,)), DRAWN, "l2", 1),
 }
 
 
 def compare(case: Case, rule: SelectionRule, reduction: str, exact_layers: int = 0) -> str | None:
     seeking = Seeking(reduction, exact_layers=exact_layers)
     group = dist.group.WORLD
-    inputs = make_inputs(case)
-    inputs |= {"selection": rule, "selection_keys": torch.tensor([draw_key(n, 2) for n in range(len(case.lengths))])}
+    inputs, examples = make_inputs(case), len(case.lengths) * len(case.packed or (0,))
+    inputs |= {"selection": rule, "selection_keys": torch.tensor([draw_key(n, 2) for n in range(examples)])}
     model = build(case)
     alone = tokenseek.enable_token_ditching(copy.deepcopy(model), seeking=seeking)
     expected = alone(**inputs)
@@ -115,8 +125,10 @@ def refused(rank: int) -> None:
     case = Case()
     inputs = make_inputs(case) | {"selection": DRAWN, "selection_keys": torch.tensor([1, 2])}
     model = enable_sequence_parallelism(tokenseek.enable_token_ditching(build(case)), dist.group.WORLD)
-    with pytest.raises(UserError, match="needs input_ids and no position_ids"):
-        model(**inputs, position_ids=torch.arange(13).expand(2, -1))
+    with pytest.raises(UserError, match="needs input_ids"):
+        model(**inputs | {"input_ids": None, "inputs_embeds": torch.zeros(2, 13, 32)})
+    with pytest.raises(UserError, match="position_ids of rank.* differ"):
+        model(**inputs | {"position_ids": torch.arange(13).expand(2, -1) + rank})
     with pytest.raises(UserError, match="needs padding on the right"):
         model(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
     with pytest.raises(UserError, match="selection_keys of rank.* differ"):

@@ -15,10 +15,13 @@ from tokenseek.config.resources import find_resource
 from tokenseek.index import TokenIndex
 
 FULL = ["peft=null", "training.learning_rate=1e-3"]
+DRAWN = ["selection.rule=sampled", "selection.alpha=0", "selection.explore=0.3", "selection.scope=supervised"]
+ONLINE = ["scoring.mode=online", "scoring.reduction=l2", "selection.exact_layers=1", *DRAWN]
 KINDS = {
     "lora": [],
     "full": FULL,
     "packed": [*FULL, "training.packing=true"],
+    "packed-online": [*FULL, "training.packing=true", "scoring.index=null", *ONLINE],
     "all-tokens": [*FULL, "training.ditching=false"],
 }
 # Stock Ulysses, and the paper's regrouping.
@@ -27,7 +30,7 @@ LAYOUTS = {"all-tokens": "contiguous", "full": "regroup"}
 COMMON = ["selection.ratio=0.5", "training.max_grad_norm=0.5"]
 # Seven held-out examples leave room in the last batch.
 COMMON += ["training.eval_strategy=steps", "training.eval_steps=5", "training.per_device_eval_batch_size=2"]
-FILES = {"lora": "adapter_model.safetensors", **dict.fromkeys(["full", "packed", "all-tokens"], "model.safetensors")}
+FILES = {**dict.fromkeys(KINDS, "model.safetensors"), "lora": "adapter_model.safetensors"}
 
 
 def launch(workspace, folder, config, runs, processes=None, **changes):

@@ -142,12 +142,13 @@ def test_rules_select_as_they_do_from_an_index(rule, reduction):
 
 @pytest.mark.parametrize("tile_rows", ["auto", 4])
 @pytest.mark.parametrize("exact_layers", [0, 1])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_packed_examples_are_selected_and_trained_alone(attn, exact_layers, tile_rows):
+@pytest.mark.parametrize("kind,attn", [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa")])
+@pytest.mark.parametrize("lengths", [(13, 9), (9, 13)], ids=["longest-first", "longest-last"])
+def test_packed_examples_are_selected_and_trained_alone(lengths, kind, attn, exact_layers, tile_rows):
     """A row of several examples gives the loss and the gradients of a batch of them."""
-    batch, lengths = make_batch((13, 9)), (13, 9)
+    batch = make_batch(lengths)
     model = enabled(
-        tiny_model("llama", attn=attn, dtype=torch.float64),
+        tiny_model(kind, attn=attn, dtype=torch.float64),
         seeking=Seeking("l2", exact_layers=exact_layers),
         tile_rows=tile_rows,
     )

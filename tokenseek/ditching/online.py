@@ -27,7 +27,7 @@ from tokenseek.decoder.masks import whole_masks
 from tokenseek.ditching.packing import every_example_alone
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.seeking import Seeking
-from tokenseek.ditching.state import Ditching
+from tokenseek.ditching.state import Ditching, Sharing
 from tokenseek.ditching.top import Top, seeds
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
@@ -149,7 +149,8 @@ class _Batch(NamedTuple):
         tiled: how layers run in tiles, if they do.
         own_targets_BR: of the rows of this process.
         arguments: of the model's body, for these rows.
-        attention: what attention is replaced by; None for the model's own, or where ranks share the examples.
+        attention: what attention is replaced by; None for the model's own. Where ranks share the examples it takes
+            `on_keys` too, as :meth:`tokenseek.ulysses.text.DealtText.attention` does.
     """
 
     targets_BT: torch.Tensor
@@ -169,20 +170,25 @@ def _batch_of(
     targets_BT = _targets(labels_BT, mask)
     valid_BT = torch.ones_like(targets_BT, dtype=torch.bool) if mask is None else mask.bool()
     examples = [] if ditching.decided else examples_of(mask, position_ids, targets_BT.shape)
+    alone = _lengths_alone(ditching, examples, len(targets_BT), mask)
     if ditching.sequence is None:
         own = _all_rows_arguments(arguments, mask, position_ids)
-        lengths = _lengths_attending_alone(ditching, examples, len(targets_BT), mask)
-        attention = None if lengths is None else _each_alone(ditching.decoder, lengths)
-        whole = PlainText((len(targets_BT), targets_BT.shape[1])) if lengths is None else PackedText(lengths)
-        decoder, recomputes = ditching.decoder, ditching.recomputes(ditching.decoder.layers[-1])
+        decoder, tokens, recomputes = ditching.decoder, targets_BT.shape[1], ditching.recomputes(ditching.decoder.layers[-1])
+        whole = PackedText(alone) if alone else PlainText((len(targets_BT), tokens))
         tiled = tiled_pass(decoder, whole, ditching.tile_rows, recomputes)
-        if tiled and lengths is None and own.keys().isdisjoint({"attention_mask", "position_ids"}):
-            attention = with_windows(decoder, targets_BT.shape[1])
-            own |= {} if attention is None else {"attention_mask": torch.ones_like(targets_BT)}
+        attention: Replaced | None = None
+        if alone:
+            attention = partial(_each_alone, decoder, alone)
+        elif tiled and own.keys().isdisjoint({"attention_mask", "position_ids"}):
+            attention = with_windows(decoder, tokens)
+        if attention is not None:  # with a mask of its own the model does not tell examples apart once more
+            own["attention_mask"] = torch.ones_like(targets_BT)
         return _Batch(targets_BT, valid_BT, examples, None, tiled, targets_BT, own, attention)
-    text = _dealt(ditching, arguments, labels_BT, selection_keys, ditching.sequence.group)
-    own, own_targets_BR = text.arguments(arguments["input_ids"]), text.mine(targets_BT, IGNORED)
-    return _Batch(targets_BT, valid_BT, examples, text, None, own_targets_BR, own, None)
+    text = _dealt(ditching.sequence, ditching.decoder, arguments, labels_BT, selection_keys)
+    masked = targets_BT.shape[1], position_ids if mask is None else None
+    attention = partial(_each_alone_on_ranks, text, alone) if alone else partial(text.attention, masked=masked)
+    own_targets_BR = text.mine(targets_BT, IGNORED)
+    return _Batch(targets_BT, valid_BT, examples, text, None, own_targets_BR, text.arguments(), attention)
 
 
 class _Scored(NamedTuple):
@@ -214,7 +220,7 @@ def _score(
     scores_BR: torch.Tensor | None
     attention = batch.attention
     if batch.text is not None:
-        attention = partial(batch.text.attention, on_keys=recording.see)
+        attention = partial(cast(Replaced, batch.attention), on_keys=recording.see)
     with (
         ditching.recording(recording),
         _graph(decoder, seeking, wanted, recording, is_split) as leaves,
@@ -360,28 +366,32 @@ def _head_scores(
     return loss_sum, REDUCTIONS[ditching.seeking.reduction](recording.gradient_through_scored(gradient_BTD))
 
 
-def _lengths_attending_alone(
+def _lengths_alone(
     ditching: Ditching, examples: list[Example], batch: int, mask: torch.Tensor | None
 ) -> list[int] | None:
-    """Of a packed row, the lengths of its examples, each of which attends alone; None: the model's own attention."""
+    """Of a packed row, the lengths of its examples, each of which attends alone. None: masks tell examples apart."""
     if mask is not None or len(examples) == batch or batch > 1 or not ditching.attention_is_ours:
         return None
     return [len(example.positions) for example in examples]
 
 
-def _each_alone(decoder: Decoder, lengths: list[int]) -> Replaced:
-    """What attention is replaced by in the first pass over a packed row."""
+@contextmanager
+def _each_alone(decoder: Decoder, lengths: list[int], replace: Replace) -> Iterator[None]:
+    """In the block, attention is `replace` of one in which examples of these lengths attend alone."""
+    alone = every_example_alone(lengths)
+    with (
+        whole_masks(decoder, max(lengths), None, None),
+        attention_replaced(decoder.causal_lm, lambda original: replace(alone(original))),
+    ):
+        yield
 
-    @contextmanager
-    def replaced(replace: Replace) -> Iterator[None]:
-        alone = every_example_alone(lengths)
-        with (
-            whole_masks(decoder, max(lengths), None, None),
-            attention_replaced(decoder.causal_lm, lambda original: replace(alone(original))),
-        ):
-            yield
 
-    return replaced
+def _each_alone_on_ranks(
+    text: DealtText, lengths: list[int], replace: Replace, on_keys: Callable[..., None] | None
+) -> AbstractContextManager[None]:
+    """:func:`_each_alone` of rows that ranks share, each with some of the heads."""
+    alone = every_example_alone(lengths)
+    return text.attention(lambda original: replace(alone(original)), on_keys, (max(lengths), None))
 
 
 def _all_rows_arguments(
@@ -395,24 +405,27 @@ def _all_rows_arguments(
 
 
 def _dealt(
-    ditching: Ditching,
+    sequence: Sharing,
+    decoder: Decoder,
     arguments: dict[str, Any],
     labels_BT: torch.Tensor,
     selection_keys: torch.Tensor,
-    group: dist.ProcessGroup,
 ) -> DealtText:
-    """The batch, of which each rank of the group runs some tokens in the first pass.
+    """The batch, of which each rank of a group runs some tokens in the first pass.
 
     Raises:
         UserError: on all ranks, for what cannot be dealt, or if they were given different batches.
     """
-    input_ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if input_ids is None or arguments.get("position_ids") is not None:
-        raise UserError(
-            "selection under sequence parallelism needs input_ids and no position_ids: pad the examples "
-            "(training.packing: false) instead of packing them."
-        )
+    input_ids, mask, position_ids = (arguments.get(n) for n in ("input_ids", "attention_mask", "position_ids"))
+    if input_ids is None:
+        raise UserError("selection under sequence parallelism needs input_ids; inputs_embeds are not dealt to ranks.")
     if mask is not None and not bool((mask[:, :-1] >= mask[:, 1:]).all()):
         raise UserError("selection under sequence parallelism needs padding on the right.")
-    given = dict(input_ids=input_ids, attention_mask=mask, labels=labels_BT, selection_keys=selection_keys)
-    return DealtText(ditching.decoder, group, **given)
+    sequence.require_same(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        labels=labels_BT,
+        selection_keys=selection_keys,
+    )
+    return DealtText(decoder, sequence.group, input_ids, position_ids)

@@ -49,6 +49,9 @@ class Sharing(Protocol):
 
     group: dist.ProcessGroup
 
+    def require_same(self, **inputs: torch.Tensor | None) -> None:
+        """Raise UserError in all processes unless all were given the same inputs."""
+
     def agreed_positions(
         self,
         arguments: dict[str, Any],

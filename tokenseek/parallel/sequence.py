@@ -96,6 +96,10 @@ class SequenceParallelism:
     def __deepcopy__(self, memo: object) -> SequenceParallelism:
         return self  # a process group cannot be copied, nor does a copied model need another one
 
+    def require_same(self, **inputs: torch.Tensor | None) -> None:
+        """Raise UserError on all ranks of the group, naming what differs, unless all were given the same inputs."""
+        require_same(self.group, **inputs)
+
     def agreed_positions(
         self,
         arguments: dict,

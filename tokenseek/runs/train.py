@@ -32,7 +32,6 @@ from tokenseek.data import StreamedExamples, hold_out, prepare_dataset, require_
 from tokenseek.data.packing import PackedDataset
 from tokenseek.decoder.find import find_causal_lm
 from tokenseek.ditching import Seeking, enable_token_ditching
-from tokenseek.errors import UserError
 from tokenseek.index import TokenIndex
 from tokenseek.launching.memory import peak_memory_bytes
 from tokenseek.launching.processes import first_on_main, join_processes, log_once, require_engine
@@ -137,11 +136,6 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     make_output(output)
     start = find_start(config.training.resume, output)
     group = sequence_group(state.device.type)
-    if group is not None and config.scoring.mode == "online" and config.training.packing:
-        raise UserError(
-            "training.packing with scoring.mode: online is incompatible with sequence parallelism (sp_size); leave one "
-            "of them out."
-        )
     require_reports(config.training.report_to)
     require_samples(config, state, shares_texts=group is not None)
     packs, ditches = bool(config.training.packing), config.training.ditching

@@ -23,6 +23,7 @@ from tokenseek.seeking.gradient import REDUCTIONS, gradient_from, head_scores, l
 from tokenseek.tiling.tiles import require_tile_rows
 from tokenseek.tiling.whole import PlainText, layers_in_tiles, tiled_pass
 from tokenseek.tiling.window import Replaced, with_windows
+from tokenseek.ulysses.agreement import require_same
 from tokenseek.ulysses.heads import require_shareable
 from tokenseek.ulysses.text import DealtText
 
@@ -171,10 +172,9 @@ class TokenScorer:
             if replaced is None:
                 masks = whole_masks(self.decoder, input_ids.shape[1], None, None)
         if self.group is not None:
-            text = DealtText(
-                self.decoder, self.group, input_ids=input_ids, attention_mask=attention_mask, labels=labels
-            )
-            arguments, targets, replaced = text.arguments(input_ids), text.mine(targets, IGNORED), text.attention
+            require_same(self.group, input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+            text = DealtText(self.decoder, self.group, input_ids)
+            arguments, targets, replaced = text.arguments(), text.mine(targets, IGNORED), text.attention
             own_R = None
         layer = self.decoder.layers[-self.gradient_layer]
         in_tiles: AbstractContextManager[None] = nullcontext()

@@ -18,38 +18,48 @@ from torch.nn.functional import pad
 from tokenseek.decoder.attention import Attention, Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import whole_masks
-from tokenseek.ulysses.agreement import require_same
 from tokenseek.ulysses.heads import SharedAttention
 from tokenseek.ulysses.layout import deal
 
 
 class DealtText:
-    """The T tokens of every example of a right-padded batch, every P-th of them on this rank.
+    """The T tokens of every row of a batch, right-padded or packed, every P-th of them on this rank.
+
+    All ranks have to be given the same batch (:func:`tokenseek.ulysses.agreement.require_same`).
 
     Args:
-        inputs: what all ranks of `group` have to be given alike; among them ``input_ids`` [B, T].
-
-    Raises:
-        UserError: on all ranks, if they were not.
+        input_ids: [B, T].
+        position_ids: [B | 1, T]; by default those of one example a row.
     """
 
-    def __init__(self, decoder: Decoder, group: dist.ProcessGroup, **inputs: torch.Tensor) -> None:
-        require_same(group, **inputs)
-        self.decoder, self.group = decoder, group
-        self.tokens, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
+    def __init__(
+        self,
+        decoder: Decoder,
+        group: dist.ProcessGroup,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+    ) -> None:
+        self.decoder, self.group, self.input_ids = decoder, group, input_ids
+        self.tokens, device = input_ids.shape[1], input_ids.device
         # One empty slot more on every rank holds the text's last position, which some rotary embeddings depend on.
         positions_1A = pad(torch.arange(self.tokens, device=device)[None], (0, group.size()), value=-1)
         self._positions_PR = deal(positions_1A, group.size()).positions_BPR[0]
         mine_R = self._positions_PR[group.rank()]
         self._is_token_R = mine_R >= 0
         self._mine_R = mine_R.where(self._is_token_R, self.tokens - 1)
+        if position_ids is None:
+            position_ids = torch.arange(self.tokens, device=device)[None]
+        last_B1 = position_ids.amax(1, keepdim=True)
+        self._position_ids_BR = position_ids[:, self._mine_R].where(self._is_token_R, last_B1)
 
-    def arguments(self, input_ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    def arguments(self) -> dict[str, torch.Tensor]:
         """What the decoder's body is called with."""
-        ids_BR = input_ids_BT[:, self._mine_R]
+        ids_BR = self.input_ids[:, self._mine_R]
         # A mask of ones keeps the model from reading the jumps between positions as borders of packed examples.
         return dict(
-            input_ids=ids_BR, position_ids=self._mine_R.expand_as(ids_BR), attention_mask=torch.ones_like(ids_BR)
+            input_ids=ids_BR,
+            position_ids=self._position_ids_BR.expand_as(ids_BR),
+            attention_mask=torch.ones_like(ids_BR),
         )
 
     def mine(self, values_BT: torch.Tensor, fill: float) -> torch.Tensor:
@@ -70,12 +80,20 @@ class DealtText:
         return total / self.group.size()
 
     @contextmanager
-    def attention(self, replace: Replace, on_keys: Callable[..., None] | None = None) -> Iterator[None]:
+    def attention(
+        self,
+        replace: Replace,
+        on_keys: Callable[..., None] | None = None,
+        masked: tuple[int, torch.Tensor | None] | None = None,
+    ) -> Iterator[None]:
         """Inside the block, ``replace(original)`` attends from all T tokens to all, with this rank's heads.
 
         Args:
             on_keys: called in every layer with keys and values [B, k, T, H] of all tokens, this rank's heads.
+            masked: the number of tokens that the masks are made for and, where these tell packed examples apart,
+                position_ids [B | 1, T]; by default one example of T tokens.
         """
+        masked_tokens, position_ids = masked or (self.tokens, None)
 
         def replace_local(original: Attention) -> Attention:
             on_the_text = replace(original)
@@ -90,7 +108,7 @@ class DealtText:
             return SharedAttention(self.decoder, self.group, True, of_all_slots, _WholeText(self.tokens, on_keys))
 
         with (
-            whole_masks(self.decoder, self.tokens, None, None),
+            whole_masks(self.decoder, masked_tokens, None, position_ids),
             attention_replaced(self.decoder.causal_lm, replace_local),
         ):
             yield
