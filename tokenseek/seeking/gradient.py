@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, R supervised rows, C rows of one chunk, D hidden, V v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -116,7 +117,8 @@ def head_scores(
         supervised_R = flat_targets.ne(IGNORED).nonzero().squeeze(1)
     hidden_RD, targets_R = (x.index_select(0, supervised_R) for x in (hidden_BTD.flatten(0, 1), flat_targets))
     # The head is the widest part of the model, so it is taken a few rows at a time down to its input.
-    rows = min(rows_per_chunk(decoder, hidden_BTD.device), max(FEWEST_ROWS, int(SHARE_OF_ROWS * targets_BT.numel())))
+    most = max(FEWEST_ROWS, math.ceil(SHARE_OF_ROWS * targets_BT.numel()))
+    rows = _even_rows(len(targets_R), min(rows_per_chunk(decoder, hidden_BTD.device), most))
     found = []
 
     def run(hidden_RD: torch.Tensor) -> torch.Tensor:
@@ -136,6 +138,11 @@ def head_scores(
         if gradient_BTD is not None:
             gradient_BTD.view(-1, gradient_BTD.shape[-1]).index_copy_(0, supervised_R, torch.cat(gradients))
     return HeadScores(losses_BT, errors_BT, gradient_BTD)
+
+
+def _even_rows(rows: int, most: int) -> int:
+    """Rows of a chunk, so that as few chunks as possible are alike: a last one of a few rows reads all weights too."""
+    return math.ceil(rows / max(1, math.ceil(rows / most))) or 1
 
 
 def loss_gradient(
@@ -188,11 +195,10 @@ def _head_chunk(
     error_CV = at_least_float32(buffer_CV)
     losses_C = None
     if losses:
-        largest_C, at_largest_C = error_CV.max(-1)
-        below_largest_C = largest_C - error_CV.gather(-1, targets_C[:, None]).squeeze(-1)
+        below_largest_C = error_CV.amax(-1) - error_CV.gather(-1, targets_C[:, None]).squeeze(-1)
     torch.softmax(error_CV, -1, out=error_CV)
     if losses:  # log p of the target, by way of the largest logit: p itself may vanish
-        losses_C = below_largest_C - error_CV.gather(-1, at_largest_C[:, None]).squeeze(-1).log()
+        losses_C = below_largest_C - error_CV.amax(-1).log()
     error_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
     norms_C = torch.linalg.vector_norm(error_CV, dim=-1) if errors else None
     if not gradient:
