@@ -50,7 +50,12 @@ def rows_per_chunk(decoder: Decoder, device: torch.device) -> int:
 
 
 def head_logits(decoder: Decoder, body_output: BodyOutput, hidden_RD: torch.Tensor) -> torch.Tensor:
-    """Logits [R, V] of R rows of final hidden states, by the model's own head code.
+    """Logits [R, V] of R rows of final hidden states: see :func:`head_logits_of_batch`."""
+    return head_logits_of_batch(decoder, body_output, hidden_RD).squeeze(0)  # unlike [0], no copy among zeros backwards
+
+
+def head_logits_of_batch(decoder: Decoder, body_output: BodyOutput, hidden_RD: torch.Tensor) -> torch.Tensor:
+    """Logits [1, R, V] of R rows of final hidden states, by the model's own head code.
 
     The causal LM's forward runs with its body standing still, so that soft-capping, logit scaling and whatever else the
     model does after its head is done here too, without a line of model-specific code.
@@ -64,7 +69,7 @@ def head_logits(decoder: Decoder, body_output: BodyOutput, hidden_RD: torch.Tens
     # Engines that watch the body would take this for one of its calls.
     with unwatched(decoder.body), forward_replaced(decoder.body, lambda *args, **kwargs: of_rows):
         output = type(decoder.causal_lm).forward(decoder.causal_lm, inputs_embeds=hidden_1RD, use_cache=False)
-    return output.logits.squeeze(0)  # unlike [0], no copy among zeros in the backward pass
+    return output.logits
 
 
 def in_one_call(head: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], hidden_RD: torch.Tensor) -> torch.Tensor:

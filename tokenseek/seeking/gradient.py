@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.head import BodyOutput, at_least_float32, head_logits, in_one_call, rows_per_chunk
+from tokenseek.decoder.head import BodyOutput, at_least_float32, head_logits_of_batch, in_one_call, rows_per_chunk
 from tokenseek.labels import IGNORED
 
 # Logits are held of this share of a batch's tokens at once, but of so many at least: every chunk reads all weights of
@@ -188,8 +188,9 @@ def _head_chunk(
         return tensor
 
     with torch.set_grad_enabled(gradient), saved_tensors_hooks(note, lambda tensor: tensor):
-        logits_CV = head_logits(decoder, body_output, hidden_CD)
-    buffer_CV = logits_CV.detach()
+        # Not a view of them: autograd would copy the gradient of a view that was written over, among zeros.
+        logits_1CV = head_logits_of_batch(decoder, body_output, hidden_CD)
+    buffer_CV = logits_1CV.detach().squeeze(0)
     if buffer_CV.untyped_storage()._cdata in needed:
         buffer_CV = buffer_CV.clone()
     error_CV = at_least_float32(buffer_CV)
@@ -203,4 +204,4 @@ def _head_chunk(
     norms_C = torch.linalg.vector_norm(error_CV, dim=-1) if errors else None
     if not gradient:
         return losses_C, norms_C, None
-    return losses_C, norms_C, torch.autograd.grad(logits_CV, hidden_CD, buffer_CV.copy_(error_CV))[0]
+    return losses_C, norms_C, torch.autograd.grad(logits_1CV, hidden_CD, buffer_CV.copy_(error_CV)[None])[0]
