@@ -285,8 +285,6 @@ def test_exact_layers_add_what_they_store():
     ]
     assert plans[1].parts["activations"] > plans[0].parts["activations"]
     assert plans[2].parts == plans[1].parts
-    with pytest.raises(UserError, match="online cannot be planned under sequence parallelism"):
-        plan_memory(run_config(*online), Method(0.2), replace(CPU, processes=2, sp_size=2), model_config=LLAMA)
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):

@@ -36,12 +36,15 @@ from tokenseek.seeking.gradient import REDUCTIONS, gradient_beyond, gradient_fro
 from tokenseek.selection import SelectionRule
 from tokenseek.selection.batched import Example, Selection, examples_of, select_batch
 from tokenseek.tiling.whole import PackedText, PlainText, TiledPass, tiled_pass
-from tokenseek.tiling.window import Replaced, with_windows
+from tokenseek.tiling.window import with_windows
 from tokenseek.ulysses.text import DealtText
 
 # The sum of the losses of all rows of this process, with a graph, from the body's output, hidden states [B, T, D] and
 # targets [B, T].
 AllTokensLoss: TypeAlias = Callable[[BodyOutput, torch.Tensor, torch.Tensor], torch.Tensor]
+# Replaces the attention function in a block, given a `Replace`. Where ranks share a text it takes `on_keys` too, as
+# :meth:`tokenseek.ulysses.text.DealtText.attention` does.
+Attending: TypeAlias = Callable[..., AbstractContextManager[None]]
 
 
 @dataclass
@@ -123,7 +126,7 @@ def see_all_tokens(
     if selection_keys is None:
         raise UserError("selection is given without selection_keys: one int64 for each example, which keys its draws.")
     batch = _batch_of(ditching, arguments, labels_BT, selection_keys)
-    wanted, is_split = _Wanted.by(rule, ditching.seeking), _is_split(ditching.decoder)
+    wanted, is_split = _Wanted.by(rule, ditching.seeking), _is_split(ditching)
     recording = _recording(ditching, wanted, batch, is_split)
     scored = _score(ditching, batch, wanted, recording, is_split, all_tokens_loss)
     if batch.text is not None:
@@ -149,8 +152,7 @@ class _Batch(NamedTuple):
         tiled: how layers run in tiles, if they do.
         own_targets_BR: of the rows of this process.
         arguments: of the model's body, for these rows.
-        attention: what attention is replaced by; None for the model's own. Where ranks share the examples it takes
-            `on_keys` too, as :meth:`tokenseek.ulysses.text.DealtText.attention` does.
+        attention: what attention is replaced by; None for the model's own.
     """
 
     targets_BT: torch.Tensor
@@ -160,7 +162,7 @@ class _Batch(NamedTuple):
     tiled: TiledPass | None
     own_targets_BR: torch.Tensor
     arguments: dict[str, Any]
-    attention: Replaced | None
+    attention: Attending | None
 
 
 def _batch_of(
@@ -173,10 +175,11 @@ def _batch_of(
     alone = _lengths_alone(ditching, examples, len(targets_BT), mask)
     if ditching.sequence is None:
         own = _all_rows_arguments(arguments, mask, position_ids)
-        decoder, tokens, recomputes = ditching.decoder, targets_BT.shape[1], ditching.recomputes(ditching.decoder.layers[-1])
+        decoder, tokens = ditching.decoder, targets_BT.shape[1]
+        recomputes = ditching.recomputes(decoder.layers[-1])
         whole = PackedText(alone) if alone else PlainText((len(targets_BT), tokens))
         tiled = tiled_pass(decoder, whole, ditching.tile_rows, recomputes)
-        attention: Replaced | None = None
+        attention: Attending | None = None
         if alone:
             attention = partial(_each_alone, decoder, alone)
         elif tiled and own.keys().isdisjoint({"attention_mask", "position_ids"}):
@@ -220,7 +223,7 @@ def _score(
     scores_BR: torch.Tensor | None
     attention = batch.attention
     if batch.text is not None:
-        attention = partial(cast(Replaced, batch.attention), on_keys=recording.see)
+        attention = partial(cast(Attending, batch.attention), on_keys=recording.see)
     with (
         ditching.recording(recording),
         _graph(decoder, seeking, wanted, recording, is_split) as leaves,
@@ -255,8 +258,11 @@ def _targets(labels_BT: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     return targets_BT if mask is None else targets_BT.masked_fill(~mask.to(targets_BT.device).bool(), IGNORED)
 
 
-def _is_split(decoder: Decoder) -> bool:
+def _is_split(ditching: Ditching) -> bool:
     """Whether ZeRO-3 or FSDP2 deals the weights out."""
+    decoder = ditching.decoder
+    if ditching.decided:
+        return ditching.decided.gathered is not None
     return is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
 
 
@@ -277,6 +283,7 @@ def _recording(ditching: Ditching, wanted: _Wanted, batch: _Batch, is_split: boo
         top=top,
         tiled=batch.tiled,
         watched=last_attending(decoder) if wanted.context else None,
+        whole=ditching.decided and ditching.decided.gathered,
     )
 
 
@@ -306,7 +313,7 @@ def _graph(
 
 @contextmanager
 def _attention_watched(
-    decoder: Decoder, wanted: _Wanted, valid_BT: torch.Tensor, attention: Replaced | None
+    decoder: Decoder, wanted: _Wanted, valid_BT: torch.Tensor, attention: Attending | None
 ) -> Iterator[list[torch.Tensor]]:
     """In the block, attention is that of `attention`, the model's own where None.
 

@@ -9,9 +9,9 @@ Shapes: B batch, T tokens, R rows of a pass, N key/value heads, H head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from tokenseek.tiling.cache import OnceCache
 from tokenseek.tiling.rows import Rows
 from tokenseek.tiling.whole import TiledPass
 
+# A block in which the weights of a module are whole.
+Gathered: TypeAlias = Callable[[nn.Module], AbstractContextManager[None]]
+
 
 class Recording:
     """Keys and values [B, N, T, H] of a model's layers, from one forward pass over all tokens.
@@ -41,6 +44,7 @@ class Recording:
         top: the scored layers, where the second pass runs them once more over all tokens.
         tiled: how the other layers run in tiles, if they do.
         watched: a layer more that runs as it is.
+        whole: in which the weights of a scored module are whole on this process; :func:`gathered` by default.
 
     Attributes:
         returns_tuple: whether layers return their hidden states in a tuple.
@@ -56,8 +60,9 @@ class Recording:
         top: Top | None = None,
         tiled: TiledPass | None = None,
         watched: nn.Module | None = None,
+        whole: Gathered | None = None,
     ) -> None:
-        self.tiled, self.watched = tiled, watched
+        self.tiled, self.watched, self.whole = tiled, watched, whole or gathered
         self.top = top
         self.storage, self.unrecorded, self.scored = storage, unrecorded, scored
         self.current: RecordingCache | None = None
@@ -131,7 +136,7 @@ class Recording:
         """From the gradient at the output of the last scored module to that at the input of the first; once."""
         while self._graphs:
             layer, leaf, output = self._graphs.pop()
-            with gathered(layer):
+            with self.whole(layer):
                 (gradient_BTD,) = torch.autograd.grad(output, leaf, gradient_BTD.to(output.dtype))
         return gradient_BTD
 

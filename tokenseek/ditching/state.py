@@ -21,7 +21,7 @@ from tokenseek.decoder.find import Decoder, find_decoder, unwrapped
 from tokenseek.decoder.names import checkpoints, without_checkpointing
 from tokenseek.ditching.autocast import autocast_cache
 from tokenseek.ditching.reach import Reach
-from tokenseek.ditching.recorded import Recording
+from tokenseek.ditching.recorded import Gathered, Recording
 from tokenseek.ditching.rows import Partition
 from tokenseek.ditching.seeking import Seeking
 from tokenseek.ditching.storage import Shelf
@@ -76,10 +76,15 @@ class Sharing(Protocol):
 
 
 class Decided(NamedTuple):
-    """What a step selects, decided before it runs: in a plan, whose tensors hold no scores."""
+    """What a step selects, decided before it runs: in a plan, whose tensors hold no scores.
+
+    Attributes:
+        gathered: where an engine is planned to split the weights; None where they are whole.
+    """
 
     selection: Selection
     reach: Reach
+    gathered: Gathered | None
 
 
 class Ditching:

@@ -145,6 +145,7 @@ def deepened(shallow: TakenStep, deeper: TakenStep, depths: Depths) -> TakenStep
         grown(shallow.trained, deeper.trained),
         grown(shallow.scales, deeper.scales),
         grown(shallow.exchanged, deeper.exchanged),
+        grown(shallow.gathered_more, deeper.gathered_more),
     )
 
 

@@ -28,7 +28,7 @@ from tokenseek.decoder.head import next_token_labels
 from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import enable_token_ditching, storage, tiles
 from tokenseek.ditching.loss import EveryChunk, chunks_run_by, selected_loss
-from tokenseek.ditching.reach import PlainReach, Reach
+from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.rows import partition
 from tokenseek.ditching.state import require_ditching
 from tokenseek.errors import UserError
@@ -70,6 +70,8 @@ class TakenStep:
         weights, trained: bytes of all weights and of those that are trained.
         scales: bytes of the scales of packed weights, and of other buffers.
         exchanged: bytes that ranks that share a text send in a micro batch.
+        gathered_more: bytes of the weights that a micro batch gathers besides those of one forward and one backward
+            pass, where an engine splits them: for the pass over all tokens, and for the gradients that it takes.
     """
 
     layers: int
@@ -81,6 +83,7 @@ class TakenStep:
     trained: int
     scales: int
     exchanged: int
+    gathered_more: int
 
 
 def take_step(
@@ -98,7 +101,8 @@ def take_step(
         positions_BS = _spread_positions(method.ratio, *shape)
     elif engine.sp_size > 1:  # ranks that share a text select all of it
         positions_BS = _spread_positions(1.0, *shape)
-    reach = None if positions_BS is None else PlainReach(partition(positions_BS, None, shape[1]))
+    online = is_online(config, method)
+    reach = None if positions_BS is None else PlainReach(partition(positions_BS, None, shape[1], recorded=online))
     parts = None if reach is None else reach.parts
     if reach:
         _ = reach.parts.unselected and reach.parts.unselected.on_host  # while its tensors can be read
@@ -111,7 +115,7 @@ def take_step(
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with (
             planned_for(None if engine.on_cpu else "cuda"),  # the fake tensors say that they are on a CPU
-            _reaching(model, reach, is_online(config, method)),
+            nullcontext() if reach is None or online else require_ditching(model).handing(reach),
             fake,
             Ledger(clock=lambda: work.seconds) as ledger,
             work,
@@ -123,6 +127,9 @@ def take_step(
         ):
             _materialise(model)
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
+            if reach and online:
+                gathered = state.gathered if engine.shards_parameters else None
+                require_ditching(model).decided = decided(reach, gathered)
             if config.training.gradient_accumulation_steps > 1:
                 state.accumulate_before()
             ledger.reset_peak("embedding")
@@ -149,24 +156,12 @@ def take_step(
         _nbytes(state.trained),
         _nbytes(model.buffers()),
         sum([*traffic.forward.values(), *traffic.backward.values()]),
+        _nbytes(state.parameters) + state.gathered_again if online else 0,
     )
 
 
 def kv_storage_of(config: RunConfig, method: Method) -> str:
     return method.kv_storage or config.training.kv_storage
-
-
-@contextmanager
-def _reaching(model: nn.Module, reach: Reach | None, online: bool) -> Iterator[None]:
-    """In the block, the rows of `reach` are those that a step is given, or selects itself."""
-    if reach is None:
-        yield
-    elif online:  # the first of a step's two passes is not for them alone
-        require_ditching(model).decided = decided(reach)
-        yield
-    else:
-        with require_ditching(model).handing(reach):
-            yield
 
 
 def _nbytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -10,6 +10,7 @@ import torch
 from tokenseek.config import RunConfig
 from tokenseek.ditching import Seeking
 from tokenseek.ditching.reach import Reach
+from tokenseek.ditching.recorded import Gathered
 from tokenseek.ditching.state import Decided
 from tokenseek.planning.method import Method
 from tokenseek.selection.batched import Selection
@@ -30,7 +31,11 @@ def seeking_of(config: RunConfig) -> Seeking | None:
     return Seeking(config.scoring.reduction, config.scoring.gradient_layer, exact)
 
 
-def decided(reach: Reach) -> Decided:
-    """That a step selects the selected rows of `reach`, whatever the scores."""
+def decided(reach: Reach, gathered: Gathered | None) -> Decided:
+    """That a step selects the selected rows of `reach`, whatever the scores.
+
+    Args:
+        gathered: where an engine splits the model's weights.
+    """
     positions_BS = reach.parts.selected.index_BR
-    return Decided(Selection(positions_BS, torch.ones(positions_BS.shape)), reach)
+    return Decided(Selection(positions_BS, torch.ones(positions_BS.shape)), reach, gathered)

@@ -40,6 +40,9 @@ class _FirstRank(SequenceParallelism):
         super().__init__(group, layout, engine="averages")
         self._dealt = [dealt]
 
+    def require_same(self, **inputs: torch.Tensor | None) -> None:
+        """There is no other rank to compare with."""
+
     def agreed_positions(
         self,
         arguments: dict[str, Any],
@@ -47,7 +50,7 @@ class _FirstRank(SequenceParallelism):
         labels: torch.Tensor | None,
         shift_labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        return cast(torch.Tensor, selected_positions)  # there is no other rank to compare with
+        return cast(torch.Tensor, selected_positions)
 
     def shard(self, decoder: Decoder, arguments: dict[str, Any], parts: Partition) -> LocalPartition:
         return self._dealt.pop()  # its masks live as long as the forward pass, as in a real step

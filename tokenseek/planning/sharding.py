@@ -24,6 +24,9 @@ class ShardedState:
     Args:
         mixed_precision: "no", "bf16" or "fp16"; the engines hold master weights by it.
         make_optimizer: takes a list of parameters.
+
+    Attributes:
+        gathered_again: bytes of the blocks of :meth:`gathered`.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class ShardedState:
         self.parameters = list(model.parameters())
         self.trained = [p for p in self.parameters if p.requires_grad]
         self.in_backward = False
+        self.gathered_again = 0
         self._gathered: dict[nn.Module, int] = {}
         self._reduced: set[nn.Parameter] = set()
         self._waiting: dict[nn.Module, list[nn.Parameter]] = {}
@@ -183,6 +187,16 @@ class ShardedState:
             self.ledger.add("gradients", -copied)
             for parameter in waiting:
                 parameter.grad = None
+
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """In the block, the weights of `module` are whole, outside of a call of it."""
+        is_kept = self.engine.kind == "fsdp2" and module not in self._layers  # the root's, which stays gathered
+        nbytes = 0 if is_kept else self._bytes(module, recurse=True)
+        self.gathered_again += nbytes
+        self.ledger.add("parameters", nbytes)
+        yield
+        self.ledger.add("parameters", -nbytes)
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:

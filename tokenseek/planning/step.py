@@ -15,7 +15,6 @@ from tokenseek.planning.depth import deepened, depths_that_tell, with_layers
 from tokenseek.planning.fake import TakenStep, take_step
 from tokenseek.planning.ledger import Stretch
 from tokenseek.planning.method import Method, method_of
-from tokenseek.planning.online import is_online
 from tokenseek.planning.shapes import known_shape
 from tokenseek.planning.work import Gpu, StepWork, sent_bytes
 
@@ -96,11 +95,6 @@ def plan_memory(
     config.require_trainable()
     shape = (config.training.micro_batch, tokens or config.data.max_length)
     model_config = model_config or load_model_config(config)
-    if engine.sp_size > 1 and is_online(config, method):
-        raise UserError(
-            "scoring.mode: online cannot be planned under sequence parallelism (sp_size): plan one rank of it with "
-            "scoring.mode=index, or all of it without sp_size."
-        )
     depths = None if every_layer else depths_that_tell(config, engine, model_config)
     if depths is None:
         step = take_step(config, method, engine, shape, model_config)
@@ -135,7 +129,8 @@ def _average(step: TakenStep, micro_batches: int) -> float:
 
 def _work(step: TakenStep, engine: Engine, micro_batches: int) -> StepWork:
     """What a step of so many micro batches computes and sends."""
-    sent = sent_bytes(engine, step.weights, step.trained, micro_batches) + micro_batches * step.exchanged
+    sent = sent_bytes(engine, step.weights, step.trained, step.gathered_more, micro_batches)
+    sent += micro_batches * step.exchanged
     operations = Counter(step.optimizer.operations)
     for key, count in step.micro_batch.operations.items():
         operations[key] += micro_batches * count

@@ -101,19 +101,20 @@ def operation_seconds(flops: float, nbytes: int, is_float32: bool, gpu: Gpu) -> 
     return max(arithmetic, nbytes / gpu.bandwidth) / EFFICIENCY
 
 
-def sent_bytes(engine: Engine, weights: int, trained: int, micro_batches: int) -> int:
+def sent_bytes(engine: Engine, weights: int, trained: int, gathered_more: int, micro_batches: int) -> int:
     """Bytes that leave a process in an optimizer step, by rings (docs/distributed.md, "What is sent").
 
     Args:
         weights, trained: bytes of all weights and of those that are trained, in the dtype in which they travel.
+        gathered_more: bytes that a micro batch gathers besides those of one forward and one backward pass.
     """
     times = {
         "single": 0,
         "ddp": 2 * trained,
         "zero1": 2 * trained,
         "zero2": micro_batches * trained + trained,
-        "zero3": micro_batches * (2 * weights + trained),
-        "fsdp2": micro_batches * (2 * weights + trained),
+        "zero3": micro_batches * (2 * weights + gathered_more + trained),
+        "fsdp2": micro_batches * (2 * weights + gathered_more + trained),
     }
     return times[engine.kind] * (engine.processes - 1) // engine.processes
 
