@@ -11,7 +11,9 @@ from closeness import assert_close, errors
 from tiny_models import EAGER_ONLY, KINDS, VOCAB, computed_in, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from benchmarks.memory import LiveStorages
 from tokenseek.decoder.find import find_decoder
 from tokenseek.decoder.head import next_token_labels
 from tokenseek.errors import UserError
@@ -111,6 +113,21 @@ def test_chunks_of_the_head_make_no_difference(monkeypatch):
     expected = scorer.score(ids, mask, labels).gradient
     monkeypatch.setattr("tokenseek.decoder.head.CHUNK_BYTES", 5 * 4 * VOCAB)
     assert_close(scorer.score(ids, mask, labels).gradient, expected)
+
+
+def test_logits_are_held_once_and_in_chunks_of_even_size(monkeypatch):
+    vocab = 2000
+    monkeypatch.setattr("tokenseek.decoder.head.CHUNK_BYTES", 5 * 4 * vocab)
+    monkeypatch.setattr("tokenseek.seeking.gradient.FEWEST_ROWS", 5)
+    model, rows = tiny_model("llama", vocab_size=vocab), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[-2]))
+    hidden = torch.randn(1, 16, model.config.hidden_size)
+    targets = torch.arange(16)[None]
+    body_output = BaseModelOutputWithPast(last_hidden_state=hidden)
+    with LiveStorages().ignore([*model.parameters(), hidden, targets]) as live:
+        head_scores(find_decoder(model), body_output, targets, losses=True, gradient=True)
+    assert rows == [4, 4, 4, 4]
+    assert live.peak < 1.9 * 4 * 4 * vocab  # bytes of a chunk; the gradient of the hidden states is far smaller
 
 
 def test_logits_that_the_head_needs_again_are_left_alone():

@@ -118,11 +118,12 @@ def head_scores(
     hidden_RD, targets_R = (x.index_select(0, supervised_R) for x in (hidden_BTD.flatten(0, 1), flat_targets))
     # The head is the widest part of the model, so it is taken a few rows at a time down to its input.
     most = max(FEWEST_ROWS, math.ceil(SHARE_OF_ROWS * targets_BT.numel()))
-    rows = _even_rows(len(targets_R), min(rows_per_chunk(decoder, hidden_BTD.device), most))
+    # Of even size: a last one of a few rows would read all of the head's weights too.
+    chunks = math.ceil(len(targets_R) / min(rows_per_chunk(decoder, hidden_BTD.device), most)) or 1
     found = []
 
     def run(hidden_RD: torch.Tensor) -> torch.Tensor:
-        for chunk in zip(hidden_RD.split(rows), targets_R.split(rows), strict=True):
+        for chunk in zip(hidden_RD.tensor_split(chunks), targets_R.tensor_split(chunks), strict=True):
             if len(chunk[1]):
                 found.append(_head_chunk(decoder, body_output, *chunk, losses, errors, gradient))
         return hidden_RD
@@ -138,11 +139,6 @@ def head_scores(
         if gradient_BTD is not None:
             gradient_BTD.view(-1, gradient_BTD.shape[-1]).index_copy_(0, supervised_R, torch.cat(gradients))
     return HeadScores(losses_BT, errors_BT, gradient_BTD)
-
-
-def _even_rows(rows: int, most: int) -> int:
-    """Rows of a chunk, so that as few chunks as possible are alike: a last one of a few rows reads all weights too."""
-    return math.ceil(rows / max(1, math.ceil(rows / most))) or 1
 
 
 def loss_gradient(
