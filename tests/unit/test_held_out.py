@@ -13,6 +13,7 @@ from tokenseek.config import load_config
 from tokenseek.errors import UserError
 from tokenseek.runs.prompts import render_prompts
 from tokenseek.runs.train import train
+from tokenseek.training import GroupTrainer
 from tokenseek.training.progress import format_seconds
 
 EVALUATED = (
@@ -67,6 +68,20 @@ def test_the_best_checkpoint_is_kept(tmp_path, capsys):
     )
     assert all(equal(final[name], kept[name]) for name in kept)
     assert not all(equal(final[name], last[name]) for name in kept)
+
+
+@pytest.mark.parametrize("ditching", ["true", "false"])
+def test_evaluations_are_means_over_tokens_as_the_held_out_loss_is(tmp_path, ditching, monkeypatch):
+    """Answers differ in length, so that Trainer's mean over batches is another number, and may choose another step."""
+    settings = (*EVALUATED, f"training.ditching={ditching}", "training.per_device_eval_batch_size=2")
+    summary = train(tiny_preset(tmp_path, *settings, "training.load_best=true", "training.learning_rate=0.01"))
+    losses = [line["eval_loss"] for line in lines(tmp_path / "run") if "eval_loss" in line]
+    assert len(losses) == 2 and summary.loss_after == min(losses)
+    monkeypatch.setattr("tokenseek.training.groups.held_out_loss", None)
+    monkeypatch.setattr(GroupTrainer, "token_mean", property(lambda _: False, lambda *_: None), raising=False)
+    train(tiny_preset(tmp_path, *settings, "training.learning_rate=0.01", f"output_dir={tmp_path / 'trainers'}"))
+    of_batches = [line["eval_loss"] for line in lines(tmp_path / "trainers") if "eval_loss" in line]
+    assert all(abs(a - b) > 1e-5 for a, b in zip(losses, of_batches, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def test_two_words_are_enough(words):
     online = load_config(
         None, ["model.name_or_path=m", "data.sources.0.path=d", "output_dir=o", *_sets("selection"), *_sets("scoring")]
     )
-    assert (config.selection, config.scoring) == (online.selection, online.scoring)
+    assert config.selection == online.selection.model_copy(update={"ratio": "auto"})
+    assert config.scoring == online.scoring
     assert config.peft and config.peft.method == "lora" and config.model.quantization is None
     assert (config.output_dir, config.training.learning_rate) == ("runs/tiny-problems", 2e-4)
     assert (config.model.dtype, config.training.mixed_precision) == ("float32", "no")
@@ -44,7 +45,7 @@ def test_two_words_are_enough(words):
     assert (data.sources[0].path, data.sources[0].kind, data.template) == ("problems.jsonl", "auto", "auto")
     assert (data.max_length, data.rewritten_turns) == (512, "separate")  # the model has 512 positions
     batch = config.training.per_device_train_batch_size, config.training.gradient_accumulation_steps
-    assert batch == (1, 16)
+    assert batch == (1, 16) and config.training.recompute == "auto"
 
 
 def _sets(section):
@@ -68,6 +69,12 @@ def test_every_method_of_the_folder_is_a_word(words):
 def test_numbers_on_a_gpu(words, method, dtype):
     config = load_one_line(words(method=method), on_cpu=lambda: False)
     assert (config.model.dtype, config.training.mixed_precision) == (dtype, "bf16")
+    batch = config.training.per_device_train_batch_size, config.training.gradient_accumulation_steps
+    assert batch == ("auto", 16)
+    said = load_one_line(
+        words(method=method), None, ["training.per_device_train_batch_size=2"], None, on_cpu=lambda: False
+    )
+    assert said.training.micro_batch == 2
 
 
 def test_settings_win_over_words_and_defaults(words):
@@ -77,6 +84,26 @@ def test_settings_win_over_words_and_defaults(words):
     assert (config.selection.ratio, config.training.learning_rate) == (0.5, 1e-3)
     assert load_one_line(words(ratio=0.3, output="here")).output_dir == "here"
     assert load_one_line(words(ratio=0.3)).selection.ratio == 0.3
+
+
+@pytest.mark.parametrize(
+    "overrides,ratio,recompute",
+    [
+        (["training.ditching=false"], 0.1, False),
+        (["scoring.mode=index", "selection.exact_layers=0"], 0.1, "auto"),
+        (["selection.rule=all", "selection.exact_layers=0", "selection.explore=0"], 0.1, "auto"),
+        (["training.recompute=true", "training.per_device_train_batch_size=2"], "auto", True),
+        (["training={learning_rate: 1e-3}"], "auto", False),
+    ],
+)
+def test_what_the_planner_chooses_is_what_nobody_set(words, overrides, ratio, recompute):
+    config = load_one_line(words(), None, overrides)
+    assert (config.selection.ratio, config.training.recompute) == (ratio, recompute)
+
+
+def test_auto_that_was_said_is_refused_where_it_has_no_meaning(words):
+    with pytest.raises(UserError, match="selection.ratio is auto and training.ditching false"):
+        load_one_line(words(), None, ["training.ditching=false", "selection.ratio=auto"])
 
 
 def test_words_replace_what_a_preset_says_and_nothing_else(words):
@@ -176,6 +203,7 @@ def test_a_run_prints_what_it_will_do_and_does_it(words, folder, tmp_path, capsy
     told = re.search(r"trains: lora adapters, ([\d,]+) of ([\d,]+) parameters", printed)
     assert int(told[1].replace(",", "")) == summary.trainable_parameters < int(told[2].replace(",", ""))
     assert re.search(r"memory: [\d.]+ MiB planned at the peak of a step .* [\d.]+ GiB are free\n", printed)
+    assert re.search(r"^auto: training.recompute=false. [\d.]+ MiB planned at the peak", printed, re.MULTILINE)
     assert f"writes to: {tmp_path / 'run'}" in printed
     assert printed.index("writes to") < printed.index("Selection in each step")
     assert summary.steps == 2 and (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
@@ -183,13 +211,22 @@ def test_a_run_prints_what_it_will_do_and_does_it(words, folder, tmp_path, capsy
     assert (saved.selection.ratio, saved.selection.exact_layers, saved.scoring.mode) == (0.2, 1, "online")
 
 
+def test_a_model_of_the_home_folder_is_planned(words, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(folder))
+    settings = {"training.max_steps": 1, "training.report_to": []}
+    tokenseek.finetune("~/tiny", "~/problems.jsonl", output=tmp_path / "run", settings=settings)
+    assert re.search(r"selection.ratio=0.1\. [\d.]+ MiB planned at the peak", capsys.readouterr().out)
+
+
 def test_a_model_that_cannot_be_planned_is_trained(words, tmp_path, capsys, monkeypatch):
     def unplanned(*args, **options):
         raise UserError("its sizes depend on the data.\nand more")
 
     monkeypatch.setattr("tokenseek.runs.outline.plan_memory", unplanned)
+    monkeypatch.setattr("tokenseek.runs.fit.plan_memory", unplanned)
     settings = {"training.max_steps": 1, "training.gradient_accumulation_steps": 1, "training.report_to": []}
     tokenseek.finetune("tiny", "problems.jsonl", method="full", output=tmp_path / "run", settings=settings)
     printed = capsys.readouterr().out
+    assert "selection.ratio=0.1. The memory of a step cannot be planned (its sizes depend on the data.).\n" in printed
     assert "memory: not planned (its sizes depend on the data.)\n" in printed
     assert re.search(r"trains: all weights, ([\d,]+) of \1 parameters \(100.00%\)", printed)

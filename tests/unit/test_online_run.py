@@ -5,10 +5,17 @@ import logging
 import shutil
 
 import pytest
+import torch
 from accelerate import PartialState
+from helpers import tiny_tokenizer, write_jsonl
+from peft import PeftModel
+from tiny_models import tiny_model
 from tiny_preset import tiny_preset
+from transformers import AutoModelForCausalLM
 
-from tokenseek import SelectionRule, TokenSeekCollator, UserError
+from tokenseek import SelectionRule, TokenSeekCollator, UserError, finetune
+from tokenseek.config import load_config
+from tokenseek.data.toy import make_word_problems
 from tokenseek.runs.exact import settle_exact_layers
 from tokenseek.runs.train import train
 
@@ -67,7 +74,6 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, packing):
         (("scoring.mode=online", "scoring.index=a.arrow"), "scoring.index is for scoring.mode: index"),
         (("scoring.mode=online", "scoring.loss_scope=sequence"), "loss_scope: sequence is for scoring.mode: index"),
         (("scoring.reduction=error",), "error is for scoring.mode: online"),
-        (("scoring.mode=online", "selection.ratio=auto"), "selection.ratio: auto is for scoring.mode: index"),
         (("selection.exact_layers=1",), "exact_layers needs scoring.mode: online"),
         (("selection.exact_layers=1", "scoring.mode=online"), "set selection.rule: sampled"),
     ],
@@ -105,3 +111,31 @@ def test_exact_layers_are_settled(tmp_path, caplog, asked, settled):
     with caplog.at_level(logging.INFO, logger="tokenseek"):
         assert settle_exact_layers(config, PartialState(cpu=True)).selection.exact_layers == settled
     assert ("auto" in caplog.text) == (asked == "auto")
+
+
+def test_gemma_4_whose_layers_share_keys_and_values(tmp_path, capsys):
+    """From its folder and data alone to an adapter that loads; its top layer cannot be exact."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer)}
+    model = tiny_model("gemma4", max_position_embeddings=512, **sizes)
+    model.save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    write_jsonl(tmp_path / "train.jsonl", make_word_problems(12))
+    settings = {"training.max_steps": 3, "training.gradient_accumulation_steps": 4, "training.report_to": []}
+    settings |= {"training.logging_steps": 1, "training.learning_rate": 0.01, "data.hold_out": 4}
+    run = tmp_path / "run"
+    summary = finetune(tmp_path / "gemma", tmp_path / "train.jsonl", output=run, settings=settings)
+    printed = capsys.readouterr().out
+    assert "selection.exact_layers: auto: 0, since Gemma4ForCausalLM has layers that share keys and values" in printed
+    assert "memory: not planned" not in printed and "cannot be planned" not in printed
+    assert load_config(run / "config.yaml").selection.exact_layers == 0
+    assert summary.steps == 3 and 0 < summary.selected_share < 0.15
+    assert summary.loss_after < summary.loss_before
+    first = lines(run)[1]
+    assert first["loss_all"] == pytest.approx(first["loss"], rel=0.5) and first["grad_norm"] > 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma")
+    trained = PeftModel.from_pretrained(base, summary.final)
+    ids = torch.tensor([tokenizer("How many?")["input_ids"]])
+    with torch.no_grad(), trained.disable_adapter():
+        before = trained(ids).logits
+    assert not torch.allclose(trained(ids).logits, before, atol=1e-3)

@@ -14,7 +14,7 @@ from tokenseek.config.resources import list_resources, resolve_accelerate_config
 from tokenseek.errors import UserError
 from tokenseek.planning import Engine, Method, launched_engine, plan_memory, read_engine
 from tokenseek.runs import ratio
-from tokenseek.runs.ratio import settle_ratio, settle_recompute
+from tokenseek.runs.ratio import settle_ratio
 
 TOKENS = 128
 LLAMA = model_config("llama", hidden=64, layers=2, vocab=500, tokens=TOKENS)
@@ -76,22 +76,13 @@ def test_without_a_budget_nine_tenths_of_the_free_memory_are_used(auto, monkeypa
     assert settle(auto()).selection.ratio == 0.42
 
 
-@pytest.mark.parametrize("spare, expected", [(0, False), (-1, True)])
-def test_what_does_not_fit_is_recomputed(auto, caplog, spare, expected):
-    caplog.set_level("INFO", "tokenseek")
-    config = auto("selection.ratio=0.3", "training.recompute=auto")
-    budget = peak(config, 0.3) + spare
-    config = auto("selection.ratio=0.3", "training.recompute=auto", f"training.memory_budget='{budget}'")
-    settled = settle_recompute(config, None, TOKENS, PartialState(cpu=True))
-    assert settled == auto("selection.ratio=0.3", f"training.recompute={str(expected).lower()}")
-    assert f"training.recompute: auto: {str(expected).lower()}; without, " in caplog.text
-    assert settle_recompute(settled, None, TOKENS, PartialState(cpu=True)) is settled
-
-
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (("training.recompute=auto",), "selection.ratio and training.recompute are both auto"),
+        (
+            ("training.recompute=auto",),
+            "selection.ratio and training.recompute are both auto, and with scoring.mode: index",
+        ),
         (
             ("selection.ratio=0.1", "training.recompute=auto", "training.ditching=false"),
             "recompute: auto needs ditching",

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenseek.config.loading import change_values, checked_values, merge_values, read_preset, recognised_data
 from tokenseek.config.resources import folder_of
 from tokenseek.config.schema import ModelConfig, RunConfig
 from tokenseek.errors import UserError
+from tokenseek.selection import rule_named
 from tokenseek.spelling import did_you_mean
 
 DEFAULT_METHOD = "lora"
@@ -87,6 +88,8 @@ def load_one_line(
         rate = _RATE_OF_FULL if values["peft"] is None else _RATE_OF_ADAPTER
         values = merge_values(values, {"training": {"learning_rate": rate}})
     values = change_values(values, overrides, settings or {})
+    if preset is None:
+        _drop_unread(values, [*(override.partition("=")[0].strip() for override in overrides), *(settings or {})])
     origin = "command line" if preset is None else str(preset)
     config = checked_values(RunConfig, {"output_dir": "runs", **values}, origin)
     config.require_trainable()
@@ -95,7 +98,7 @@ def load_one_line(
     if preset is not None:
         return config
     positions = _positions(config.model)
-    fitting = {"data": {"max_length": min(_MAX_LENGTH, positions or _MAX_LENGTH)}, **_numbers(config, on_cpu())}
+    fitting = {"data": {"max_length": min(_MAX_LENGTH, positions or _MAX_LENGTH)}, **_of_machine(config, on_cpu())}
     return checked_values(RunConfig, merge_values(fitting, values), origin)
 
 
@@ -115,6 +118,30 @@ def _with_words(values: dict[str, Any], words: OneLine, method: str | None) -> d
     elif words.model is not None or words.data is not None:
         values.pop("output_dir", None)  # of a run with another model or other data
     return values
+
+
+def _drop_unread(values: dict[str, Any], said: Collection[str]) -> None:
+    """Drop each `auto` that nobody said and that has no meaning beside what was said; in place.
+
+    Without ditching, or by a rule without a share, there is nothing to fit; with an index a share is a number.
+    """
+    sections = [values.get(name) for name in ("selection", "training", "scoring")]
+    if not all(isinstance(section, dict) for section in sections):
+        return  # a mistake, which the schema tells
+    selection, training, scoring = cast(list[dict[str, Any]], sections)
+    ditching = training.get("ditching", True)
+    fits_share = ditching and scoring.get("mode") == "online" and _has_share(selection.get("rule"))
+    if selection.get("ratio") == "auto" and not fits_share and "selection.ratio" not in said:
+        del selection["ratio"]
+    if training.get("recompute") == "auto" and not ditching and "training.recompute" not in said:
+        del training["recompute"]
+
+
+def _has_share(rule: Any) -> bool:
+    try:
+        return "ratio" in rule_named(rule).reads
+    except UserError:
+        return True  # which the schema tells, among all else that is wrong
 
 
 def _method(name: str) -> dict[str, Any]:
@@ -197,13 +224,20 @@ def _config_file(model: ModelConfig) -> Path:
         ) from error
 
 
-def _numbers(config: RunConfig, on_cpu: bool) -> dict[str, Any]:
-    """In which numbers the model is held and trained.
+def _of_machine(config: RunConfig, on_cpu: bool) -> dict[str, Any]:
+    """In which numbers the model is held and trained, and how many rows at once.
 
     A full fine-tuning keeps float32 weights and computes in bfloat16: steps of 2e-5 would be lost in the 8 bits of a
-    bfloat16 weight. Frozen weights lose nothing, and adapters are float32.
+    bfloat16 weight. Frozen weights lose nothing, and adapters are float32. Rows of a micro batch are padded to the
+    longest; a CPU gains nothing from several of them.
     """
     if on_cpu:
-        return {"model": {"dtype": "float32"}, "training": {"mixed_precision": "no"}}
+        return {
+            "model": {"dtype": "float32"},
+            "training": {"mixed_precision": "no", "per_device_train_batch_size": 1},
+        }
     dtype = "bfloat16" if config.peft else "float32"
-    return {"model": {"dtype": dtype}, "training": {"mixed_precision": "bf16"}}
+    return {
+        "model": {"dtype": dtype},
+        "training": {"mixed_precision": "bf16", "per_device_train_batch_size": "auto"},
+    }

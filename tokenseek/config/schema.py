@@ -78,8 +78,8 @@ _SelectionFields: Any = create_model("_SelectionFields", __base__=Section, **_fi
 class SelectionConfig(_SelectionFields):  # type: ignore[misc]  # made above of fields that are written once
     """The tokens that keep their gradient: the fields and defaults of `SelectionRule`, which checks the values.
 
-    `ratio: auto` is the largest share with which a training step fits into `training.memory_budget`; it is settled when
-    training starts, and saved with the run.
+    `ratio: auto` is the largest share with which a training step fits into `training.memory_budget`; online, a tenth or
+    as much of it as fits. It is settled when training starts, and saved with the run.
 
     `exact_layers` top layers and the head are trained on all tokens; below them, selected tokens are seeded with their
     gradient over their probability. It needs `scoring.mode: online` and rule `sampled` by the gradient alone. `auto` is
@@ -130,8 +130,8 @@ class DitchingSettings(Section):
     """The settings of training that are no fields of `transformers.TrainingArguments`.
 
     - `ditching`: false is ordinary fine-tuning on all tokens.
-    - `recompute`: the selected pass once more in the backward pass. `auto` does so where a step does not fit into
-      `memory_budget` otherwise, by its plan.
+    - `recompute`: the selected pass once more in the backward pass. `auto` does so where a step (of one row, if the
+      batch size is `auto` too) does not fit into `memory_budget` otherwise, by its plan.
     - `kv_storage`: where keys and values wait for it: on the `device`, on the `host`, or in 8 bits (`int8`, not exact),
       there or on the host (`int8_host`).
     - `compile`: norms and feed-forward blocks compiled by torch, for fewer and larger kernels on a GPU.
@@ -342,8 +342,6 @@ class RunConfig(Section):
         auto = self.selection.ratio == "auto"
         if auto and not self.training.ditching:
             raise ValueError("selection.ratio is auto and training.ditching false, which trains on all tokens")
-        if self.scoring.mode == "online" and auto:
-            raise ValueError("selection.ratio: auto is for scoring.mode: index; online, give a share such as 0.1")
         if self.selection.exact_layers:
             rule = self.selection
             if self.scoring.mode != "online" or self.scoring.reduction == "error":
@@ -356,15 +354,13 @@ class RunConfig(Section):
                     f"and beta: 1 (got rule {rule.rule}, alpha {rule.alpha:g})"
                 )
         auto_batch = self.training.per_device_train_batch_size == "auto"
-        if auto and auto_batch:
-            raise ValueError(
-                "selection.ratio and training.per_device_train_batch_size are both auto; each takes what memory is "
-                "free, so give a number for one of them"
-            )
         recompute_auto = self.training.recompute == "auto"
-        if recompute_auto and (auto or auto_batch):
-            other = "selection.ratio" if auto else "training.per_device_train_batch_size"
-            raise ValueError(f"{other} and training.recompute are both auto; give one of them")
+        if auto and self.scoring.mode == "index" and (auto_batch or recompute_auto):
+            other = "per_device_train_batch_size" if auto_batch else "recompute"
+            raise ValueError(
+                f"selection.ratio and training.{other} are both auto, and with scoring.mode: index the share takes all "
+                "the memory that is free; give a value for one of them"
+            )
         if recompute_auto and not self.training.ditching:
             raise ValueError("training.recompute: auto needs ditching: true; without, set true or false")
         if self.training.memory_budget and not (auto or auto_batch or recompute_auto):

@@ -29,7 +29,7 @@ from tokenseek.launching.processes import first_on_main, join_processes, whole_m
 from tokenseek.launching.sequence import launched_sp_size
 from tokenseek.models.loading import load_model, load_tokenizer, require_decoder
 from tokenseek.training import GroupTrainer, PaddingCollator
-from tokenseek.training.metrics import held_out_loss
+from tokenseek.training.held_out import held_out_loss
 
 _log = logging.getLogger(__name__)
 

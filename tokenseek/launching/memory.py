@@ -11,6 +11,17 @@ from accelerate import PartialState
 
 from tokenseek.launching import environment
 
+# Of the control groups of Linux (version 2, version 1): the limit, what is in use, and of what kind.
+_GROUPS = "/sys/fs/cgroup"
+_CONTAINER_FILES = (
+    (f"{_GROUPS}/memory.max", f"{_GROUPS}/memory.current", f"{_GROUPS}/memory.stat"),
+    (
+        f"{_GROUPS}/memory/memory.limit_in_bytes",
+        f"{_GROUPS}/memory/memory.usage_in_bytes",
+        f"{_GROUPS}/memory/memory.stat",
+    ),
+)
+
 
 def reset_peak_memory() -> None:
     """Begin a new peak; on a CPU the resident memory of now is where it begins."""
@@ -31,7 +42,17 @@ def peak_memory_bytes() -> int:
 
 
 def free_memory_bytes(state: PartialState) -> int:
-    """What is free on the GPU of this process; on CPUs, of the machine's memory the share of one of its processes."""
+    """What is free on the GPU of this process; on CPUs, of the machine's or container's memory one process's share."""
     if state.device.type == "cuda":
         return torch.cuda.mem_get_info(state.device)[0]
-    return psutil.virtual_memory().available // environment.local_world_size()
+    available = psutil.virtual_memory().available
+    limited = [left for files in _CONTAINER_FILES if (left := _left_in_container(*map(Path, files))) is not None]
+    return min([available, *limited]) // environment.local_world_size()
+
+
+def _left_in_container(limit: Path, used: Path, stat: Path) -> int | None:
+    """Bytes that a container may still take; None where nothing limits it. Its cached files give way, and are free."""
+    if not limit.is_file() or not (bound := limit.read_text().strip()).isdigit():
+        return None  # no such control group, or "max"
+    cached = re.search(r"^(?:total_)?inactive_file (\d+)$", stat.read_text(), re.MULTILINE)
+    return max(0, int(bound) - int(used.read_text()) + (int(cached[1]) if cached else 0))

@@ -46,8 +46,12 @@ def largest_ratio(
     *,
     tokens: int | None = None,
     model_config: PreTrainedConfig | None = None,
+    most: float = 1.0,
 ) -> Choice:
     """The largest share of the tokens, in steps of 1 %, at which a training step stays within `budget` bytes.
+
+    Args:
+        most: no larger share is wanted.
 
     Example:
         >>> largest_ratio(load_config("llama-3.2-1b"), 12 * 2**30).ratio
@@ -62,7 +66,7 @@ def largest_ratio(
             known[step] = plan_memory(config, method, engine, tokens=tokens, model_config=model_config)
         return known[step]
 
-    low, high = 1, _STEPS
+    low, high = 1, max(1, round(most * _STEPS))
     if plan(low).peak > budget:
         knobs = []
         for how, changed, other_engine, other_tokens in _knobs(config, engine, tokens or config.data.max_length):
@@ -73,7 +77,7 @@ def largest_ratio(
                 knobs.append(Knob(how, other, other.peak <= budget))
         return Choice(None, plan(low), tuple(sorted(knobs, key=lambda knob: knob.plan.peak)))
     if plan(high).peak <= budget:
-        return Choice(1.0, plan(high))
+        return Choice(high / _STEPS, plan(high))
     # `low` fits and `high` does not. Memory is almost linear in the ratio, so the line between them is the better guess
     # than their middle, except where it keeps falling on the same side.
     side, same_side = 0, 0
@@ -100,6 +104,8 @@ def _knobs(config: RunConfig, engine: Engine, tokens: int) -> Iterator[tuple[str
         yield "--set training.recompute=true", changed("training", recompute=True), engine, tokens
     if config.training.kv_storage == "device" and not engine.on_cpu:
         yield "--set training.kv_storage=host", changed("training", kv_storage="host"), engine, tokens
+    if config.scoring.mode == "online" and config.selection.exact_layers:
+        yield "--set selection.exact_layers=0", changed("selection", exact_layers=0), engine, tokens
     if (batch := config.training.micro_batch) > 1:
         steps = config.training.gradient_accumulation_steps * batch
         one = changed("training", per_device_train_batch_size=1, gradient_accumulation_steps=steps)

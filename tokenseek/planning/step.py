@@ -147,9 +147,12 @@ def load_model_config(config: RunConfig) -> PreTrainedConfig:
     shape = known_shape(model.name_or_path)
     if shape and not (model.revision or model.trust_remote_code or Path(model.name_or_path).exists()):
         return shape.config()
+    folder = Path(model.name_or_path).expanduser()
     try:
         return AutoConfig.from_pretrained(
-            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            folder if folder.is_dir() else model.name_or_path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]

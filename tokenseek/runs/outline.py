@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tokenseek.config import RunConfig
 from tokenseek.config.sizes import format_size
 from tokenseek.launching.memory import free_memory_bytes
-from tokenseek.planning import launched_engine, method_of, plan_memory
+from tokenseek.planning import MemoryPlan, launched_engine, method_of, plan_memory
 from tokenseek.reporting import render_labels
 from tokenseek.runs.inputs import RunInputs
 
@@ -20,18 +20,21 @@ _log = logging.getLogger(__name__)
 _TOKENS_SHOWN = 120
 
 
-def log_outline(config: RunConfig, inputs: RunInputs, training: Dataset, model: nn.Module, tokens: int) -> None:
+def log_outline(
+    config: RunConfig, inputs: RunInputs, training: Dataset, model: nn.Module, tokens: int, plan: MemoryPlan | None
+) -> None:
     """The main process logs it; every process may call this, before any weight is loaded.
 
     Args:
         model: on the meta device, with the run's adapter.
         tokens: of the longest row of a batch, for the plan of a step.
+        plan: of a step, where one was made before.
     """
     if not inputs.state.is_main_process:
         return
     _log.info(_example(inputs.tokenizer, training))
     _log.info(_trained(config, model, inputs.state.num_processes))
-    _log.info(_memory(config, inputs, tokens))
+    _log.info(_memory(config, inputs, tokens, plan))
     _log.info(f"writes to: {config.output_dir} (checkpoints, metrics.jsonl, summary.json; the result in final/)")
 
 
@@ -57,10 +60,10 @@ def _trained(config: RunConfig, model: nn.Module, processes: int) -> str:
     )
 
 
-def _memory(config: RunConfig, inputs: RunInputs, tokens: int) -> str:
+def _memory(config: RunConfig, inputs: RunInputs, tokens: int, plan: MemoryPlan | None) -> str:
     on_cpu = inputs.state.device.type == "cpu"
     try:
-        plan = plan_memory(config, method_of(config), launched_engine(on_cpu), tokens=tokens)
+        plan = plan or plan_memory(config, method_of(config), launched_engine(on_cpu), tokens=tokens)
     except Exception as error:  # a plan is advice: what cannot be planned may well be trained
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         return f"memory: not planned ({reason})"

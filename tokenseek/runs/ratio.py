@@ -1,4 +1,4 @@
-"""`auto`: the largest share of the tokens whose training step fits into memory, and whether it is recomputed."""
+"""`selection.ratio: auto` of runs with an index: the largest share of the tokens whose step fits into memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenseek.config.sizes import format_size, parse_size
 from tokenseek.errors import UserError
 from tokenseek.launching.memory import free_memory_bytes
 from tokenseek.launching.processes import first_on_main, log_once
-from tokenseek.planning import Engine, describe_choice, largest_ratio, launched_engine, method_of, plan_memory
+from tokenseek.planning import Engine, describe_choice, largest_ratio, launched_engine
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def settle_ratio(config: RunConfig, checkpoint: str | None, tokens: int, state: 
     if config.selection.ratio != "auto":
         return config
     if checkpoint:
-        ratio, told = _ratio_of_run(Path(checkpoint).parent), f"r = {{}} as before in {checkpoint}"
+        ratio, told = ratio_of_run(Path(checkpoint).parent), f"r = {{}} as before in {checkpoint}"
     else:
         budget = memory_budget(config, state)
         # One process plans and broadcasts; its errors are raised in every process.
@@ -52,36 +52,6 @@ def settle_ratio(config: RunConfig, checkpoint: str | None, tokens: int, state: 
     selection = config.selection.model_copy(update={"ratio": ratio})
     training = config.training.model_copy(update={"memory_budget": None})
     return config.model_copy(update={"selection": selection, "training": training})
-
-
-def settle_recompute(config: RunConfig, checkpoint: str | None, tokens: int, state: PartialState) -> RunConfig:
-    """`config` with true or false for `training.recompute`: true where a step does not fit into memory without.
-
-    A run that resumes goes on as its checkpoint's run.
-
-    Args:
-        checkpoint: that the run resumes from, if any.
-        tokens: of the longest example.
-    """
-    if config.training.recompute != "auto":
-        return config
-    if checkpoint and (file := Path(checkpoint).parent / "config.yaml").is_file():
-        before = load_config(file).training.recompute
-        if before != "auto":
-            log_once(_log, state, f"training.recompute: auto: {str(before).lower()} as before in {checkpoint}.")
-            training = config.training.model_copy(update={"recompute": before, "memory_budget": None})
-            return config.model_copy(update={"training": training})
-    budget = memory_budget(config, state)
-    engine = launched_engine(on_cpu=state.device.type == "cpu")
-    peak = first_on_main(
-        state,
-        lambda: plan_memory(config, method_of(config), engine, tokens=tokens).peak if state.is_main_process else None,
-    )
-    (peak,) = broadcast_object_list([peak])
-    told = f"{str(peak > budget).lower()}; without, {format_size(peak)} are planned at the peak of a step, and "
-    log_once(_log, state, f"training.recompute: auto: {told}{format_size(budget)} may be used.")
-    training = config.training.model_copy(update={"recompute": peak > budget, "memory_budget": None})
-    return config.model_copy(update={"training": training})
 
 
 def _planned(config: RunConfig, budget: int, engine: Engine, tokens: int) -> tuple[float, int]:
@@ -99,7 +69,17 @@ def memory_budget(config: RunConfig, state: PartialState) -> int:
     return int(SHARE_OF_FREE_MEMORY * min(gather_object([free_memory_bytes(state)])))
 
 
-def _ratio_of_run(folder: Path) -> float:
+def describe_budget(config: RunConfig, budget: int) -> str:
+    given = config.training.memory_budget
+    return f"{format_size(budget)} ({'training.memory_budget' if given else 'nine tenths of what is free'})"
+
+
+def ratio_of_run(folder: Path) -> float:
+    """The share that the run in `folder` was trained with.
+
+    Raises:
+        UserError: its `config.yaml` holds none.
+    """
     file = folder / "config.yaml"
     ratio = load_config(file).selection.ratio if file.is_file() else None
     if not isinstance(ratio, float):

@@ -40,15 +40,15 @@ from tokenseek.models.kernels import apply_liger, compile_regions, require_kerne
 from tokenseek.models.loading import add_adapter, load_model, model_folder, packing_dtype, revision_of
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.allocation import StepAllocation
-from tokenseek.runs.batch import settle_batch, with_batch
 from tokenseek.runs.exact import fit_exact_layers, settle_exact_layers
 from tokenseek.runs.export import write_model_card
 from tokenseek.runs.fingerprint import fingerprint_run
+from tokenseek.runs.fit import settle_memory, with_batch
 from tokenseek.runs.hub import push, require_hub
 from tokenseek.runs.inputs import RunInputs, read_inputs
 from tokenseek.runs.outline import log_outline
 from tokenseek.runs.prompts import render_prompts, require_samples
-from tokenseek.runs.ratio import settle_ratio, settle_recompute
+from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.resume import (
     METRICS_NAME,
     SUMMARY_NAME,
@@ -64,7 +64,8 @@ from tokenseek.training import GroupTrainer, PaddingCollator, TokenSeekCollator,
 from tokenseek.training.arguments import training_arguments
 from tokenseek.training.checkpoints import Resumed, fit_checkpoint
 from tokenseek.training.checks import make_output, require_a_batch, require_arguments, require_reports
-from tokenseek.training.metrics import MetricsFile, held_out_loss
+from tokenseek.training.held_out import held_out_loss
+from tokenseek.training.metrics import MetricsFile
 from tokenseek.training.progress import ProgressLine
 from tokenseek.training.samples import Samples
 
@@ -152,9 +153,8 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
         log_once(_log, state, f"Packed: {packed}.")
     if config.data.is_streamed:
         longest = config.data.max_length
-    config = settle_batch(config, start.settled_by, longest, state)
+    config, plan = settle_memory(config, start.settled_by, longest, state)
     config = settle_ratio(config, start.settled_by, longest, state)
-    config = settle_recompute(config, start.settled_by, longest, state)
     groups = state.num_processes // (group.size() if group else 1)
     require_a_batch(config.training, len(training), groups)
     fingerprint = fingerprint_run(config, inputs, training, held_out, groups)
@@ -168,7 +168,7 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
         return Run(config, inputs, training, held_out, packed, None, None, arguments, output, start)
     first_on_main(state, lambda: require_hub(config))
     if outlined:
-        log_outline(config, inputs, training, planned_model, longest)
+        log_outline(config, inputs, training, planned_model, longest, plan)
     index = _index(config, inputs) if config.needs_index else None
     if start.checkpoint:
         fit_checkpoint(Path(start.checkpoint), arguments, state)
@@ -204,6 +204,7 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
     options: dict[str, Any] = dict(
         args=run.arguments,
         on_nan=config.training.on_nan,
+        token_mean=True,
         train_dataset=next(data for data in (run.stream, run.packed, run.training) if data is not None),
         eval_dataset=run.held_out,
         processing_class=tokenizer,

@@ -32,6 +32,7 @@ from tokenseek.parallel import shared_by
 from tokenseek.training.checkpoints import writing
 from tokenseek.training.evaluating import loss_in_pieces
 from tokenseek.training.finite import Collate, NamedExamples, StopAtNan
+from tokenseek.training.held_out import held_out_loss
 from tokenseek.training.sampling import EpochSampler, LengthGroupedSampler, WithBlanks
 
 _log = logging.getLogger(__name__)
@@ -48,12 +49,22 @@ class GroupTrainer(Trainer):
         model: a causal LM, plain or PEFT-wrapped.
         on_nan: "stop" raises :class:`UserError` at a loss or gradient that is not finite, with the step and examples
             (of data with an ``example_id``), before the optimizer takes it; "continue" does nothing about it.
+        token_mean: evaluations give the mean over tokens, :func:`~tokenseek.training.held_out.held_out_loss`, and not
+            Trainer's mean over batches, in which a token of a short answer counts more than one of a long answer.
 
     Raises:
         UserError: the model and the launch (``sp_size`` of its accelerate config) disagree on who shares examples.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, on_nan: str = "stop", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        on_nan: str = "stop",
+        token_mean: bool = False,
+        **kwargs: Any,
+    ) -> None:
         if on_nan not in ("stop", "continue"):
             raise UserError(f"on_nan is {on_nan!r}; it must be 'stop' or 'continue'.")
         args.logging_nan_inf_filter = False  # would log such a loss as the mean of those before
@@ -82,6 +93,7 @@ class GroupTrainer(Trainer):
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False  # torch would warn that there is nothing to pin it for
         super().__init__(model, args, **kwargs)
+        self.token_mean = token_mean
         self._blanks: list[int] = []  # the blank examples of the batch at hand, by their tokens
         self.new_epoch = NewEpoch()
         self.add_callback(self.new_epoch)
@@ -208,10 +220,21 @@ class GroupTrainer(Trainer):
         super()._track_num_input_tokens(_without_blanks(inputs, self._blanks))
         self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.group_size
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        if self.token_mean and prediction_loss_only:
+            dataset = cast(datasets.Dataset, dataloader.dataset)
+            metrics = {f"{metric_key_prefix}_loss": held_out_loss(self, dataset)}
+            return EvalLoopOutput(cast(Any, None), None, metrics, len(dataset))
         if self.group_size > 1:
             self.gather_function = self._gather_of_groups
-        return super().evaluation_loop(*args, **kwargs)
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 
     def _gather_of_groups(self, data: Any) -> Any:
         """As accelerate's ``gather_for_metrics``, from one rank of each group."""

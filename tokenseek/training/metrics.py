@@ -1,4 +1,4 @@
-"""What a run reports: one line of JSON per log, and the held-out loss."""
+"""What a run reports: one line of JSON per log."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenseek.labels import IGNORED
 from tokenseek.launching.memory import peak_memory_bytes, reset_peak_memory
-from tokenseek.training import GroupTrainer
 from tokenseek.training.checkpoints import writing
-from tokenseek.training.evaluating import loss_in_pieces
 
 
 class MetricsFile(TrainerCallback):
@@ -64,29 +59,3 @@ class MetricsFile(TrainerCallback):
             if last_step == 0 or not line.endswith("\n") or json.loads(line)["step"] > last_step:
                 return
             yield line
-
-
-def held_out_loss(trainer: GroupTrainer, dataset: Dataset) -> float:
-    """Mean cross-entropy over all supervised tokens of a data set, in nats per token.
-
-    Unlike a mean over batches it does not depend on the batch size, the number of processes or the padding.
-    """
-    accelerator = trainer.accelerator
-    per_round = trainer.args.eval_batch_size * trainer.num_groups
-    # Samplers repeat examples to give every process as many; blank ones that carry no loss stand there instead.
-    blank = dataset.select([0] * (-len(dataset) % per_round)).map(
-        lambda example: {"labels": [IGNORED] * len(example["labels"])}, load_from_cache_file=False
-    )
-    blank = blank.cast(dataset.features)
-    total = torch.zeros(2, dtype=torch.float64, device="cpu")
-    model = trainer.model_wrapped
-    model.eval()
-    with torch.no_grad():
-        for batch in trainer.get_eval_dataloader(concatenate_datasets([dataset, blank])):
-            count = batch["labels"][:, 1:].ne(IGNORED).sum().item()
-            in_pieces = loss_in_pieces(model, batch["labels"].shape, accelerator.autocast)
-            with trainer.compute_loss_context_manager(), in_pieces:
-                loss = model(**batch, num_items_in_batch=1, use_cache=False).loss.item()
-            total += torch.tensor([loss, count], dtype=torch.float64)
-    loss, count = accelerator.reduce(total.to(accelerator.device, torch.float32), reduction="sum").tolist()
-    return float(loss / count)
