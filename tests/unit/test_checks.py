@@ -247,3 +247,29 @@ def test_row26_no_room_for_a_checkpoint(too_large, folder, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert train(config).steps == 3
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    "values,expected",
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "already (bitsandbytes, by"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already (gptq, by the quantization_config"),
+        ({"dtype": "strange"}, "config.json has a value that Transformers cannot use: "),
+        ({"max_position_embeddings": "512"}, "has a value that Transformers cannot use: Validation error for field"),
+    ],
+    ids=["bitsandbytes", "gptq", "dtype", "positions"],
+)
+@pytest.mark.parametrize("work", [train, score])
+def test_configurations_that_cannot_be_trained(work, values, expected, refused, model_with):
+    made = model_with()
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | values))
+    assert expected in refused(f"model.name_or_path={made}", work=work)
+
+
+def test_an_output_in_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "a home"))
+    monkeypatch.chdir(tmp_path)
+    train(tiny_preset(folder, "output_dir=~/runs/mine", "selection.rule=random"))
+    assert (tmp_path / "a home/runs/mine/final").is_dir() and not (tmp_path / "~").exists()
+    assert tiny_preset(folder, "scoring.index=~/x.arrow").index_path == tmp_path / "a home/x.arrow"

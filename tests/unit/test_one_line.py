@@ -10,8 +10,9 @@ from tiny_models import tiny_model
 
 import tokenseek
 from tokenseek import UserError, cli
-from tokenseek.config import OneLine, list_methods, load_config, load_one_line
+from tokenseek.config import ModelConfig, OneLine, list_methods, load_config, load_one_line
 from tokenseek.data.toy import make_word_problems
+from tokenseek.models.loading import model_folder
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,26 @@ def test_mistakes_are_told_before_any_process_starts(words, monkeypatch, capsys,
     monkeypatch.setattr(cli, "launch_script", lambda *args: pytest.fail("processes were started"))
     assert cli.main(["train", *others]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_told_by_what_it_is(words, tmp_path):
+    adapter = {"base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf/model.GGUF").touch()
+    (tmp_path / "gguf/model.gguf").touch()
+    expected = {
+        "adapter": "holds an adapter of org/base and no model. Merge both with `tokenseek merge-adapter",
+        "gguf": "is in GGUF, which is for running models",
+        "gguf/model.gguf": "is in GGUF, which is for running models",
+    }
+    for name, message in expected.items():
+        path = str(tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            load_one_line(words(model=path))
+        with pytest.raises(UserError, match=message):
+            model_folder(ModelConfig(name_or_path=path))
 
 
 def test_qlora_needs_its_library(words, monkeypatch):

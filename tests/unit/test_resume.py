@@ -178,3 +178,25 @@ def test_what_is_unknown_or_damaged_is_told(run, capsys):
     (run.path / "summary.json").write_text('{"steps": 2}')
     with pytest.raises(UserError, match="summary.json was written by another version"):
         run()
+
+
+def test_a_checkpoint_that_is_damaged_is_told(run):
+    run.interrupt()
+    weights = run.path / "checkpoint-1" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:50])
+    for settings in ((), (f"training.resume={run.path}/checkpoint-1",)):
+        with pytest.raises(
+            UserError, match="checkpoint-1/adapter_model.safetensors is truncated.*Remove .*checkpoint-1"
+        ):
+            run(*settings)
+    weights.write_bytes(whole)
+    (run.path / "checkpoint-1" / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match="checkpoint-1 holds no states of the optimizer"):
+        run()
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(run, tmp_path):
+    run.interrupt()
+    run.path = run.path.rename(tmp_path / "elsewhere")
+    assert run().steps == 2 and run.steps == [1, 2]

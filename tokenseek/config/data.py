@@ -1,5 +1,6 @@
 """The sections `data` and `eval_data`: sources, their columns, and how rows become examples."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -72,6 +73,11 @@ class SourceConfig(Section):
             raise ValueError(
                 "give either path (a local file or folder) or name (a data set of the hub) and set the other to null, "
                 f"got path={self.path!r} and name={self.name!r}"
+            )
+        if re.match(r"[a-z][a-z0-9+-]*://", self.path or self.name or "", re.IGNORECASE):
+            raise ValueError(
+                f"{self.path or self.name} is an address; data are files and folders of this machine, or the name of a "
+                "data set of the hub (owner/name). Fetch the file first (curl -LO ...), or give the name"
             )
         if self.weight is not None and self.rows is not None:
             raise ValueError("give either weight or rows, not both")

@@ -24,7 +24,8 @@ def recognised_data(path_or_name: str) -> dict[str, Any]:
     Args:
         path_or_name: an existing file or folder, or a data set of the hub.
     """
-    looks_local = path_or_name.startswith((".", "/", "~")) or Path(path_or_name).suffix in _DATA_SUFFIXES
+    suffix = Path(path_or_name.lower().removesuffix(".gz")).suffix
+    looks_local = path_or_name.startswith((".", "/", "~")) or suffix in _DATA_SUFFIXES
     is_local = looks_local or Path(path_or_name).exists()
     return {
         "sources": [{"path" if is_local else "name": path_or_name, "kind": "auto"}],

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokenseek.config.loading import change_values, checked_values, merge_values, read_preset, recognised_data
+from tokenseek.config.model_files import without_model
 from tokenseek.config.resources import folder_of
 from tokenseek.config.schema import ModelConfig, RunConfig
 from tokenseek.errors import UserError
@@ -207,8 +208,8 @@ def _config_file(model: ModelConfig) -> Path:
     if folder.is_dir() and (folder / "config.json").is_file():
         return folder / "config.json"
     advice = "give a folder written by save_pretrained, or a name on the hub."
-    if folder.is_dir():
-        raise UserError(f"model.name_or_path: {folder} holds no config.json; {advice}")
+    if folder.exists():
+        raise UserError(f"model.name_or_path: {without_model(folder)}")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model.name_or_path: there is no folder {folder}; {advice}")
     from huggingface_hub import hf_hub_download  # late: folders need no hub

@@ -327,10 +327,15 @@ class RunConfig(Section):
     output_dir: str
     seed: NonNegativeInt = 42
 
+    @field_validator("output_dir")
+    @classmethod
+    def _expand_output_dir(cls, folder: Any) -> Any:
+        return str(Path(folder).expanduser()) if folder.startswith("~") else folder
+
     @property
     def index_path(self) -> Path:
         """Where the token-position index is written and read."""
-        return Path(self.scoring.index) if self.scoring.index else Path(self.output_dir) / "index.arrow"
+        return Path(self.scoring.index).expanduser() if self.scoring.index else Path(self.output_dir) / "index.arrow"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
+import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,15 +59,24 @@ def parse_row(text: str) -> Any:
 
 
 def read_file(path: Path) -> Iterator[RawRow]:
-    """The rows of a file of one of the kinds of `READERS`.
+    """The rows of a file of one of the kinds of `READERS`, perhaps compressed by gzip.
 
     Raises:
         UserError: names the file, the line and the cause.
     """
     try:
-        yield from READERS[path.suffix](path)
+        yield from READERS[kind_of(path)](path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path}: the compressed file is cut off or damaged: {error}; fetch it again") from error
+
+
+def kind_of(path: Path) -> str:
+    """Which of `READERS` reads a file: its suffix in small letters, for text without the `.gz` of gzip."""
+    name = path.name.lower()
+    kind = Path(name.removesuffix(_GZIP)).suffix
+    return f"{kind}{_GZIP}" if name.endswith(_GZIP) and kind not in _COMPRESSED else kind
 
 
 def arrow_rows(table: pa.Table | pa.RecordBatch) -> Iterator[str]:
@@ -89,7 +101,20 @@ def _constant(written: str) -> None:
         raise ValueError(f"{written} is not a JSON value")
 
 
-_DECODER = json.JSONDecoder(parse_float=WrittenFloat, parse_int=_int, parse_constant=_constant)
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError(f"an object has {_repeated([name for name, _ in pairs])} more than once")
+    return members
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+_DECODER = json.JSONDecoder(
+    parse_float=WrittenFloat, parse_int=_int, parse_constant=_constant, object_pairs_hook=_members
+)
 
 
 def _dump(row: dict[str, Any]) -> str:
@@ -97,18 +122,24 @@ def _dump(row: dict[str, Any]) -> str:
 
 
 def _read_json_lines(path: Path) -> Iterator[RawRow]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             place = f"line {number}"
             text = _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, number)
+            if text.lstrip().startswith("["):
+                raise UserError(
+                    f"{path}, {place}: a row is a JSON object with named columns, and a list begins here. A file that "
+                    'is one list of objects is named .json; a conversation is written as {"messages": [...]}'
+                )
             if text.strip():
                 row = _object(_parsed(text, path, place), path, place)
                 yield RawRow(text.strip(), place, row)
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
-    """A list of objects, or one object on each line."""
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    """A list of objects, one object on each line, or one in all."""
+    with _open(path) as file:
+        content = file.read().removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -116,7 +147,11 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         raise _not_utf8(content.split(b"\n")[line - 1], path, line) from error
     position = _past_space(text, 0)
     if not text.startswith("[", position):
-        yield from _read_json_lines(path)
+        if (only := _only_object(text, position)) is not None:
+            _refuse_table(only, path)
+            yield RawRow(text.strip(), "the only object", only)
+        else:
+            yield from _read_json_lines(path)
         return
     position, number = _past_space(text, position + 1), 0
     while not text.startswith("]", position):
@@ -135,14 +170,51 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         raise UserError(f"{path}: not valid JSON: there is text behind the list of rows")
 
 
+def _only_object(text: str, position: int) -> dict[str, Any] | None:
+    """The object that a text is in all; None if it is none, or another follows."""
+    try:
+        row, end = _DECODER.raw_decode(text, position)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and _past_space(text, end) == len(text) else None
+
+
+def _refuse_table(row: dict[str, Any], path: Path) -> None:
+    """Refuse one object that holds all rows: as a list under a name, or as a list of cells for each column."""
+    lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
+    of_rows = [name for name, value in lists.items() if _are_rows(value)]
+    if of_rows:
+        name = of_rows[0]
+        raise UserError(
+            f"{path}: one object, whose {name!r} is a list of {len(lists[name])} objects; rows are a list of objects, "
+            f"or one on each line: take that list out, with `jq '.[\"{name}\"]' FILE > rows.json` for example"
+        )
+    if len(lists) == len(row) > 1 and len({len(value) for value in lists.values()}) == 1:
+        raise UserError(
+            f"{path}: one object with a list of cells for each column ({', '.join(row)}); rows are a list of objects, "
+            "or one on each line. Pandas writes them with to_json(..., orient='records', lines=True)"
+        )
+
+
+def _are_rows(items: list[Any]) -> bool:
+    """Objects that are neither messages nor descriptions of tools."""
+    return all(isinstance(item, dict) and not {"role", "from", "function"} & item.keys() for item in items)
+
+
 def _read_csv(path: Path) -> Iterator[RawRow]:
-    delimiter = "\t" if path.suffix == ".tsv" else ","
+    delimiter = "\t" if kind_of(path) == ".tsv" else ","
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True, delimiter=delimiter)
             header = next(reader, [])
-            if repeated := sorted({name for name in header if header.count(name) > 1}):
+            if len(header) == 1 and (other := next((sign for sign in ",;\t" if sign in header[0]), None)):
+                raise UserError(
+                    f"{path}: the header is one column, {header[0]!r}, whose names seem to be parted by {other!r}; "
+                    f"{kind_of(path)} files are read with {delimiter!r}: save it so (.tsv for tabs), or rename the "
+                    "column"
+                )
+            if repeated := _repeated(header):
                 raise UserError(f"{path}: columns {repeated} stand in the header more than once; rename them")
             for cells in reader:
                 if len(cells) > len(header):
@@ -155,8 +227,8 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
                     row = dict(zip(header, values, strict=True))
                     yield RawRow(_dump(row), f"line {reader.line_num}", header)
     except UnicodeDecodeError as error:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with _open(path) as binary:
+            for number, line in enumerate(binary, 1):
                 _decoded(line, path, number)
         raise UserError(f"{path}: not UTF-8: {error}") from error
     except csv.Error as error:
@@ -171,6 +243,8 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     try:
         number = 0
         with pq.ParquetFile(path) as file:
+            if repeated := _repeated(file.schema_arrow.names):
+                raise UserError(f"{path}: there are several columns of the name {repeated}; rename them")
             for batch in file.iter_batches(batch_size=1000):
                 for text in arrow_rows(batch):
                     number += 1
@@ -179,6 +253,8 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
         raise UserError(f"{path}: not a Parquet file that can be read: {error}") from error
 
 
+_GZIP = ".gz"
+_COMPRESSED = (".json", ".jsonl", ".csv", ".tsv")  # Parquet files compress their own columns
 # Which function reads the files of a suffix.
 READERS = {
     ".json": _read_json,
@@ -187,6 +263,10 @@ READERS = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path) if path.name.lower().endswith(_GZIP) else path.open("rb")
 
 
 def _past_space(text: str, position: int) -> int:
@@ -201,7 +281,7 @@ def _parsed(text: str, path: Path, place: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}, {place}: not valid JSON: {error}; accepted are one object on each line"
-            + (", or a list of objects" if path.suffix == ".json" else "")
+            + (", or a list of objects" if kind_of(path) == ".json" else "")
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from datasets.utils.logging import get_logger
 
 from tokenseek.config import SourceConfig
 from tokenseek.data.outside import converted
-from tokenseek.data.reading import READERS, RawRow, arrow_rows, parse_row, read_file
+from tokenseek.data.reading import READERS, RawRow, arrow_rows, kind_of, parse_row, read_file
 from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
 
@@ -29,6 +30,9 @@ logger = get_logger(__name__)
 
 _SCHEMA = pa.schema([("row", pa.large_string()), ("place", pa.string())])
 _ROWS_AT_ONCE = 1000
+# What `datasets` writes beside data.
+_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
+_HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval"}
 _CHUNK_BYTES = 1 << 20
 
 
@@ -113,10 +117,12 @@ def draw_rows(sources: Sequence[SourceConfig], sizes: Sequence[int], key: str) -
 
 
 def local_files(path: Path, key: str) -> tuple[list[Path], list[Path]]:
-    """The files that a path stands for, and the hidden ones among them (of notebooks and file systems), not read.
+    """The files that a path stands for, and those among them that are not read.
+
+    Not read are hidden files (of notebooks and file systems), and what `datasets` writes about a data set.
 
     Raises:
-        UserError: there is none, or they are of several kinds.
+        UserError: there is none, they are of several kinds, or one is a link to nothing.
     """
     suffixes = ", ".join(READERS)
     if not path.exists():
@@ -124,16 +130,31 @@ def local_files(path: Path, key: str) -> tuple[list[Path], list[Path]]:
     if not path.is_dir():
         files, hidden = [path], []
     else:
-        found = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
-        hidden = [file for file in found if _is_hidden(file.relative_to(path))]
+        found = sorted(file for file in path.rglob("*") if kind_of(file) in READERS and not file.is_dir())
+        if lost := [file for file in found if not file.exists()]:
+            raise UserError(f"{key}.path: {lost[0]} is a link to nothing; fetch its file, or remove the link")
+        if (path / "state.json").is_file() and any(path.glob("*.arrow")):
+            raise UserError(
+                f"{key}.path: {str(path)!r} was written by save_to_disk of datasets, for its own use. Write it as a "
+                f"file: datasets.load_from_disk({str(path)!r}).to_parquet('train.parquet')"
+            )
+        hidden = [file for file in found if _is_hidden(file.relative_to(path)) or file.name in _DESCRIPTIONS]
         files = [file for file in found if file not in set(hidden)]
         if not files:
             only = f" that is not hidden ({len(hidden)} are)" if hidden else ""
             raise UserError(f"{key}.path: the folder {str(path)!r} holds no file of the kinds {suffixes}{only}")
-    kinds = sorted({file.suffix for file in files})
+    kinds = sorted({kind_of(file) for file in files})
     if len(kinds) > 1 or kinds[0] not in READERS:
-        raise UserError(f"{key}.path: {str(path)!r} is of kind {kinds}; accepted is one kind of {suffixes}")
+        raise UserError(
+            f"{key}.path: {str(path)!r} is of kind {kinds}; accepted is one kind of {suffixes}, text also as .gz"
+        )
     return files, hidden
+
+
+def _like_held_out(names: Sequence[str]) -> list[str]:
+    """Those of several files that are named as held-out data usually is, if not all are."""
+    held_out = [name for name in names if _HELD_OUT & set(re.split(r"[^a-z]+", name.lower()))]
+    return held_out if len(held_out) < len(names) else []
 
 
 def _is_hidden(path: Path) -> bool:
@@ -184,7 +205,14 @@ def _load_local(source: SourceConfig, given: str, key: str) -> LoadedSource:
     notes = []
     if hidden:
         some = ", ".join(str(file.relative_to(path)) for file in hidden[:3]) + (", ..." if len(hidden) > 3 else "")
-        notes.append(f"{key}.path: {len(hidden)} hidden file(s) of {given!r} are left out: {some}")
+        notes.append(
+            f"{key}.path: {len(hidden)} file(s) of {given!r} are left out, hidden or descriptions of data: {some}"
+        )
+    if held_out := _like_held_out(names):
+        notes.append(
+            f"WARNING: {key}.path: {given!r} stands for {len(names)} files, all of which are read; "
+            f"{', '.join(held_out[:3])} is named like held-out data. Give one file, or move the others"
+        )
     rows = _sliced(rows, source.split, f"{key}.split")
     return LoadedSource(rows, columns, len(rows), tuple(notes))
 

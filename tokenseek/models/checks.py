@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenseek.config import PeftSettings
+from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.errors import UserError
 from tokenseek.models.loading import add_adapter
 from tokenseek.models.portable import require_portable
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Tables of learned positions may have a few rows more than positions (OPT counts from 2, for one).
 _MORE_ROWS = 8
+# Numbers that Transformers turns into bfloat16 while it loads them.
+_LOADED_WHOLE = ("mxfp4", "fp8")
 
 
 def learned_positions(skeleton: PreTrainedModel) -> int | None:
@@ -71,6 +73,23 @@ def require_fitting_data(
             f"model.name_or_path: {section} has the token {tokenizer.convert_ids_to_tokens(highest)!r} with the id "
             f"{highest:,}, and the model has embeddings of {rows:,} tokens, but the tokenizer has {len(tokenizer):,}. "
             "After tokens are added, call model.resize_token_embeddings(len(tokenizer)) and save both again."
+        )
+
+
+def require_unquantized(skeleton: PreTrainedModel, settings: ModelConfig) -> None:
+    """Refuse a model whose files hold quantised weights, which PEFT and this package's layers do not know.
+
+    Raises:
+        UserError: names how they are quantised, and what to take.
+    """
+    stored = getattr(skeleton.config, "quantization_config", None)
+    method = getattr(stored, "quant_method", None) or (stored.get("quant_method") if isinstance(stored, dict) else None)
+    name = str(getattr(method, "value", method)).lower()
+    if stored is not None and name not in _LOADED_WHOLE:
+        raise UserError(
+            f"model.name_or_path: {settings.name_or_path} holds weights that are quantised already ({name}, by the "
+            "quantization_config of its config.json), which cannot be trained here. Take the model that it was made "
+            "of; model.quantization=nf4 (--method qlora) quantises it as it is loaded."
         )
 
 

@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tokenseek.config import ModelConfig, PeftSettings, RunConfig
+from tokenseek.config.model_files import without_model
 from tokenseek.decoder.find import find_causal_lm, find_decoder, find_layers, keep_4bit_differentiable
 from tokenseek.decoder.names import cache_argument
 from tokenseek.ditching.packing import require_packable
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # half of all that scoring would import, which needs no adapt
 # Fields of a config.json that say nothing about what the model computes.
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash")
 _SAMPLE_BYTES = 4096
+DAMAGED = (struct.error, ValueError, KeyError, EOFError)
 
 
 _ALL_BUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -59,11 +61,10 @@ def model_folder(model: ModelConfig, *, weights: bool = True) -> Path:
     local = Path(model.name_or_path).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():
-            raise UserError(
-                f"model.name_or_path: {local} holds no config.json; give a folder written by save_pretrained, or a "
-                "name on the hub."
-            )
+            raise UserError(f"model.name_or_path: {without_model(local)}")
         return local
+    if local.is_file():
+        raise UserError(f"model.name_or_path: {without_model(local)}")
     if local.is_absolute() or model.name_or_path.startswith((".", "~")) or model.name_or_path.count("/") > 1:
         raise UserError(
             f"model.name_or_path: there is no folder {local}; give an existing folder or a name on the hub."
@@ -93,8 +94,8 @@ def fingerprint_model(folder: Path) -> str:
     tensors = {}
     for path in weight_files(folder):
         try:
-            tensors.update(_sample_tensors(path))
-        except (struct.error, ValueError, KeyError, EOFError) as error:
+            tensors.update(sample_tensors(path))
+        except DAMAGED as error:
             raise UserError(f"{path} is truncated or no safetensors file ({error}); fetch the model again.") from error
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     content = json.dumps([kept, tensors], sort_keys=True).encode()
@@ -128,8 +129,12 @@ def weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _sample_tensors(path: Path) -> dict[str, list]:
-    """Of every tensor in a safetensors file: its type, shape and a checksum of its first bytes."""
+def sample_tensors(path: Path) -> dict[str, list]:
+    """Of every tensor in a safetensors file: its type, shape and a checksum of its first bytes.
+
+    Raises:
+        one of `DAMAGED`: the file is truncated, or none of safetensors.
+    """
     tensors = {}
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -168,7 +173,7 @@ def require_decoder(
     folder, trust = model_folder(model), {"trust_remote_code": model.trust_remote_code}
     weight_files(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, **trust)
+        config = _read_config(folder, model)
         with whole_models(), torch.device("meta"):
             auto = auto_class(config)
             skeleton = auto.from_config(config, attn_implementation=model.attn_implementation, **trust)
@@ -191,6 +196,19 @@ def require_decoder(
     except UserError as error:
         raise UserError(f"model.name_or_path: {folder}: {error}") from error
     return skeleton
+
+
+def _read_config(folder: Path, model: ModelConfig) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # a value of another type than it should be may fail anywhere
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model.name_or_path: {folder / 'config.json'} has a value that Transformers cannot use: {reason}. Mend "
+            "it, or fetch the model again."
+        ) from error
 
 
 def load_tokenizer(model: ModelConfig, *, weights: bool = True) -> PreTrainedTokenizerBase:

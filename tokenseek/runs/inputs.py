@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenseek.config import ModelConfig, RunConfig
 from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.launching.processes import first_on_main
-from tokenseek.models.checks import require_fitting_data
+from tokenseek.models.checks import require_fitting_data, require_unquantized
 from tokenseek.models.loading import fingerprint_model, load_tokenizer, model_folder, require_decoder
 
 
@@ -54,6 +54,7 @@ def read_inputs(
         UserError: for a model, a tokenizer or data that does not fit.
     """
     skeleton = require_decoder(config.model, packing=packing, group=group, ditching=ditching)
+    require_unquantized(skeleton, config.model)
     tokenizer = load_tokenizer(config.model)
     data = first_on_main(state, lambda: prepare_dataset(config.data, tokenizer))
     require_fitting_data(skeleton, tokenizer, data.dataset)

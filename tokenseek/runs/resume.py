@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokenseek.config import RunConfig, save_resolved
 from tokenseek.errors import UserError
+from tokenseek.models.loading import DAMAGED, sample_tensors
 from tokenseek.runs.fingerprint import differences, shown
 from tokenseek.runs.summary import TrainingSummary
 from tokenseek.training.checkpoints import writing
@@ -37,6 +38,8 @@ FINGERPRINT_NAME, CONFIG_NAME, SUMMARY_NAME, METRICS_NAME = (
 _WRITTEN = (FINGERPRINT_NAME, CONFIG_NAME, SUMMARY_NAME, METRICS_NAME, "final", "runs", f"{PREFIX_CHECKPOINT_DIR}-*")
 # Settings that a checkpoint can only be loaded with, whichever run resumes from it.
 _SHAPES = ("peft", "model", "training.optim")
+# Files and folders of optimizers' states: Trainer's, those of FSDP, and DeepSpeed's.
+_OPTIMIZER_STATES = ("optimizer*", "global_step*")
 
 
 @dataclass(frozen=True)
@@ -74,22 +77,44 @@ def find_start(resume: str, output: Path) -> Start:
     if resume == "never":
         return Start(output)
     if resume != "auto":
-        checkpoint = Path(resume)
+        checkpoint = Path(resume).expanduser()
         if not (checkpoint / TRAINER_STATE_NAME).is_file():
             raise UserError(
                 f"training.resume: {resume} is no checkpoint (no {TRAINER_STATE_NAME} in it); accepted are 'auto', "
                 f"'never' or the path of a checkpoint such as {output}/checkpoint-500."
             )
+        _require_whole(checkpoint)
         own = checkpoint.resolve().parent == output.resolve()
-        return Start(output, resume, own, _read_json(checkpoint.parent / FINGERPRINT_NAME))
+        return Start(output, str(checkpoint), own, _read_json(checkpoint.parent / FINGERPRINT_NAME))
     # The state is written last: a checkpoint without it was being written when the run was killed.
     whole = [path.parent for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     summary = _read_summary(output / SUMMARY_NAME)
     if newest is None and summary is None:
         return Start(output)
+    if newest is not None:
+        _require_whole(newest)
     known = _read_json(output / FINGERPRINT_NAME)
     return Start(output, str(newest) if newest else None, True, known, summary)
+
+
+def _require_whole(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose weights are damaged, or that lacks the optimizer's states.
+
+    Raises:
+        UserError: names the file, and what can be done.
+    """
+    ways = f"Remove {checkpoint} to resume from the checkpoint before it, or start over with training.resume=never."
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            sample_tensors(path)
+        except DAMAGED as error:
+            raise UserError(f"{path} is truncated or no safetensors file ({error}). {ways}") from error
+    if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_STATES):
+        raise UserError(
+            f"{checkpoint} holds no states of the optimizer, without which training would go on another way than it "
+            f"began. {ways}"
+        )
 
 
 def require_same_inputs(start: Start, now: Mapping[str, Any]) -> Start:
