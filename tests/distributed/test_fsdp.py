@@ -54,9 +54,10 @@ def shard_with_tail(model, mesh, **options):
     decoder = find_decoder(model)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = table.weight is head.weight
+    norm = next(child for name, child in decoder.body.named_children() if name.endswith("norm"))
     if not is_tied:
         fully_shard(table, mesh=mesh, **options)
-    tail = [decoder.body.norm, table, head] if is_tied else [decoder.body.norm, head]
+    tail = [norm, table, head] if is_tied else [norm, head]
     fully_shard(tail, mesh=mesh, reshard_after_forward=False)
     return shard(model, mesh, **options)
 
