@@ -24,7 +24,7 @@ from benchmarks.memory import LiveStorages, storage_bytes
 from tokenseek.config import RunConfig, load_config
 from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import Seeking, enable_token_ditching
-from tokenseek.models.loading import add_adapter
+from tokenseek.models.adapters import add_adapter
 from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.planning import Engine, Method, plan_memory
 from tokenseek.planning.work import Work

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from tokenseek import enable_token_ditching
 from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.decoder.find import find_decoder
-from tokenseek.models.loading import add_adapter, load_model
+from tokenseek.models.adapters import add_adapter
+from tokenseek.models.loading import load_model
 
 pytest.importorskip("bitsandbytes")
 

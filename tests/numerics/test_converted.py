@@ -19,8 +19,9 @@ from benchmarks.memory import LiveStorages
 from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import converted, passes
+from tokenseek.models.adapters import add_adapter
 from tokenseek.models.kernels import compile_regions
-from tokenseek.models.loading import add_adapter, load_model
+from tokenseek.models.loading import load_model
 
 LINEAR = 7  # layers in a decoder layer: q, k, v, o, gate, up, down
 BIASED = PeftSettings(method="lora", r=4, target_modules="all-linear", extra={"init_lora_weights": False})

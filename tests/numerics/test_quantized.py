@@ -16,7 +16,8 @@ import tokenseek
 from tokenseek import SelectionRule
 from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.ditching import Seeking
-from tokenseek.models.loading import add_adapter, load_model
+from tokenseek.models.adapters import add_adapter
+from tokenseek.models.loading import load_model
 
 pytest.importorskip("bitsandbytes")
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tokenseek import UserError, enable_token_ditching
 from tokenseek.config import PeftSettings
-from tokenseek.models.loading import add_adapter
+from tokenseek.models.adapters import add_adapter
 
 METHODS = {
     "lora": {"r": 4, "alpha": 8, "dropout": 0.05},

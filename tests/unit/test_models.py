@@ -11,7 +11,8 @@ from tiny_models import tiny_model
 
 from tokenseek import UserError
 from tokenseek.config import ModelConfig
-from tokenseek.models.loading import fingerprint_model, load_model, load_tokenizer, model_folder
+from tokenseek.models.files import fingerprint_model, model_folder
+from tokenseek.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

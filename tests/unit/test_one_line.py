@@ -12,7 +12,7 @@ import tokenseek
 from tokenseek import UserError, cli
 from tokenseek.config import ModelConfig, OneLine, list_methods, load_config, load_one_line
 from tokenseek.data.toy import make_word_problems
-from tokenseek.models.loading import model_folder
+from tokenseek.models.files import model_folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from transformers import TrainingArguments
 
 from tokenseek.config import PeftSettings
-from tokenseek.models.loading import add_adapter
+from tokenseek.models.adapters import add_adapter
 from tokenseek.quiet import hide_known_warnings
 from tokenseek.training import GroupTrainer
 

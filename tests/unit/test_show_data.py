@@ -84,7 +84,7 @@ def test_no_weights_are_downloaded(monkeypatch, model):
         asked[name] = allow_patterns
         return str(model)
 
-    monkeypatch.setattr("tokenseek.models.loading.snapshot_download", download)
+    monkeypatch.setattr("tokenseek.models.files.snapshot_download", download)
     from tokenseek.config import ModelConfig
     from tokenseek.models.loading import load_tokenizer
 

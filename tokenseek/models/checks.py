@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenseek.config import ModelConfig, PeftSettings
 from tokenseek.errors import UserError
-from tokenseek.models.loading import add_adapter
+from tokenseek.models.adapters import add_adapter
 from tokenseek.models.portable import require_portable
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def require_adapter(skeleton: PreTrainedModel, settings: PeftSettings) -> PeftMo
         A copy of the skeleton with the adapter, without weights.
 
     Raises:
-        UserError: as :func:`tokenseek.models.loading.add_adapter` and
+        UserError: as :func:`tokenseek.models.adapters.add_adapter` and
             :func:`tokenseek.models.portable.require_portable`.
     """
     # Starts that are computed from the weights have none here; whether PEFT knows them is asked when it is built.

@@ -33,7 +33,7 @@ from tokenseek.ditching.rows import partition
 from tokenseek.ditching.state import require_ditching
 from tokenseek.errors import UserError
 from tokenseek.launching.engine import Engine
-from tokenseek.models.loading import add_adapter
+from tokenseek.models.adapters import add_adapter
 from tokenseek.parallel import measured
 from tokenseek.planning.ledger import HOST, Ledger, Stretch
 from tokenseek.planning.method import Method

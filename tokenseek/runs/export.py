@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from tokenseek.config import ModelConfig, RunConfig
 from tokenseek.errors import UserError
-from tokenseek.models.loading import auto_class, model_folder, revision_of, weight_files
+from tokenseek.models.files import model_folder, revision_of, weight_files
+from tokenseek.models.loading import auto_class
 
 if TYPE_CHECKING:
     from peft import PeftModel

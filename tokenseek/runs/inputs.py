@@ -13,7 +13,8 @@ from tokenseek.config import ModelConfig, RunConfig
 from tokenseek.data import PreparedData, prepare_dataset
 from tokenseek.launching.processes import first_on_main
 from tokenseek.models.checks import require_fitting_data, require_unquantized
-from tokenseek.models.loading import fingerprint_model, load_tokenizer, model_folder, require_decoder
+from tokenseek.models.files import fingerprint_model, model_folder
+from tokenseek.models.loading import load_tokenizer, require_decoder
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokenseek.config import RunConfig, save_resolved
 from tokenseek.errors import UserError
-from tokenseek.models.loading import DAMAGED, sample_tensors
+from tokenseek.models.files import DAMAGED, sample_tensors
 from tokenseek.runs.fingerprint import differences, shown
 from tokenseek.runs.summary import TrainingSummary
 from tokenseek.training.checkpoints import writing

@@ -35,9 +35,11 @@ from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.index import TokenIndex
 from tokenseek.launching.memory import peak_memory_bytes
 from tokenseek.launching.processes import first_on_main, join_processes, log_once, require_engine
+from tokenseek.models.adapters import add_adapter
 from tokenseek.models.checks import require_adapter, require_fitting_data
+from tokenseek.models.files import model_folder, revision_of
 from tokenseek.models.kernels import apply_liger, compile_regions, require_kernels
-from tokenseek.models.loading import add_adapter, load_model, model_folder, packing_dtype, revision_of
+from tokenseek.models.loading import load_model, packing_dtype
 from tokenseek.parallel import enable_sequence_parallelism, sequence_group
 from tokenseek.runs.allocation import StepAllocation
 from tokenseek.runs.exact import fit_exact_layers, settle_exact_layers
