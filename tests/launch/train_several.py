@@ -23,7 +23,7 @@ from tokenseek.config import load_config
 from tokenseek.launching.environment import zero_stage
 from tokenseek.launching.processes import join_processes
 from tokenseek.parallel import measured
-from tokenseek.runs import train as train_module
+from tokenseek.runs import preparation
 from tokenseek.runs.train import train
 
 
@@ -81,7 +81,7 @@ def believe_in_gpus() -> None:
             state.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = with_gpus
-    train_module.require_engine = lambda *_: None  # which refuses what is done here
+    preparation.require_engine = lambda *_: None  # which refuses what is done here
 
 
 def main(preset: str, runs: list[dict]) -> None:

@@ -372,9 +372,9 @@ def test_row_14_data_without_a_label_is_refused(tmp_path):
 def test_row_14_a_run_is_refused_before_it_scores(tmp_path, section, monkeypatch):
     from tiny_preset import tiny_preset
 
-    from tokenseek.runs import train
+    from tokenseek.runs import preparation, train
 
-    monkeypatch.setattr(train, "score", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(preparation, "score", lambda *_: pytest.fail("scored"))
     monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("loaded"))
     late = write_jsonl(tmp_path / "late.jsonl", [{"question": "word " * 50, "answer": "late"}] * 3)
     columns = "{instruction: question, response: answer}"

@@ -108,7 +108,7 @@ def test_logging_is_checked_before_any_data_is_read(tmp_path):
 
 def test_samples_need_a_process_that_has_the_model(tmp_path, monkeypatch):
     config = tiny_preset(tmp_path, *EVALUATED, "training.sample_prompts=[a]")
-    monkeypatch.setattr("tokenseek.runs.train.require_engine", lambda *_: None)
+    monkeypatch.setattr("tokenseek.runs.preparation.require_engine", lambda *_: None)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="training.sample_prompts are continued by one process.*ddp.yaml"):
         train(config)
