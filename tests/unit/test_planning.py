@@ -335,7 +335,9 @@ def test_the_command(tmp_path, capsys):
     plans = json.loads((tmp_path / "p.json").read_text())
     assert [plan["method"]["ratio"] for plan in plans] == [None] * 4 + [0.2] * 5
     assert set(plans[0]["parts"]) == set(CATEGORIES)
-    assert "zero2, 8 processes; 1 x 64 tokens" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "zero2, 8 processes; 1 x 64 tokens; loha r = 8, weights in bfloat16, computed in bf16\n" in told
+    assert "saves nothing" not in told
     assert main([*command, "--ratios", "0.2", "--gpu", "H100", "--json", str(tmp_path / "p.json")]) == 0
     plans = json.loads((tmp_path / "p.json").read_text())
     assert plans[0]["work"]["seconds"] > plans[4]["work"]["seconds"] > 0 and plans[4]["work"]["sent"] == 0
@@ -351,6 +353,22 @@ def test_the_command(tmp_path, capsys):
     assert "nothing fits" in capsys.readouterr().out
     assert main([*command, "--budget", "8 elephants"]) == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_a_peak_of_the_optimizer_is_told_with_what_makes_it_smaller(tmp_path, capsys):
+    LLAMA.save_pretrained(tmp_path)
+    command = ["plan", f"--model={tmp_path}", "--tokens=16", "--ratios=0.2"]
+    # Casts of all weights, logits of online scoring and a second embedding's gradient would outweigh so small a step.
+    small = ["--preset=gsm8k", "--set=model.dtype=float32", "--set=training.mixed_precision=no"]
+    small += ["--set=training.gradient_accumulation_steps=1"]
+    assert main([*command, "--method", "full", *small]) == 0
+    told = capsys.readouterr().out
+    assert "2 x 16 tokens; full fine-tuning, weights in float32\n" in told
+    (line,) = [line for line in told.splitlines() if "selection saves nothing at this peak" in line]
+    assert line.startswith("TokenSeek r = 0.2") and "--method lora" in line and "--method qlora" in line
+    assert main([*command, "--tokens=512"]) == 0  # activations of an adapter's step are far more
+    told = capsys.readouterr().out
+    assert "; LoRA, weights in bfloat16, computed in bf16\n" in told and "saves nothing" not in told
 
 
 def test_ledger_averages_over_time():

@@ -80,3 +80,29 @@ def test_learned_positions_cannot_be_extended():
     with pytest.raises(UserError, match="2,000 tokens: the model has 1,024 positions and learned each"):
         describe_length(AutoConfig.for_model("gpt2"), 2000)
     assert describe_length(AutoConfig.for_model("gpt2"), 1024) is None
+
+
+def test_a_plan_takes_the_words_of_training_and_needs_no_data(tmp_path, capsys):
+    find_shape("smollm2-135m").config().save_pretrained(tmp_path / "model")
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+
+    def checked(*words):
+        return plan.check(parser.parse_args(list(words)))
+
+    config = checked("--model", str(tmp_path / "model"))
+    assert config.peft.method == "lora" and config.scoring.mode == "online"
+    assert config.data.max_length == 2048
+    assert checked("--model", "llama-3.1-8b", "--method", "qlora").model.quantization == "nf4"  # asks no hub
+    assert checked("--shape", "llama-3.1-8b", "--method", "full").peft is None
+    config = checked("--preset", "gsm8k", "--method", "lora", f"--model={tmp_path / 'model'}")
+    assert config.data.max_length == 512 and config.peft.method == "lora"
+    assert checked(f"--set=model.name_or_path={tmp_path / 'model'}").peft is None
+    for words, message in (
+        ([], "a plan needs a model: --model"),
+        (["--method", "lora"], "--model is missing"),
+        (["--model", "gpt2", "--data", "no.jsonl"], "there is no file or folder no.jsonl"),
+        (["--model", "gpt2", "--shape", "smollm2-135m"], "give one of them"),
+    ):
+        assert main(["plan", *words]) == 2
+        assert message in capsys.readouterr().err

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenseek.config import RunConfig, load_config
+from tokenseek.config import RunConfig, list_methods, load_config
+from tokenseek.config.one_line import DEFAULT_METHOD
 from tokenseek.config.resources import list_resources
 from tokenseek.errors import UserError
 
@@ -28,6 +29,13 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> argparse._A
     group.add_argument(
         "--data", metavar="D", help="a file, a folder or a data set of the hub, whose format is recognised"
     )
+    return group
+
+
+def add_one_line_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """A model, data and a way to train by name alone, as :class:`tokenseek.config.OneLine` takes them."""
+    group = add_model_and_data_arguments(parser)
+    group.add_argument("--method", metavar="NAME", help=f"{', '.join(list_methods())} (default: {DEFAULT_METHOD})")
     return group
 
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenseek.commands.arguments import add_config_arguments, configuration, positive, split_ratios
-from tokenseek.config import RunConfig, load_config
+from tokenseek.commands.arguments import add_config_arguments, add_one_line_arguments, positive, split_ratios
+from tokenseek.config import OneLine, RunConfig, load_config, load_one_line
 from tokenseek.config.resources import list_resources
 from tokenseek.config.sizes import parse_size
 from tokenseek.errors import UserError
@@ -27,6 +27,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_one_line_arguments(parser)
     configured = add_config_arguments(parser)
     configured.add_argument(
         "--shape", metavar="NAME", help="plan this model by its public dimensions, without a hub: llama-3.1-8b, ..."
@@ -62,12 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> RunConfig:
-    """The configuration, or that of a shape.
+    """The configuration, of a preset, of a shape or of the words of `tokenseek train`; it needs no data.
 
     Raises:
-        UserError: an unknown shape, a budget or picture that is not accepted, or flags that exclude each other.
+        UserError: no model, an unknown shape, a budget or picture that is not accepted, or flags that exclude each
+            other.
     """
-    config = _shaped(args) if args.shape else configuration(args)
+    config = _configuration(args)
     if args.plot and args.plot.suffix not in PICTURES:
         raise UserError(f"--plot {args.plot}: a picture's name ends with {' or '.join(PICTURES)}.")
     if args.longest:
@@ -93,12 +95,43 @@ def _check_longest(args: argparse.Namespace, config: RunConfig) -> None:
             parse_size(size)
 
 
-def _shaped(args: argparse.Namespace) -> RunConfig:
-    """The configuration with the model of `--shape`; without a preset, one of no data."""
-    from tokenseek.planning import find_shape  # late: it imports torch
+def _configuration(args: argparse.Namespace) -> RunConfig:
+    if args.shape and args.model:
+        raise UserError(f"--shape {args.shape} and --model {args.model}: give one of them.")
+    model = args.model
+    settings = list(args.set)
+    if args.shape:
+        from tokenseek.planning import find_shape  # late: it imports torch
 
-    nowhere = [] if args.preset else ["data.sources.0.path=none", "output_dir=none"]
-    return load_config(args.preset, [*nowhere, *args.set, f"model.name_or_path={find_shape(args.shape).name}"])
+        model = find_shape(args.shape).name
+    if args.model or args.data or args.method:
+        words = OneLine(model, args.data, args.method)
+        return load_one_line(words, args.preset, settings, on_cpu=lambda: _on_cpu(args), planned_length=_positions)
+    if model:
+        settings.append(f"model.name_or_path={model}")
+    if args.preset:
+        return load_config(args.preset, settings)
+    if not any(setting.startswith("model") for setting in settings):
+        raise UserError(
+            "a plan needs a model: --model (a folder, or a name on the hub), --shape llama-3.1-8b, or a --preset. Data "
+            "are not needed; --tokens is the length of an example."
+        )
+    nowhere = [] if any(setting.startswith("data.sources") for setting in settings) else ["data.sources.0.path=none"]
+    return load_config(None, [*nowhere, "output_dir=none", *settings])
+
+
+def _on_cpu(args: argparse.Namespace) -> bool:
+    """Whether the processes that are planned train on CPUs; this machine need not be the one that trains."""
+    from tokenseek.launching.engine import read_engine
+
+    return all(read_engine(name, args.num_processes).on_cpu for name in args.accelerate_config or ["single"])
+
+
+def _positions(config: RunConfig) -> int | None:
+    """The longest text that the model was trained for, in tokens."""
+    from tokenseek.planning import load_model_config  # late: it imports torch
+
+    return getattr(load_model_config(config).get_text_config(), "max_position_embeddings", None)
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> int:
@@ -106,6 +139,8 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
     from tokenseek.planning import (  # late: a mistake in the configuration is reported before torch is imported
         describe_length,
         describe_loading,
+        describe_optimizer_peak,
+        describe_training,
         find_gpu,
         load_model_config,
         plan_table,
@@ -122,12 +157,15 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
         print(note)
     plans, status = [], 0
     for engine in engines:
-        print(f"{engine}; {config.training.micro_batch} x {args.tokens or config.data.max_length} tokens")
+        rows = f"{config.training.micro_batch} x {args.tokens or config.data.max_length} tokens"
+        print(f"{engine}; {rows}; {describe_training(config)}")
         found, fits = _choose(args, config, engine, budget) if budget else (_compare(args, config, engine), True)
         status = max(status, int(not fits))
-        print(plan_table(found), end="\n\n")
-        if note := describe_loading(found[0]):
-            print(note, end="\n\n")
+        print(plan_table(found))
+        for note in (describe_optimizer_peak(found, config), describe_loading(found[0])):
+            if note:
+                print(note)
+        print()
         if gpu:
             print(time_table(found, args.gpu, gpu), end="\n\n")
         plans += found
@@ -174,6 +212,7 @@ def _run_longest(args: argparse.Namespace, config: RunConfig) -> int:
         RESERVE,
         Lengths,
         describe_length,
+        describe_training,
         find_gpu,
         load_model_config,
         longest_table,
@@ -187,7 +226,8 @@ def _run_longest(args: argparse.Namespace, config: RunConfig) -> int:
     model_config, found = load_model_config(config), []
     for name in args.accelerate_config or ["single"]:
         engine = read_engine(name, args.num_processes)
-        print(f"{engine}; {config.training.micro_batch} x tokens of the longest example that fits")
+        shape = f"{config.training.micro_batch} x tokens of the longest example that fits"
+        print(f"{engine}; {shape}; {describe_training(config)}")
         rows, searched = [], []
         for method in methods_of_lengths(split_ratios(args.ratios)[0]):
             lengths = Lengths(config, method, engine, model_config=model_config)
@@ -217,9 +257,9 @@ def _run_longest(args: argparse.Namespace, config: RunConfig) -> int:
 
 def _write_page(args: argparse.Namespace, config: RunConfig, plans: list[MemoryPlan]) -> None:
     if args.html and plans:
+        from tokenseek.planning import describe_training
         from tokenseek.planning.page import plan_page
 
-        how = f", {config.model.quantization}" if config.model.quantization else ""
-        how += f", {config.peft.method} r = {config.peft.r}" if config.peft else ""
-        args.html.write_text(plan_page(plans, f"{config.model.name_or_path}{how}"), encoding="utf-8")
+        subject = f"{config.model.name_or_path}, {describe_training(config)}"
+        args.html.write_text(plan_page(plans, subject), encoding="utf-8")
         print(f"page: {args.html}")

@@ -6,12 +6,11 @@ import argparse
 
 from tokenseek.commands.arguments import (
     add_config_arguments,
-    add_model_and_data_arguments,
+    add_one_line_arguments,
     configuration,
     share,
 )
-from tokenseek.config import OneLine, RunConfig, list_methods, load_one_line
-from tokenseek.config.one_line import DEFAULT_METHOD
+from tokenseek.config import OneLine, RunConfig, load_one_line
 
 HELP = "fine-tune on selected tokens"
 DESCRIPTION = (
@@ -22,8 +21,7 @@ LAUNCHED = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = add_model_and_data_arguments(parser)
-    group.add_argument("--method", metavar="NAME", help=f"{', '.join(list_methods())} (default: {DEFAULT_METHOD})")
+    group = add_one_line_arguments(parser)
     group.add_argument("--output", metavar="FOLDER", help="where the run is written (default: runs/<model>-<data>)")
     group.add_argument("--ratio", type=share, metavar="R", help="the share of the tokens to train on (default: 0.1)")
     add_config_arguments(parser)

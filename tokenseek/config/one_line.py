@@ -62,6 +62,7 @@ def load_one_line(
     overrides: list[str] | tuple[str, ...] = (),
     settings: Mapping[str, Any] | None = None,
     on_cpu: Callable[[], bool] = lambda: True,
+    planned_length: Callable[[RunConfig], int | None] | None = None,
 ) -> RunConfig:
     """The checked configuration that one line asks for.
 
@@ -71,6 +72,8 @@ def load_one_line(
 
     Args:
         on_cpu: whether the run trains on CPUs; asked when all else is in order, since the answer may take long.
+        planned_length: for a plan, which reads neither data nor weights, so that no data need be given: the longest
+            text that the model takes, in tokens. By default its `config.json` tells it.
 
     Example:
         >>> load_one_line(OneLine("Qwen/Qwen2.5-0.5B", "my.jsonl"), overrides=["training.max_steps=100"])
@@ -78,12 +81,16 @@ def load_one_line(
     Raises:
         UserError: there is no such method, file or model, a word is missing, or as :func:`tokenseek.load_config`.
     """
-    if preset is None and (missing := [f"--{name}" for name in ("model", "data") if getattr(words, name) is None]):
+    is_planned = planned_length is not None
+    needed = ("model",) if is_planned else ("model", "data")
+    if preset is None and (missing := [f"--{name}" for name in needed if getattr(words, name) is None]):
         raise UserError(
             f"{' and '.join(missing)} is missing: without a preset, a run needs --model (a folder, or a name on the "
             "hub) and --data (a file, a folder or a data set of the hub)."
         )
     values = read_preset(preset or folder_of("preset") / "_base" / "one-line.yaml")
+    if preset is None and words.data is None:
+        values = merge_values(values, {"data": {"sources": [{"path": "none"}]}})
     values = _with_words(values, words, method=words.method or (None if preset else DEFAULT_METHOD))
     if preset is None:
         rate = _RATE_OF_FULL if values["peft"] is None else _RATE_OF_ADAPTER
@@ -94,12 +101,17 @@ def load_one_line(
     origin = "command line" if preset is None else str(preset)
     config = checked_values(RunConfig, {"output_dir": "runs", **values}, origin)
     config.require_trainable()
-    _require_files(config)
+    if words.data is not None or not is_planned:
+        _require_files(config)
+    if not is_planned:
+        _require_libraries(config)
     config = checked_values(RunConfig, values := {"output_dir": _output_of(config), **values}, origin)
     if preset is not None:
         return config
-    positions = _positions(config.model)
+    positions = planned_length(config) if planned_length else _positions(config.model)
     fitting = {"data": {"max_length": min(_MAX_LENGTH, positions or _MAX_LENGTH)}, **_of_machine(config, on_cpu())}
+    if is_planned:  # `auto` is settled by the memory of the machine that trains; one row is the least
+        fitting["training"]["per_device_train_batch_size"] = 1
     return checked_values(RunConfig, merge_values(fitting, values), origin)
 
 
@@ -168,7 +180,7 @@ def _last_part(name: str) -> str:
 
 
 def _require_files(config: RunConfig) -> None:
-    """What a configuration names and a look at the disk can refuse: data files, and libraries that are not there."""
+    """Refuse data files that are not there."""
     for section, data in (("data", config.data), ("eval_data", config.eval_data)):
         for number, source in enumerate(data.sources if data else ()):
             path = Path(source.path).expanduser() if source.path is not None else None
@@ -178,6 +190,9 @@ def _require_files(config: RunConfig) -> None:
                     f"{section}.sources.{number}.path: there is no file or folder {source.path}"
                     f"{did_you_mean(path.name, beside)}"
                 )
+
+
+def _require_libraries(config: RunConfig) -> None:
     if config.model.quantization and find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.quantization: {config.model.quantization} (as of method qlora) needs bitsandbytes, which is not "

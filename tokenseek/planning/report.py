@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
+from tokenseek.config import RunConfig
 from tokenseek.config.sizes import format_size
 from tokenseek.errors import UserError
 from tokenseek.planning.budget import Choice
@@ -41,6 +42,33 @@ def time_table(plans: Sequence[MemoryPlan], name: str, gpu: Gpu) -> str:
         sending = f"{work.sending_seconds(gpu):.4f}"
         lines.append([str(plan.method), f"{work.flops / 1e12:.2f}", compute, speed, f"{work.sent / 1e9:.2f}", sending])
     return _aligned(lines)
+
+
+def describe_training(config: RunConfig) -> str:
+    """What is trained, and the numbers in which it is held: `QLoRA r = 8, weights in nf4, computed in bf16`."""
+    adapter, held = config.peft, config.model.quantization or config.model.dtype
+    how = "full fine-tuning"
+    if adapter:
+        name = "LoRA" if adapter.method == "lora" else adapter.method
+        how = f"{'Q' if adapter.method == 'lora' and config.model.quantization else ''}{name}"
+        how += f" r = {adapter.r}" if adapter.r else ""
+    mixed = config.training.mixed_precision
+    return f"{how}, weights in {held}" + (f", computed in {mixed}" if mixed != "no" else "")
+
+
+def describe_optimizer_peak(plans: Sequence[MemoryPlan], config: RunConfig) -> str | None:
+    """That fewer tokens do not make a peak smaller which is the optimizer's step, and what does; None where none is."""
+    methods = [str(plan.method) for plan in plans if plan.method.ratio is not None and plan.peaks_in_optimizer]
+    if not methods:
+        return None
+    ways = ["an adapter (--method lora)"] * (config.peft is None)
+    ways += ["a model of 4 bits with an adapter (--method qlora)"] * (config.model.quantization is None)
+    ways += ["states split over processes (--accelerate-config zero2)"] * (not plans[0].engine.shards_optimizer)
+    which = f"{methods[0]} and {len(methods) - 1} more" if len(methods) > 1 else methods[0]
+    return (
+        f"{which}: the peak is the optimizer's step, which holds the trained weights, their gradients and states; "
+        f"selection saves nothing at this peak{'; what does: ' if ways else ''}{' or '.join(ways)}."
+    )
 
 
 def _aligned(lines: list[list[str]]) -> str:

@@ -50,6 +50,11 @@ class MemoryPlan:
     work: StepWork = field(repr=False)
     stretches: list[Stretch] = field(repr=False)
 
+    @property
+    def peaks_in_optimizer(self) -> bool:
+        """Whether the optimizer's step, where no activation of a token is alive, comes within 1 % of the peak."""
+        return any(stretch.name == "optimizer" and stretch.peak >= 0.99 * self.peak for stretch in self.stretches)
+
     def as_dict(self, gpu: Gpu | None = None) -> dict:
         """What JSON takes; with the seconds on a GPU, if one is given."""
         work: dict[str, float] = {"flops": self.work.flops, "sent": self.work.sent}
