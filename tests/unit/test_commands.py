@@ -1,5 +1,6 @@
 """The commands: one file each, whose flags are written once and reach the launched processes as they were given."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,29 @@ def test_every_preset_is_listed_with_what_it_is(capsys):
     told = dict(line.split(maxsplit=1) for line in lines)  # fails where a preset has no comment
     assert list(told) == names and len(set(told.values())) == len(names) and max(map(len, lines)) < 140
     assert told["gsm8k"].startswith("Grade-school word problems") and "--set" not in told["gsm8k"]
+
+
+@pytest.mark.parametrize("name", ["score", "train"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_a_missing_column_is_told_before_processes_start(name, suffix, launched, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    row = {"question": "1 + 1?", "answer": "2"}
+    text = {"jsonl": json.dumps(row), "json": f"[{json.dumps(row)}]", "csv": "question,answer\n1 + 1?,2\n"}[suffix]
+    data = tmp_path / f"data.{suffix}"
+    data.write_text(text)
+    words = [name, "--preset", "gsm8k", f"--set=data.sources.0.path={data}", f"--set=output_dir={tmp_path / 'run'}"]
+    assert cli.main([*words, "--set", "data.sources.0.columns.response=solution"]) == 2
+    told = capsys.readouterr().err
+    assert "data.sources.0.columns.response: the data has no column 'solution'; did you mean answer?" in told
+    assert not launched and not (tmp_path / "run").exists()
+    assert cli.main(words) == 7 and launched
+
+
+def test_a_column_that_later_rows_have_is_accepted(launched, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "1 + 1?"}\n{"question": "1 + 2?", "answer": "3"}\n')
+    assert cli.main(["train", "--preset", "gsm8k", "--set", f"data.sources.0.path={data}"]) == 7 and launched
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two"])

@@ -314,6 +314,12 @@ def test_missing_column_lists_the_columns(rows_file):
     assert "columns.input" in refusal({"path": str(rows_file), "columns": {"input": "context"}})
 
 
+def test_a_column_that_no_other_setting_names_was_meant(tmp_path):
+    problems = write_jsonl(tmp_path / "problems.jsonl", make_word_problems(2))
+    source = {"path": str(problems), "columns": {"instruction": "question", "response": "solution"}}
+    assert "no column 'solution'; did you mean answer?; its columns are question, answer" in refusal(source)
+
+
 def test_eval_data_is_named_as_such():
     with pytest.raises(UserError, match="eval_data.sources.0.path: no file or folder 'nowhere.jsonl'"):
         prepare_dataset(data_config({"path": "nowhere.jsonl"}), tiny_tokenizer(), section="eval_data")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenseek.config import RunConfig, list_methods, load_config
+from tokenseek.config import RunConfig, list_methods, load_config, may_lack_columns
 from tokenseek.config.one_line import DEFAULT_METHOD
 from tokenseek.config.resources import list_resources
 from tokenseek.errors import UserError
@@ -60,6 +60,24 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         UserError: an unknown preset, an unknown setting or a value that is not accepted.
     """
     return load_config(args.preset, args.set)
+
+
+def require_columns(config: RunConfig) -> None:
+    """Refuse local data without a column that the configuration names, before any process starts.
+
+    A look at the first row decides whether the data are read for it, which takes heavy imports.
+
+    Raises:
+        UserError: a column is missing, or the data cannot be read.
+    """
+    for section, data in (("data", config.data), ("eval_data", config.eval_data)):
+        for number, source in enumerate(data.sources if data else ()):
+            if may_lack_columns(source):
+                from tokenseek.data.rows import read_columns
+                from tokenseek.data.sources import load_source
+
+                key = f"{section}.sources.{number}"
+                read_columns(source, load_source(source, key), key)
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tokenseek.commands.arguments import add_config_arguments, configuration, part
+from tokenseek.commands.arguments import add_config_arguments, configuration, part, require_columns
 from tokenseek.config import RunConfig
 
 HELP = "score every token of a data set and write its index"
@@ -24,8 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> RunConfig:
-    """The configuration of the run."""
-    return configuration(args)
+    """The configuration of the run.
+
+    Raises:
+        UserError: a setting that is not accepted, or a column that the data lack.
+    """
+    config = configuration(args)
+    require_columns(config)
+    return config
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from tokenseek.commands.arguments import (
     add_config_arguments,
     add_one_line_arguments,
     configuration,
+    require_columns,
     share,
 )
 from tokenseek.config import OneLine, RunConfig, load_one_line
@@ -31,8 +32,8 @@ def check(args: argparse.Namespace) -> RunConfig:
     """The configuration, from a model and data or from a preset.
 
     Raises:
-        UserError: an unknown method or setting, or a value that is not accepted; packed weights that the engine of
-            the launch cannot split.
+        UserError: an unknown method or setting, a value that is not accepted, a column that the data lack, or packed
+            weights that the engine of the launch cannot split.
     """
     words = _words(args)
     one_line = words and load_one_line(words, args.preset, args.set, on_cpu=lambda: _on_cpu(args))
@@ -42,6 +43,7 @@ def check(args: argparse.Namespace) -> RunConfig:
         from tokenseek.launching.engine import require_splittable_by  # late: it imports torch
 
         require_splittable_by(launched_with, config.model.quantization)
+    require_columns(config)
     return config
 
 

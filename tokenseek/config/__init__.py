@@ -1,6 +1,7 @@
 """Configuration: the settings of a run, checked before anything is loaded."""
 
-from tokenseek.config.data import Columns, DataConfig, SourceConfig
+from tokenseek.config.data import NEEDED_COLUMNS, Columns, DataConfig, SourceConfig
+from tokenseek.config.first_row import may_lack_columns
 from tokenseek.config.loading import (
     load_config,
     load_data_of_model,
@@ -29,6 +30,7 @@ __all__ = [
     "DitchingSettings",
     "EvaluatedConfig",
     "ModelConfig",
+    "NEEDED_COLUMNS",
     "OneLine",
     "PeftSettings",
     "RunConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "load_data_of_model",
     "load_evaluated",
     "load_one_line",
+    "may_lack_columns",
     "override_config",
     "recognised_data",
     "save_resolved",

@@ -36,6 +36,15 @@ _COLUMNS_OF_KIND = {
     "text": {"text"},
 }
 
+# The columns that a kind of source cannot do without, by their names in `columns`.
+NEEDED_COLUMNS: dict[str, tuple[str, ...]] = {
+    "auto": (),
+    "instruction": ("instruction", "response"),
+    "chat": ("messages",),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+
 
 class SourceConfig(Section):
     """One data set: a local file or folder (`path`) or a data set of the hub (`name`).

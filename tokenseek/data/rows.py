@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokenseek.config import DataConfig, SourceConfig
+from tokenseek.config import NEEDED_COLUMNS, DataConfig, SourceConfig
 from tokenseek.data.chat import ChatRenderer, read_messages, read_tools
 from tokenseek.data.formats import hint
 from tokenseek.data.reading import parse_row
@@ -13,13 +13,6 @@ from tokenseek.data.sources import LoadedSource, require_column
 from tokenseek.data.templates import Ends, Rendered, render_completion, render_instruction, render_text
 from tokenseek.errors import UserError
 
-# The columns that a kind of source cannot do without, by their names in `columns`.
-_NEEDED = {
-    "instruction": ("instruction", "response"),
-    "chat": ("messages",),
-    "completion": ("prompt", "completion"),
-    "text": ("text",),
-}
 # Those that are read where the data has them and no other name is given.
 _OPTIONAL = {"instruction": ("input",), "chat": ("tools", "system"), "completion": ("tools",), "text": ()}
 
@@ -129,10 +122,11 @@ def read_columns(source: SourceConfig, loaded: LoadedSource, key: str) -> dict[s
         UserError: one is missing; says what the rows look like.
     """
     columns: dict[str, str] = {}
-    for name in _NEEDED[source.kind]:
-        column = getattr(source.columns, name)
+    named = {name: getattr(source.columns, name) for name in NEEDED_COLUMNS[source.kind]}
+    for name, column in named.items():
         try:
-            require_column(loaded.columns, column, f"{key}.columns.{name}")
+            others = {other_column for other, other_column in named.items() if other != name}
+            require_column(loaded.columns, column, f"{key}.columns.{name}", others)
         except UserError as error:
             raise UserError(f"{error}{hint(loaded, key)}") from error
         columns[name] = column

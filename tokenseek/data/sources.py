@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,17 @@ def load_source(source: SourceConfig, key: str) -> LoadedSource:
     return LoadedSource(rows, loaded.columns, loaded.rows_read, loaded.notes)
 
 
-def require_column(columns: Sequence[str], column: str, key: str) -> None:
-    """Raise UserError unless `column`, which the setting `key` names, is among `columns`."""
-    if column not in columns:
-        raise UserError(
-            f"{key}: the data has no column {column!r}{did_you_mean(column, columns)}; "
-            f"its columns are {', '.join(columns)}"
-        )
+def require_column(columns: Sequence[str], column: str, key: str, read: Collection[str] = ()) -> None:
+    """Raise UserError unless `column`, which the setting `key` names, is among `columns`.
+
+    Args:
+        read: columns that other settings name, of which none was meant. Where one other is left, it was.
+    """
+    if column in columns:
+        return
+    left = [name for name in columns if name not in read]
+    meant = did_you_mean(column, left) or (f"; did you mean {left[0]}?" if len(left) == 1 < len(columns) else "")
+    raise UserError(f"{key}: the data has no column {column!r}{meant}; its columns are {', '.join(columns)}")
 
 
 def draw_rows(sources: Sequence[SourceConfig], sizes: Sequence[int], key: str) -> list[np.ndarray]:
