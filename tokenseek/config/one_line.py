@@ -97,7 +97,10 @@ def load_one_line(
         values = merge_values(values, {"training": {"learning_rate": rate}})
     values = change_values(values, overrides, settings or {})
     if preset is None:
-        _drop_unread(values, [*(override.partition("=")[0].strip() for override in overrides), *(settings or {})])
+        said = [*(override.partition("=")[0].strip() for override in overrides), *(settings or {})]
+        _drop_unread(values, said)
+        if is_planned:
+            _drop_settled(values, said)
     origin = "command line" if preset is None else str(preset)
     config = checked_values(RunConfig, {"output_dir": "runs", **values}, origin)
     config.require_trainable()
@@ -110,7 +113,7 @@ def load_one_line(
         return config
     positions = planned_length(config) if planned_length else _positions(config.model)
     fitting = {"data": {"max_length": min(_MAX_LENGTH, positions or _MAX_LENGTH)}, **_of_machine(config, on_cpu())}
-    if is_planned:  # `auto` is settled by the memory of the machine that trains; one row is the least
+    if is_planned:  # settled by the memory of the machine that trains; one row is the least
         fitting["training"]["per_device_train_batch_size"] = 1
     return checked_values(RunConfig, merge_values(fitting, values), origin)
 
@@ -148,6 +151,17 @@ def _drop_unread(values: dict[str, Any], said: Collection[str]) -> None:
         del selection["ratio"]
     if training.get("recompute") == "auto" and not ditching and "training.recompute" not in said:
         del training["recompute"]
+
+
+def _drop_settled(values: dict[str, Any], said: Collection[str]) -> None:
+    """Drop each `auto` that nobody said and that the memory of the machine that trains settles; in place.
+
+    A plan has a row for each share, with and without recomputation.
+    """
+    for section, name in (("selection", "ratio"), ("training", "recompute")):
+        within = values.get(section)
+        if isinstance(within, dict) and within.get(name) == "auto" and f"{section}.{name}" not in said:
+            del within[name]
 
 
 def _has_share(rule: Any) -> bool:
