@@ -112,7 +112,8 @@ def test_the_ranks_exchange_what_their_layouts_say(unshared, shared):
     """Equal losses would be no news from ranks that each did all the work."""
     sent = {kind: json.loads((shared / kind / "traffic.json").read_text()) for kind in [*KINDS, "scored", "unscored"]}
     for kind in KINDS:
-        assert json.loads((unshared / kind / "traffic.json").read_text()) == {"forward": {}, "backward": {}}
+        alone = json.loads((unshared / kind / "traffic.json").read_text())
+        assert alone and not any(alone.values())
         assert sent[kind]["backward"]["attention"] > 0
     assert set(sent["full"]["forward"]) == {"attention", "regroup"}
     assert set(sent["lora"]["forward"]) == set(sent["all-tokens"]["forward"]) == {"attention"}
