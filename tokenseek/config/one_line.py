@@ -17,7 +17,7 @@ from tokenseek.config.loading import change_values, checked_values, merge_values
 from tokenseek.config.model_files import without_model
 from tokenseek.config.resources import folder_of
 from tokenseek.config.schema import ModelConfig, RunConfig
-from tokenseek.errors import UserError
+from tokenseek.errors import UserError, first_line
 from tokenseek.selection import rule_named
 from tokenseek.spelling import did_you_mean
 
@@ -247,7 +247,7 @@ def _config_file(model: ModelConfig) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json", revision=model.revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(
             f"model.name_or_path: {name!r} is no folder here and cannot be fetched from the hub ({reason}). Give an "
             "existing folder; for a gated model accept its terms and run `hf auth login`."

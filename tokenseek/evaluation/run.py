@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from tokenseek import __version__
 from tokenseek.config import DataConfig, ModelConfig
 from tokenseek.data import prepare_dataset, require_supervised
-from tokenseek.errors import UserError
+from tokenseek.errors import UserError, first_line
 from tokenseek.evaluation.benchmarks import HELD_OUT_LOSS, TABLE_1, Chosen, local_files, runnable_tasks
 from tokenseek.evaluation.result import EvaluationResult, Score
 from tokenseek.evaluation.subject import Subject, require_adapter
@@ -183,7 +183,7 @@ def load_network(model: ModelConfig, adapter: str | Path | None, state: PartialS
             try:
                 network = PeftModel.from_pretrained(network, adapter)
             except (RuntimeError, ValueError, OSError) as error:
-                reason = str(error).strip().split("\n")[0]
+                reason = first_line(error)
                 raise UserError(f"the adapter {adapter} does not fit {model.name_or_path}: {reason}") from error
     return network.eval()
 

@@ -23,7 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from tokenseek.config import ModelConfig, RunConfig
 from tokenseek.decoder.find import find_causal_lm, find_decoder, find_layers, keep_4bit_differentiable
 from tokenseek.ditching.packing import require_packable
-from tokenseek.errors import UserError
+from tokenseek.errors import UserError, first_line
 from tokenseek.launching import environment
 from tokenseek.launching.processes import whole_models
 from tokenseek.models.files import model_folder, name_of, weight_files
@@ -55,7 +55,7 @@ def require_decoder(
             auto = auto_class(config)
             skeleton = auto.from_config(config, attn_implementation=model.attn_implementation, **trust)
     except (ValueError, OSError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(
             f"model.name_or_path: {folder} is no causal language model that Transformers can make with "
             f"model.attn_implementation={model.attn_implementation} and "

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from tokenseek.config import RunConfig
-from tokenseek.errors import UserError
+from tokenseek.errors import UserError, first_line
 from tokenseek.launching.engine import Engine, require_splittable
 from tokenseek.planning.depth import deepened, depths_that_tell, with_layers
 from tokenseek.planning.fake import TakenStep, take_step
@@ -160,7 +160,7 @@ def load_model_config(config: RunConfig) -> PreTrainedConfig:
             trust_remote_code=model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(
             f"model.name_or_path: {model.name_or_path!r} has no config that Transformers can read ({reason}). Give a "
             "folder with a config.json, or a name on the hub; no weights are needed."

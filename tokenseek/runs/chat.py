@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from tokenseek.config import DataConfig, load_config
 from tokenseek.data.templates import TEMPLATES
-from tokenseek.errors import UserError
+from tokenseek.errors import UserError, first_line
 from tokenseek.evaluation.run import load_network
 from tokenseek.evaluation.subject import Subject
 from tokenseek.models.checks import learned_positions
@@ -102,7 +102,7 @@ class Conversation:
                     said, add_generation_prompt=True, tokenize=False, **self.template_options
                 )
             except Exception as error:  # templates raise what they like
-                reason = str(error).strip().split("\n")[0]
+                reason = first_line(error)
                 raise UserError(f"the chat template does not take this conversation: {reason}") from error
             adds_special_tokens = False
         else:

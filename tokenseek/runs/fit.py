@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from tokenseek.config import RunConfig, load_config
 from tokenseek.config.sizes import format_size
-from tokenseek.errors import UserError
+from tokenseek.errors import UserError, first_line
 from tokenseek.launching.processes import first_on_main, log_once
 from tokenseek.planning import (
     Engine,
@@ -114,7 +114,7 @@ class Planner:
                     config, method_of(config), self.engine, tokens=self.tokens, model_config=self.model_config
                 )
             except Exception as error:  # whatever a model's code does with tensors that hold no numbers
-                raise Unplanned(str(error).strip().split("\n")[0] or type(error).__name__) from error
+                raise Unplanned(first_line(error)) from error
         return self._plans[key]
 
     def configured(self, size: int, ratio: float | None, recompute: bool) -> RunConfig:

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from tokenseek.config import RunConfig
-from tokenseek.errors import UserError
+from tokenseek.errors import UserError, first_line
 
 
 def require_hub(config: RunConfig) -> None:
@@ -28,7 +28,7 @@ def require_hub(config: RunConfig) -> None:
         HfApi().create_repo(str(training.hub_model_id), exist_ok=True)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"training.hub_model_id: {training.hub_model_id!r} cannot be made on the hub: {_first_line(error)}"
+            f"training.hub_model_id: {training.hub_model_id!r} cannot be made on the hub: {first_line(error)}"
         ) from error
 
 
@@ -47,10 +47,6 @@ def push(config: RunConfig, final: Path) -> str:
         return str(api.upload_folder(folder_path=final, repo_id=name, commit_message="Model trained with TokenSeek"))
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"training.push_to_hub: {name} could not be uploaded ({_first_line(error)}). The model is in {final}: "
+            f"training.push_to_hub: {name} could not be uploaded ({first_line(error)}). The model is in {final}: "
             f"`hf upload {name} {final}`."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

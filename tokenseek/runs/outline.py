@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenseek.config import RunConfig
 from tokenseek.config.sizes import format_size
+from tokenseek.errors import first_line
 from tokenseek.launching.memory import free_memory_bytes
 from tokenseek.planning import MemoryPlan, launched_engine, method_of, plan_memory
 from tokenseek.reporting import render_labels
@@ -65,8 +66,7 @@ def _memory(config: RunConfig, inputs: RunInputs, tokens: int, plan: MemoryPlan 
     try:
         plan = plan or plan_memory(config, method_of(config), launched_engine(on_cpu), tokens=tokens)
     except Exception as error:  # a plan is advice: what cannot be planned may well be trained
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        return f"memory: not planned ({reason})"
+        return f"memory: not planned ({first_line(error)})"
     free = free_memory_bytes(inputs.state)
     told = (
         f"memory: {format_size(plan.peak)} planned at the peak of a step with {tokens:,} tokens in a row, weights "

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from tokenseek.errors import UserError
+from tokenseek.errors import UserError, first_line
 from tokenseek.launching.processes import log_once
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def writing(folder: Path) -> Iterator[None]:
         is_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_CANNOT_WRITE)
         if not (is_os or is_torch or isinstance(error, SafetensorError)):
             raise
-        reason = error.strerror if isinstance(error, OSError) else str(error).strip().split("\n")[0]
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(
             f"output_dir: {folder} cannot be written: {reason}. Make room (training.save_total_limit=1 keeps one "
             "checkpoint) or give another output_dir; the same command continues from the last whole checkpoint."

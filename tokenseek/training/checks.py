@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from tokenseek.config import RunConfig, TrainingConfig
-from tokenseek.errors import UserError
+from tokenseek.errors import UserError, first_line
 from tokenseek.launching.processes import whole_models
 from tokenseek.spelling import did_you_mean
 from tokenseek.training.arguments import training_arguments
@@ -66,7 +66,7 @@ def require_arguments(config: RunConfig, skeleton: PreTrainedModel) -> None:
         with whole_models():  # arguments of ZeRO-3 would split the models that are made while they exist
             arguments = training_arguments(training, Path(config.output_dir), config.seed)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"training: Transformers does not accept these settings: {_first_line(error)}") from error
+        raise UserError(f"training: Transformers does not accept these settings: {first_line(error)}") from error
     if arguments.deepspeed_plugin is None:
         _try_out(training, arguments, skeleton)
 
@@ -109,7 +109,7 @@ def require_reports(names: list[str]) -> None:
             INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError) as error:
             raise UserError(
-                f"training.report_to: {name} cannot be used: {_first_line(error)} Install it, or leave it out "
+                f"training.report_to: {name} cannot be used: {first_line(error)} Install it, or leave it out "
                 "(training.report_to=[] logs to metrics.jsonl alone)."
             ) from error
 
@@ -152,7 +152,7 @@ def _try_out(training: TrainingConfig, arguments: TrainingArguments, skeleton: P
         optimizer_class(parameters, **options)
     except (ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
         raise UserError(
-            f"training.optim: {training.optim} cannot be made: {_first_line(error)}. Other settings of it are "
+            f"training.optim: {training.optim} cannot be made: {first_line(error)}. Other settings of it are "
             "training.extra.optim_args and training.extra.optim_target_modules."
         ) from error
     try:
@@ -165,10 +165,6 @@ def _try_out(training: TrainingConfig, arguments: TrainingArguments, skeleton: P
         )
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"training.lr_scheduler_type: {training.lr_scheduler_type} cannot be made: {_first_line(error)}. Give what "
+            f"training.lr_scheduler_type: {training.lr_scheduler_type} cannot be made: {first_line(error)}. Give what "
             "it needs in training.extra.lr_scheduler_kwargs, such as {num_decay_steps: 100} for warmup_stable_decay."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
