@@ -127,7 +127,7 @@ def test_models(small_spans, kind, lengths, recompute, kv_storage):
     selected = torch.nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_value=-1)
     model = tiny_model(kind, dtype=torch.float64)
     model = tokenseek.enable_token_ditching(model, recompute=recompute, kv_storage=kv_storage)
-    with mock.patch.object(attention, "staircase_attention", wraps=staircase.staircase_attention) as used:
+    with mock.patch.object(staircase, "staircase_attention", wraps=staircase.staircase_attention) as used:
         assert_same(model, batch, selected, computed_in(kind))
     # Unselected rows use it where there is a window; those of the last layer do not attend.
     assert used.call_count == 4 * (1 + recompute) + (kind == "gemma3")
@@ -148,7 +148,7 @@ def test_packed_examples(small_spans):
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    with mock.patch.object(attention, "staircase_attention", wraps=staircase.staircase_attention) as used:
+    with mock.patch.object(staircase, "staircase_attention", wraps=staircase.staircase_attention) as used:
         actual = losses_and_gradients()
     assert used.call_count == 2 * 4  # both examples, in every layer
     with mock.patch.object(attention, "make_spans", return_value=None):
@@ -165,7 +165,7 @@ def test_autocast(small_spans):
     exact = model(**batch, selected_positions=selected).loss
     with (
         torch.autocast("cpu", torch.bfloat16),
-        mock.patch.object(attention, "staircase_attention", wraps=staircase.staircase_attention) as used,
+        mock.patch.object(staircase, "staircase_attention", wraps=staircase.staircase_attention) as used,
     ):
         loss = model(**batch, selected_positions=selected).loss
     loss.backward()

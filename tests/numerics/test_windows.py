@@ -24,7 +24,7 @@ from tokenseek.decoder.masks import SlidingWindow, whole_masks
 from tokenseek.ditching import Seeking, attention
 from tokenseek.ditching.storage import copies_watched
 from tokenseek.seeking import TokenScorer
-from tokenseek.tiling import tiles
+from tokenseek.tiling import staircase
 
 WINDOW = 5  # of the tiny models
 STORED = [{}, dict(recompute=True), dict(recompute=True, kv_storage="host"), dict(kv_storage="host")]
@@ -89,8 +89,7 @@ def test_packed_examples(tile_rows, masks_made):
 
 
 def test_where_no_kernel_knows_windows_masks_are_made(monkeypatch):
-    for module in (attention, tiles):
-        monkeypatch.setattr(module, "is_served", lambda *qkv: False)
+    monkeypatch.setattr(staircase, "is_served", lambda *qkv: False)
     for options in (dict(tile_rows=6), dict(recompute=True)):
         model = tokenseek.enable_token_ditching(tiny_model("mistral", dtype=torch.float64), **options)
         assert_same(model, make_batch((30, 25)), torch.tensor([[3, 20, 29], [0, 24, -1]]))

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, S selected, U unselected, N query heads, K key/value 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenseek.decoder.attention import Attention, Replace
 from tokenseek.decoder.masks import SlidingWindow
 from tokenseek.ditching.side_by_side import SideBySide
 from tokenseek.tiling.rows import Rows
-from tokenseek.tiling.staircase import Span, as_autocast, is_served, make_spans, make_window_spans, staircase_attention
+from tokenseek.tiling.staircase import Span, attention_in_spans, make_spans, make_window_spans
 
 # What sdpa's function reads from an attention module, for one without grouped heads: it then repeats no key or value.
 _UNGROUPED = SimpleNamespace(is_causal=True)
@@ -48,10 +49,10 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Replace:
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             on_call()
             if isinstance(attention_mask, SlidingWindow):
-                query, key, value = as_autocast(query_BNUH, key_BKTH, value_BKTH)
-                steps = _window_spans(rows, attention_mask, query, key, value, *args, **kwargs)
-                if steps is not None:
-                    return staircase_attention(query, key, value, steps, kwargs.get("scaling")), None
+                spans_of = partial(_window_spans, rows, attention_mask)
+                in_spans = attention_in_spans(query_BNUH, key_BKTH, value_BKTH, spans_of, *args, **kwargs)
+                if in_spans is not None:
+                    return in_spans, None
                 attention_mask = rows.window_mask(attention_mask)
             keys = key_BKTH.shape[2]  # T, or fewer where the last tokens are in no pass
             if attention_mask is not None:
@@ -95,10 +96,10 @@ def selected_attention(rows: Rows, order: SideBySide | None = None) -> Replace:
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             if isinstance(attention_mask, SlidingWindow):
                 window = attention_mask
-                query, key, value = as_autocast(query_BNSH, key_BKTH, value_BKTH)
-                steps = _window_spans(rows, window, query, key, value, *args, **kwargs)
-                if steps is not None:
-                    return staircase_attention(query, key, value, steps, kwargs.get("scaling")), None
+                spans_of = partial(_window_spans, rows, window)
+                in_spans = attention_in_spans(query_BNSH, key_BKTH, value_BKTH, spans_of, *args, **kwargs)
+                if in_spans is not None:
+                    return in_spans, None
                 attention_mask = rows.once(f"{window}", rows.index_BR, lambda: rows.window_mask(window))
             spans, is_biased = rows.spans, kwargs.get("position_bias") is not None
             if order is not None and attention_mask is None and not is_biased:
@@ -106,10 +107,10 @@ def selected_attention(rows: Rows, order: SideBySide | None = None) -> Replace:
             elif order is not None:  # what a layer makes for its keys takes them to be in the order of the text
                 key_BKTH, value_BKTH = order.in_text_order(key_BKTH, value_BKTH)
             elif attention_mask is None:
-                query, key, value = as_autocast(query_BNSH, key_BKTH, value_BKTH)
-                steps = _staircase(rows, query, key, value, *args, **kwargs)
-                if steps is not None:
-                    return staircase_attention(query, key, value, steps, kwargs.get("scaling")), None
+                spans_of = partial(_causal_spans, rows)
+                in_spans = attention_in_spans(query_BNSH, key_BKTH, value_BKTH, spans_of, *args, **kwargs)
+                if in_spans is not None:
+                    return in_spans, None
             if attention_mask is None:
                 attention_mask = rows.causal_mask
             most = key_BKTH.shape[2]
@@ -139,49 +140,26 @@ def selected_attention(rows: Rows, order: SideBySide | None = None) -> Replace:
     return replace
 
 
-def _staircase(
-    rows: Rows,
-    query_BNSH: torch.Tensor,
-    key_BKTH: torch.Tensor,
-    value_BKTH: torch.Tensor,
-    *args: Any,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> list[list[Span]] | None:
-    """The spans of these rows that need no mask; None where one masked call is faster, or the only way."""
-    is_plain = not args and not dropout and kwargs.get("position_bias") is None
-    if not is_plain or not is_served(query_BNSH, key_BKTH, value_BKTH):
-        return None
-    dtype = query_BNSH.dtype
+def _causal_spans(rows: Rows, query_BNSH: torch.Tensor) -> list[list[Span]] | None:
+    """The spans of these rows, which look at all keys before them; None where one masked call is faster."""
+    device, dtype = query_BNSH.device, query_BNSH.dtype
 
     def make() -> list[list[Span]] | None:
         positions_BS = rows.on_host
-        return None if positions_BS is None else make_spans(positions_BS, rows.tokens, query_BNSH.device, dtype)
+        return None if positions_BS is None else make_spans(positions_BS, rows.tokens, device, dtype)
 
     return rows.once(f"staircase.{dtype}", rows.index_BR, make)
 
 
-def _window_spans(
-    rows: Rows,
-    window: SlidingWindow,
-    query_BNSH: torch.Tensor,
-    key_BKTH: torch.Tensor,
-    value_BKTH: torch.Tensor,
-    *args: Any,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> list[list[Span]] | None:
-    """The spans of these rows, which look at a window each; None where a mask of all keys is the only way."""
-    if args or dropout or kwargs.get("position_bias") is not None or not is_served(query_BNSH, key_BKTH, value_BKTH):
-        return None
+def _window_spans(rows: Rows, window: SlidingWindow, query_BNSH: torch.Tensor) -> list[list[Span]] | None:
+    """The spans of these rows, which look at a window each; None where they have no order."""
     device, dtype = query_BNSH.device, query_BNSH.dtype
 
     def make() -> list[list[Span]] | None:
         positions_BS = rows.on_host
         return None if positions_BS is None else make_window_spans(positions_BS, window, device, dtype)
 
-    spans: list[list[Span]] | None = rows.once(f"{window}.{dtype}", rows.index_BR, make)
-    return spans
+    return rows.once(f"{window}.{dtype}", rows.index_BR, make)
 
 
 def _within_limit(spans: Sequence[tuple[int, int, int]], entries: int) -> Iterator[tuple[int, int, int]]:

@@ -18,7 +18,7 @@ Shapes: B batch, T tokens, S rows, N query heads, K key/value heads, G = N / K, 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -165,7 +165,35 @@ def is_served(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bo
     return _kernels(query) is not None and key.shape[-1] == value.shape[-1] and key.dtype == value.dtype == query.dtype
 
 
-def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def attention_in_spans(
+    query_BNSH: torch.Tensor,
+    key_BKTH: torch.Tensor,
+    value_BKTH: torch.Tensor,
+    spans_of: Callable[[torch.Tensor], Sequence[Sequence[Span]] | None],
+    *args: Any,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """:func:`staircase_attention` in the place of a call of an attention function; None where that has to be made.
+
+    It has to where it asks for more than causality or a window, where no kernel serves, and where there are no spans.
+
+    Args:
+        spans_of: from the queries as autocast hands them on, to the spans of their rows.
+        args, kwargs: what else the attention function was called with.
+    """
+    if args or dropout or position_bias is not None:
+        return None
+    query, key, value = _as_autocast(query_BNSH, key_BKTH, value_BKTH)
+    if not is_served(query, key, value):
+        return None
+    spans = spans_of(query)
+    return None if spans is None else staircase_attention(query, key, value, spans, scaling)
+
+
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """As autocast would hand them to ``scaled_dot_product_attention``."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):

@@ -24,7 +24,7 @@ from tokenseek.decoder.masks import SlidingWindow
 from tokenseek.errors import UserError
 from tokenseek.tiling.cache import KeysAndValuesSeen, OnceCache, ProjectedCache, WholeCache
 from tokenseek.tiling.rows import Rows
-from tokenseek.tiling.staircase import Span, as_autocast, is_served, staircase_attention, window_span
+from tokenseek.tiling.staircase import Span, attention_in_spans, window_span
 from tokenseek.tiling.visits import visited
 
 # With "auto", tiles have so many rows, and there are none where fewer than twice as many rows run: a second projection
@@ -116,13 +116,19 @@ class PlainTile:
             ) -> tuple[torch.Tensor, torch.Tensor | None]:
                 on_call()
                 if attention_mask is None or isinstance(attention_mask, SlidingWindow):
-                    plain = not args and not kwargs.get("dropout") and kwargs.get("position_bias") is None
-                    query, key, value = as_autocast(query_BNRH, key_BKTH, value_BKTH)
-                    if plain and is_served(query, key, value):
-                        spans = self.spans(query.device, attention_mask)
-                        return staircase_attention(query, key, value, spans, kwargs.get("scaling")), None
+                    window = attention_mask
+                    output = attention_in_spans(
+                        query_BNRH,
+                        key_BKTH,
+                        value_BKTH,
+                        lambda query: self.spans(query.device, window),
+                        *args,
+                        **kwargs,
+                    )
+                    if output is not None:
+                        return output, None
                     # Of one tile, and not kept.
-                    attention_mask = self.rows.window_mask(attention_mask or SlidingWindow(self.rows.tokens))
+                    attention_mask = self.rows.window_mask(window or SlidingWindow(self.rows.tokens))
                 return original(module, query_BNRH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs)
 
             return attention

@@ -15,7 +15,7 @@ from torch import nn
 from tokenseek.decoder.attention import Attention, Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import SlidingWindow, makes_masks_by_utils, takes_windows, whole_masks
-from tokenseek.tiling.staircase import as_autocast, is_served, make_window_spans, staircase_attention
+from tokenseek.tiling.staircase import Span, attention_in_spans, make_window_spans
 
 # Replaces the attention function in a block.
 Replaced: TypeAlias = Callable[[Replace], AbstractContextManager[None]]
@@ -35,14 +35,16 @@ def windows_served(original: Attention) -> Attention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not isinstance(attention_mask, SlidingWindow):
             return original(module, query_BNTH, key_BKTH, value_BKTH, attention_mask, *args, **kwargs)
-        batch, tokens, device = len(query_BNTH), query_BNTH.shape[2], query_BNTH.device
-        query, key, value = as_autocast(query_BNTH, key_BKTH, value_BKTH)
-        plain = not args and not kwargs.get("dropout") and kwargs.get("position_bias") is None
-        if plain and is_served(query, key, value):
-            spans = make_window_spans([range(tokens)], attention_mask, device, query.dtype) * batch
-            return staircase_attention(query, key, value, spans, kwargs.get("scaling")), None
+        window, batch, tokens, device = attention_mask, len(query_BNTH), query_BNTH.shape[2], query_BNTH.device
+
+        def spans_of(query: torch.Tensor) -> list[list[Span]]:
+            return make_window_spans([range(tokens)], window, device, query.dtype) * batch
+
+        output = attention_in_spans(query_BNTH, key_BKTH, value_BKTH, spans_of, *args, **kwargs)
+        if output is not None:
+            return output, None
         positions_T = torch.arange(tokens, device=device)
-        seen_11TT = attention_mask.seen(positions_T[:, None], positions_T)[None, None]
+        seen_11TT = window.seen(positions_T[:, None], positions_T)[None, None]
         return original(module, query_BNTH, key_BKTH, value_BKTH, seen_11TT, *args, **kwargs)
 
     return attention
