@@ -106,7 +106,10 @@ class GroupTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Transformers' schedule; a warm-up that takes the whole run is told."""
         if self.lr_scheduler is None:
-            self.args.warmup_steps = _warmup_steps(self.args.warmup_steps, num_training_steps)
+            if self.is_world_process_zero():
+                _tell_of_warm_up(self.args.warmup_steps, num_training_steps)
+            if _is_below_a_step(self.args.warmup_steps, num_training_steps):
+                self.args.warmup_steps = 0
         return super().create_scheduler(num_training_steps, optimizer)
 
     @property
@@ -256,23 +259,30 @@ class DrawsByEpoch(Protocol):
     def set_epoch(self, epoch: int) -> None: ...
 
 
-def _warmup_steps(asked: float, steps: int) -> float:
-    """The warm-up of a run of so many steps; `asked` is a number of steps or, below 1, a share of them.
+def _is_below_a_step(warmup: float, steps: int) -> bool:
+    """Whether a warm-up of this share of the steps, if it is one, is shorter than one of them.
 
     Transformers rounds a share up, and the first step of a warm-up has a learning rate of 0: the only step of a short
     run would train nothing.
     """
-    if 0 < asked < 1 and asked * steps < 1:
-        _log.info(f"warm-up: {asked:.0%} of {steps:,} step{'s' * (steps > 1)} is less than a step, so there is none")
-        return 0
-    if asked >= steps:
-        found = (
-            "one step, whose learning rate is 0: nothing is trained"
-            if steps == 1
-            else (f"{steps:,} steps: the learning rate rises to the end and is never what learning_rate says")
+    return 0 < warmup < 1 and warmup * steps < 1
+
+
+def _tell_of_warm_up(warmup: float, steps: int) -> None:
+    """Log what the warm-up of a short run comes to; it is a number of steps or, below 1, a share of them."""
+    fewer = "Give fewer, or a share of the steps below 1."
+    if _is_below_a_step(warmup, steps):
+        _log.info(f"warm-up: {warmup:.0%} of {steps:,} step{'s' * (steps > 1)} is less than a step, so there is none")
+    elif warmup >= steps == 1:
+        _log.warning(
+            f"warmup_steps is {warmup:g} and the run has one step, whose learning rate is 0: nothing is trained. "
+            f"{fewer}"
         )
-        _log.warning(f"warmup_steps is {asked:g} and the run has {found}. Give fewer, or a share of the steps below 1.")
-    return asked
+    elif warmup >= steps:
+        _log.warning(
+            f"warmup_steps is {warmup:g} and the run has {steps:,} steps: the learning rate rises to the end and is "
+            f"never what learning_rate says. {fewer}"
+        )
 
 
 class NewEpoch(TrainerCallback):
