@@ -98,9 +98,7 @@ def load_one_line(
     values = change_values(values, overrides, settings or {})
     if preset is None:
         said = [*(override.partition("=")[0].strip() for override in overrides), *(settings or {})]
-        _drop_unread(values, said)
-        if is_planned:
-            _drop_settled(values, said)
+        _drop_unread(values, said, is_planned)
     origin = "command line" if preset is None else str(preset)
     config = checked_values(RunConfig, {"output_dir": "runs", **values}, origin)
     config.require_trainable()
@@ -136,10 +134,11 @@ def _with_words(values: dict[str, Any], words: OneLine, method: str | None) -> d
     return values
 
 
-def _drop_unread(values: dict[str, Any], said: Collection[str]) -> None:
+def _drop_unread(values: dict[str, Any], said: Collection[str], is_planned: bool) -> None:
     """Drop each `auto` that nobody said and that has no meaning beside what was said; in place.
 
-    Without ditching, or by a rule without a share, there is nothing to fit; with an index a share is a number.
+    Without ditching, or by a rule without a share, there is nothing to fit; with an index a share is a number. A plan
+    has rows for several shares, with and without recomputation, and fits nothing to this machine's memory.
     """
     sections = [values.get(name) for name in ("selection", "training", "scoring")]
     if not all(isinstance(section, dict) for section in sections):
@@ -147,21 +146,10 @@ def _drop_unread(values: dict[str, Any], said: Collection[str]) -> None:
     selection, training, scoring = cast(list[dict[str, Any]], sections)
     ditching = training.get("ditching", True)
     fits_share = ditching and scoring.get("mode") == "online" and _has_share(selection.get("rule"))
-    if selection.get("ratio") == "auto" and not fits_share and "selection.ratio" not in said:
+    if selection.get("ratio") == "auto" and (is_planned or not fits_share) and "selection.ratio" not in said:
         del selection["ratio"]
-    if training.get("recompute") == "auto" and not ditching and "training.recompute" not in said:
+    if training.get("recompute") == "auto" and (is_planned or not ditching) and "training.recompute" not in said:
         del training["recompute"]
-
-
-def _drop_settled(values: dict[str, Any], said: Collection[str]) -> None:
-    """Drop each `auto` that nobody said and that the memory of the machine that trains settles; in place.
-
-    A plan has a row for each share, with and without recomputation.
-    """
-    for section, name in (("selection", "ratio"), ("training", "recompute")):
-        within = values.get(section)
-        if isinstance(within, dict) and within.get(name) == "auto" and f"{section}.{name}" not in said:
-            del within[name]
 
 
 def _has_share(rule: Any) -> bool:
