@@ -53,6 +53,14 @@ def attention_is_ours(decoder: Decoder) -> bool:
     return is_sdpa and has_attention_interface(decoder)
 
 
+def attends_otherwise(layer: nn.Module, decoder: Decoder) -> UserError:
+    """For a layer of a decoder whose attention is ours, which did not call the function that is in its place."""
+    return UserError(
+        f"{type(layer).__name__} in {decoder.name} does not attend by Transformers' AttentionInterface, although its "
+        "module suggests it does: load the model with attn_implementation='eager'."
+    )
+
+
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """Inside the block, ``scaled_dot_product_attention`` on CUDA chooses among its own kernels and leaves cuDNN's out.

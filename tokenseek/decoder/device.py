@@ -1,4 +1,5 @@
-"""The kind of device that a step is computed for: that of its tensors or, in a plan, that of the run."""
+"""What tensors live on: the kind of device that a step is computed for, that of its tensors or, in a plan, that of the
+run; and whose memory is the same."""
 
 from __future__ import annotations
 
@@ -14,6 +15,11 @@ _planned: ContextVar[str | None] = ContextVar("_planned", default=None)
 def kind_of(device: torch.device) -> str:
     """Whose kernels are to be chosen for tensors on `device`: "cpu", "cuda", ..."""
     return _planned.get() or device.type
+
+
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether these are views of one piece of memory."""
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -26,8 +27,17 @@ from tokenseek.decoder.masks import begins_anew, takes_windows, whole_masks
 from tokenseek.ditching.reach import BodyCall, PlainReach
 from tokenseek.ditching.rows import Partition, partition
 from tokenseek.errors import UserError
-from tokenseek.tiling.rows import PackedRows, Rows
-from tokenseek.tiling.tiles import PackedTile, PlainTile, Tile, attention_by_example, borders_of_tiles
+from tokenseek.tiling.rows import Rows
+from tokenseek.tiling.tiles import (
+    OfExample,
+    PackedTile,
+    PlainTile,
+    Tile,
+    attention_by_example,
+    attention_of_rows,
+    borders_of_tiles,
+    corner,
+)
 from tokenseek.ulysses.heads import Joining
 
 
@@ -98,8 +108,8 @@ def _partition_row(positions_S: torch.Tensor, borders: list[int], recorded: bool
             unselected.append(parts.unselected.index_BR + first)
         examples.append((parts.selected, parts.unselected))
     return PackedPartition(
-        selected=_row(selected, borders[-1]),
-        unselected=_row(unselected, borders[-1]) if unselected else None,
+        selected=_row(torch.cat(selected, dim=1), borders[-1]),
+        unselected=_row(torch.cat(unselected, dim=1), borders[-1]) if unselected else None,
         tokens=borders[-1],
         padded=False,
         right_padded=True,
@@ -108,9 +118,9 @@ def _partition_row(positions_S: torch.Tensor, borders: list[int], recorded: bool
     )
 
 
-def _row(index_1R: list[torch.Tensor], tokens: int) -> PackedRows:
-    index = torch.cat(index_1R, dim=1)
-    return PackedRows(index, index[:, :1], tokens, padded=False)
+def _row(index_1R: torch.Tensor, tokens: int) -> Rows:
+    """The rows of one pass of all examples."""
+    return Rows(index_1R, index_1R[:, :1], tokens, padded=False, leaves_masks=True)
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,7 @@ class PackedReach(PlainReach):
         own, lengths = self._own(rows), self.parts.lengths
 
         def replace(original: Attention) -> Attention:
-            attend = [None if each is None else (each, make(each)(original)) for each in own]
+            attend = [None if each is None else attention_of_rows(each, make(each)(original)) for each in own]
             return attention_by_example(attend, lengths)
 
         return replace
@@ -180,8 +190,7 @@ class PackedReach(PlainReach):
                 None if each is None else _tile_of_example(each, max(0, first - begin), min(count, last - begin))
                 for each, begin, count in zip(own, begins, counts, strict=False)
             ]
-            index_1R = rows.index_BR[:, first:last]
-            here = PackedRows(index_1R, index_1R[:, :1], rows.tokens, padded=False).of_tile()
+            here = _row(rows.index_BR[:, first:last], rows.tokens).of_tile()
             tiles.append(PackedTile(here, first, last, examples, self.parts.lengths))
         return tiles
 
@@ -220,23 +229,8 @@ def every_example_alone(lengths: Sequence[int]) -> Replace:
     """
 
     def replace(original: Attention) -> Attention:
-        def attention(
-            module: nn.Module,
-            query_1NTH: torch.Tensor,
-            key_1KTH: torch.Tensor,
-            value_1KTH: torch.Tensor,
-            attention_mask: torch.Tensor | None,
-            *args: Any,
-            **kwargs: Any,
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            outputs = []
-            for qkv in zip(*(x.split(lengths, dim=2) for x in (query_1NTH, key_1KTH, value_1KTH)), strict=True):
-                own = qkv[0].shape[2]
-                mask = None if attention_mask is None else attention_mask[:, :, :own, :own]
-                outputs.append(original(module, *qkv, mask, *args, **kwargs)[0])
-            return torch.cat(outputs, dim=1), None
-
-        return attention
+        own = [OfExample(tokens, original, partial(corner, tokens=tokens)) for tokens in lengths]
+        return attention_by_example(own, lengths)
 
     return replace
 

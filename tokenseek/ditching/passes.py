@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenseek.decoder.attention import Replace
+from tokenseek.decoder.attention import Replace, attends_otherwise
 from tokenseek.decoder.names import MASK_ARGUMENTS, shared_argument, without_checkpointing
 from tokenseek.ditching.attention import selected_attention, unselected_attention
 from tokenseek.ditching.autocast import autocast_cache
@@ -34,7 +34,6 @@ from tokenseek.ditching.state import Ditching, Step, original_forward
 from tokenseek.ditching.storage import TakenOnce, saved_as_kept
 from tokenseek.ditching.tiles import tiles_of
 from tokenseek.ditching.window import seen_rows
-from tokenseek.errors import UserError
 from tokenseek.tiling.cache import KeysAndValuesSeen, OnceCache, ProjectedCache
 from tokenseek.tiling.rows import Rows
 from tokenseek.tiling.tiles import Tile, TiledLayer
@@ -317,11 +316,7 @@ class AttentionPasses:
 
     def _require_attended(self, attended: bool) -> None:
         if self.code.attention_is_ours and not attended:
-            raise UserError(
-                f"{type(self.code.layer).__name__} in {self.code.decoder.name} does not attend by Transformers' "
-                "AttentionInterface, although its module suggests it does: load the model with "
-                "attn_implementation='eager'."
-            )
+            raise attends_otherwise(self.code.layer, self.code.decoder)
 
 
 class MixerPasses:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from tokenseek.decoder.device import share_memory
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import is_partitioned
 from tokenseek.ditching.cache import JoiningCache
@@ -103,7 +104,7 @@ class Recording:
         Raises:
             UserError: `hidden` is not what the module before returned, so that the graphs cannot be joined.
         """
-        if self._graphs and not _share_memory(self._graphs[-1][2], hidden):
+        if self._graphs and not share_memory(self._graphs[-1][2], hidden):
             raise UserError(
                 f"between {type(self._graphs[-1][0]).__name__} and {type(layer).__name__} this model changes its "
                 "hidden states in code of its own, through which no gradient is taken: use scoring.reduction=error."
@@ -208,10 +209,6 @@ def gathered(layer: nn.Module) -> Iterator[None]:
             unit.unshard()
             stack.callback(unit.reshard)
         yield
-
-
-def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tokenseek.decoder.device import share_memory
 from tokenseek.ditching.rows import Partition
 
 
@@ -113,8 +114,7 @@ def _both(keys_1NXH: torch.Tensor, values_1NXH: torch.Tensor) -> torch.Tensor | 
     """[1, 2 X, N, H]: the memory in which values lie behind the keys; None where they do not."""
     _, heads, keys, head_dim = keys_1NXH.shape
     stride = keys_1NXH.stride()
-    is_one_memory = keys_1NXH.untyped_storage()._cdata == values_1NXH.untyped_storage()._cdata
     follow_each_other = values_1NXH.storage_offset() == keys_1NXH.storage_offset() + keys * stride[2]
-    if not (is_one_memory and follow_each_other and stride == values_1NXH.stride()):
+    if not (share_memory(keys_1NXH, values_1NXH) and follow_each_other and stride == values_1NXH.stride()):
         return None
     return keys_1NXH.as_strided((1, 2 * keys, heads, head_dim), (2 * keys * stride[2], stride[2], stride[1], stride[3]))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from tokenseek.decoder.device import share_memory
 from tokenseek.ditching.lanes import Lane, lane_of
 
 STORAGES = ("device", "host", "int8", "int8_host")
@@ -245,7 +246,7 @@ class saved_as_kept(saved_tensors_hooks):
 
     def _pack(self, saved: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
         for tensor in self._watched():
-            if tensor is not None and tensor.untyped_storage()._cdata == saved.untyped_storage()._cdata:
+            if tensor is not None and share_memory(tensor, saved):
                 if id(tensor) not in self._shared:
                     self._shared[id(tensor)] = _Shared(tensor, self._storage, self._board, self._seen)
                 return self._shared[id(tensor)].view_like(saved)

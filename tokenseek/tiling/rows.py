@@ -41,6 +41,8 @@ class Rows:
         spans: (first row, row behind the last, number of keys): stretches of rows that look at no key behind; made of
             the positions by default.
 
+        leaves_masks: masks are left as they are, as for rows of several examples, each of which cuts them by its own.
+
     Attributes:
         keeps: what is made of an argument is made once. Not of a tile's rows: all tiles together would hold as much as
             rows that run at once.
@@ -55,9 +57,11 @@ class Rows:
         tokens: int,
         padded: bool,
         spans: Sequence[tuple[int, int, int]] = (),
+        leaves_masks: bool = False,
     ) -> None:
         self.tokens = tokens
         self.padded = padded
+        self.leaves_masks = leaves_masks
         if spans:
             self.spans = spans
         if padded:
@@ -211,6 +215,9 @@ class Rows:
             keep_causality: leave a missing mask missing, for an attention function that knows these rows; otherwise it
                 becomes :attr:`causal_mask`.
         """
+        is_mask = name.partition(".")[0] in MASK_ARGUMENTS
+        if self.leaves_masks and is_mask and (value is None or isinstance(value, torch.Tensor)):
+            return value
         if isinstance(value, (tuple, list)):
             return type(value)(self.shrink(f"{name}.{i}", v) for i, v in enumerate(value))
         if (name in MASK_ARGUMENTS and value is None) or isinstance(value, SlidingWindow):
@@ -270,21 +277,8 @@ class Rows:
         return (keys <= self.index_BR[:, :, None])[:, None]
 
 
-class PackedRows(Rows):
-    """The rows of one pass of all examples. Masks are left as they are: each example cuts them by its own rows."""
-
-    def shrink(self, name: str, value: Any, keep_causality: bool = False) -> Any:
-        if name.partition(".")[0] in MASK_ARGUMENTS and (value is None or isinstance(value, torch.Tensor)):
-            return value
-        return super().shrink(name, value, keep_causality)
-
-
 class Stretch(Rows):
-    """Consecutive rows [first, last) of every example. What they take of an argument is a view, and not kept.
-
-    Args:
-        leaves_masks: masks are left as they are.
-    """
+    """Consecutive rows [first, last) of every example. What they take of an argument is a view, and not kept."""
 
     def __init__(
         self,
@@ -296,17 +290,12 @@ class Stretch(Rows):
     ) -> None:
         batch, tokens = shape
         index_BR = torch.arange(first, last, device=device).expand(batch, -1)
-        super().__init__(index_BR, index_BR[:, :1], tokens, padded=False)
-        self.first, self.last, self.leaves_masks = first, last, leaves_masks
+        super().__init__(index_BR, index_BR[:, :1], tokens, padded=False, leaves_masks=leaves_masks)
+        self.first, self.last = first, last
         self.keeps = False
 
     def take(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         return x.narrow(dim, self.first, self.last - self.first)
-
-    def shrink(self, name: str, value: Any, keep_causality: bool = False) -> Any:
-        if self.leaves_masks and name.partition(".")[0] in MASK_ARGUMENTS:
-            return value
-        return super().shrink(name, value, keep_causality)
 
 
 def _numbered(position_BR: torch.Tensor, stride: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -153,20 +153,54 @@ class PackedTile:
         """The mask, if any, is that of the longest example."""
 
         def replace(original: Attention) -> Attention:
-            own = [None if tile is None else (tile.rows, tile.attention(on_call)(original)) for tile in self.examples]
+            own = [
+                None if tile is None else attention_of_rows(tile.rows, tile.attention(on_call)(original))
+                for tile in self.examples
+            ]
             return attention_by_example(own, self.lengths)
 
         return replace
 
 
-def attention_by_example(own: Sequence[tuple[Rows, Attention] | None], lengths: Sequence[int]) -> Attention:
+class OfExample(NamedTuple):
+    """How one of several examples in a row attends.
+
+    Attributes:
+        rows: how many it has.
+        attend: their attention function.
+        mask_of: from the mask of the longest example, if there is one, to theirs.
+    """
+
+    rows: int
+    attend: Attention
+    mask_of: Callable[[torch.Tensor], torch.Tensor]
+
+
+def attention_of_rows(rows: Rows, attend: Attention) -> OfExample:
+    """Of `rows`, counted from the example's first token; their mask is cut once a step."""
+
+    def mask_of(mask_11MM: torch.Tensor) -> torch.Tensor:
+        mask: torch.Tensor = rows.once(
+            "corner", mask_11MM, lambda: rows.shrink("attention_mask", corner(mask_11MM, rows.tokens))
+        )
+        return mask
+
+    return OfExample(rows.index_BR.shape[1], attend, mask_of)
+
+
+def corner(mask_11MM: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The mask of an example of so many tokens, cut from that of the longest."""
+    return mask_11MM[:, :, :tokens, :tokens]
+
+
+def attention_by_example(own: Sequence[OfExample | None], lengths: Sequence[int]) -> Attention:
     """Attention of the rows of several examples in one row, each of which attends alone.
 
     Args:
-        own: of each example, its rows, counted from its first token, and their attention; None where it has no rows.
+        own: of each example; None where it has no rows.
         lengths: tokens of each example. The mask, if any, is that of the longest.
     """
-    counts = [0 if each is None else each[0].index_BR.shape[1] for each in own]
+    counts = [0 if each is None else each.rows for each in own]
 
     def attention(
         module: nn.Module,
@@ -186,20 +220,11 @@ def attention_by_example(own: Sequence[tuple[Rows, Attention] | None], lengths: 
         outputs = []
         for each, *qkv in zip(own, queries, keys, values, strict=True):
             if each is not None:
-                rows, attend = each
-                outputs.append(attend(module, *qkv, _mask_of(rows, attention_mask), *args, **kwargs)[0])
+                mask = each.mask_of(attention_mask) if isinstance(attention_mask, torch.Tensor) else attention_mask
+                outputs.append(each.attend(module, *qkv, mask, *args, **kwargs)[0])
         return torch.cat(outputs, dim=1), None
 
     return attention
-
-
-def _mask_of(rows: Rows, mask_11MM: torch.Tensor | SlidingWindow | None) -> torch.Tensor | SlidingWindow | None:
-    """The mask of one example's rows [1, 1, rows, its tokens], a corner of that of the longest, once a step."""
-    if mask_11MM is None or isinstance(mask_11MM, SlidingWindow):
-        return mask_11MM
-    corner = mask_11MM[:, :, : rows.tokens, : rows.tokens]
-    mask: torch.Tensor = rows.once("corner", mask_11MM, lambda: rows.shrink("attention_mask", corner))
-    return mask
 
 
 class TiledLayer:

@@ -18,14 +18,15 @@ from torch.distributed.fsdp import FSDPModule
 from tokenseek.decoder.attention import (
     MASKED_BACKENDS,
     Replace,
+    attends_otherwise,
     attention_is_ours,
     attention_replaced,
     without_cudnn,
 )
+from tokenseek.decoder.device import share_memory
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import is_partitioned
 from tokenseek.decoder.names import OUTPUTS_OF_ALL_TOKENS
-from tokenseek.errors import UserError
 from tokenseek.tiling.cache import OnceCache
 from tokenseek.tiling.rows import Rows, Stretch
 from tokenseek.tiling.tiles import PackedTile, PlainTile, Tile, TiledLayer, borders_of_tiles, tile_size
@@ -91,6 +92,7 @@ class TiledPass:
 
     def __init__(self, decoder: Decoder, text: PlainText, size: int, device: torch.device) -> None:
         self.decoder, self.tiles = decoder, text.tiles(size, device)
+        self._attention_is_ours = attention_is_ours(decoder)  # which looks at all modules
         self._before: torch.Tensor | None = None  # what the last layer returned: it may be written over
 
     def takes(self, layer: nn.Module) -> bool:
@@ -106,7 +108,7 @@ class TiledPass:
             forward: the layer's.
             arguments: its others, by name, without the cache.
         """
-        decoder, is_ours = self.decoder, attention_is_ours(self.decoder)
+        decoder, is_ours = self.decoder, self._attention_is_ours
         outputs: list[Any] = []
 
         def run(hidden_BRD: torch.Tensor, rows: Rows, cache: OnceCache | None, replace: Replace) -> torch.Tensor:
@@ -118,16 +120,13 @@ class TiledPass:
             return hidden
 
         tiled = TiledLayer(layer, decoder, self.tiles, hidden_BTD, run)
-        tiled.keeps_input = not _is_same(hidden_BTD, self._before)
+        tiled.keeps_input = self._before is None or not share_memory(hidden_BTD, self._before)
         keys_and_values = None
         if layer not in decoder.sharing:
             keys_and_values = tiled.keys_and_values()
         output_BTD = tiled.finish(*(keys_and_values or ()))
         if is_ours and not tiled.attended:
-            raise UserError(
-                f"{type(layer).__name__} in {decoder.name} does not attend by Transformers' AttentionInterface, "
-                "although its module suggests it does: load the model with attn_implementation='eager'."
-            )
+            raise attends_otherwise(layer, decoder)
         self._before = output_BTD
         whole = (output_BTD, *outputs[0][1:]) if isinstance(outputs[0], tuple) else output_BTD
         return Tiled(whole, keys_and_values)
@@ -187,7 +186,3 @@ def _gathers_inside(layer: nn.Module) -> bool:
     if is_partitioned(layer):
         return not getattr(layer, "_z3_leaf", False)
     return any(isinstance(module, FSDPModule) for module in layer.modules() if module is not layer)
-
-
-def _is_same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    return other is not None and one.untyped_storage()._cdata == other.untyped_storage()._cdata
