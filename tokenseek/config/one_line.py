@@ -82,11 +82,13 @@ def load_one_line(
         UserError: there is no such method, file or model, a word is missing, or as :func:`tokenseek.load_config`.
     """
     is_planned = planned_length is not None
-    needed = ("model",) if is_planned else ("model", "data")
+    needed = {"model": "--model (a folder, or a name on the hub)"}
+    if not is_planned:
+        needed["data"] = "--data (a file, a folder or a data set of the hub)"
     if preset is None and (missing := [f"--{name}" for name in needed if getattr(words, name) is None]):
         raise UserError(
-            f"{' and '.join(missing)} is missing: without a preset, a run needs --model (a folder, or a name on the "
-            "hub) and --data (a file, a folder or a data set of the hub)."
+            f"{' and '.join(missing)} is missing: without a preset, a {'plan' if is_planned else 'run'} needs "
+            f"{' and '.join(needed.values())}."
         )
     values = read_preset(preset or folder_of("preset") / "_base" / "one-line.yaml")
     if preset is None and words.data is None:
