@@ -13,7 +13,7 @@ import tokenseek
 from benchmarks.selected_attention import measure
 from tokenseek.decoder.masks import MASK_STRIDE, aligned_mask
 from tokenseek.ditching import attention
-from tokenseek.tiling import staircase
+from tokenseek.tiling import kernels, staircase
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
@@ -232,9 +232,9 @@ class TestCudaKernels:
         qkv, positions, gradient = inputs(2, 33, 90, 4, 2)
         expected = run(lambda *qkv: dense(*qkv, positions, 0.3), qkv, gradient)
         spans = staircase.make_spans(positions.tolist(), 90, positions.device, torch.float64)
-        kernels = getattr(staircase, far), staircase._CudaEfficient
-        monkeypatch.setattr(staircase, "_kernels", lambda query: kernels)
-        monkeypatch.setattr(staircase, "_aten", self.Aten)
+        pair = getattr(kernels, far), kernels._CudaEfficient
+        monkeypatch.setattr(kernels, "_kernels", lambda query: pair)
+        monkeypatch.setattr(kernels, "_aten", self.Aten)
         actual = run(lambda *qkv: staircase.staircase_attention(*qkv, spans, 0.3), qkv, gradient)
         assert_close(actual, expected, 1e-14)
         assert ("flash" in self.Aten.calls) == (far == "_CudaFlash")
@@ -246,7 +246,7 @@ class TestCudaKernels:
             query, key = torch.empty(40, 2, 3, 64, dtype=torch.bfloat16).permute(1, 2, 0, 3), torch.empty(2, 50, 64)
             key = key.bfloat16()
             mask = None if kernel == "_CudaFlash" else aligned_mask(torch.ones(40, 50, dtype=torch.bool), key.dtype)
-        kernel = getattr(staircase, kernel)
+        kernel = getattr(kernels, kernel)
         out, lse = kernel.forward(query, key, key, mask, 0.125)
         assert out.shape == query.shape and lse.shape == query.shape[:3]
         sums = [torch.zeros_like(x) for x in (query, key, key)]
