@@ -517,6 +517,8 @@ ROWS = '{"instruction": "a", "response": "b"}\n{"instruction": "c", "response": 
         ("Rows.Csv", b"instruction,response\ra,b\rc,d\r"),
         ("rows.json", ROWS),
     ],
+    # Compressed bytes hold the time, and the processes that share the tests have to agree on their names.
+    ids=["jsonl.gz", "json.GZ", "csv.gz", "JSONL", "Csv", "json"],
 )
 def test_compressed_files_and_suffixes_in_capitals(tmp_path, name, content):
     assert answers(write(tmp_path / name, content)) == ["b</s>", "d</s>"]
