@@ -1,6 +1,7 @@
 """Scoring, selection and back-propagation in one step, against Algorithm 1 computed densely in float64."""
 
 import copy
+import gc
 
 import numpy as np
 import peft
@@ -82,6 +83,29 @@ def test_recompute_and_storage(options, exact_layers):
         tiny_model("llama", dtype=torch.float64), seeking=Seeking("l2", exact_layers=exact_layers), **options
     )
     assert_same(model, make_batch(), exact_layers=exact_layers)
+
+
+@pytest.mark.parametrize("exact_layers", [0, 1])
+def test_a_step_leaves_no_tensor_for_the_garbage_collector(exact_layers):
+    """Which would run some time, and many steps' keys and values would wait for it."""
+    model = enabled(tiny_model("llama"), seeking=Seeking("l2", exact_layers=exact_layers))
+    batch = make_batch()
+
+    def step():
+        model(**batch, selection=DRAWN, selection_keys=KEYS).loss.backward()
+
+    step()  # makes what lives on
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        step()
+        gc.collect()
+        assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 @pytest.mark.parametrize("exact_layers", [0, 1])

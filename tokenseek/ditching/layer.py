@@ -106,10 +106,13 @@ class _Recorded:
     def _make_cache(self) -> RecordingCache | None:
         # A layer that shares keys and values, or has none, puts nothing into a cache.
         has_own = self.mixer is None and self.layer not in self.decoder.sharing
-        return RecordingCache(self.recorder) if has_own else None
+        return RecordingCache() if has_own else None
 
     def _call(self, hidden_BRD: torch.Tensor, cache: RecordingCache | None) -> Any:
-        return original_forward(self.layer)(hidden_BRD, **self.arguments, **{self.decoder.cache_argument: cache})
+        self.recorder.current = cache
+        output = original_forward(self.layer)(hidden_BRD, **self.arguments, **{self.decoder.cache_argument: cache})
+        self.recorder.current = None  # a recording lives on, with keys and values that nobody asks for
+        return output
 
     def _run_scored(self, hidden_BRD: torch.Tensor, cache: RecordingCache | None) -> Any:
         """With a graph of its own, through which a gradient is taken before the second pass."""

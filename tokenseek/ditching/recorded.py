@@ -49,7 +49,7 @@ class Recording:
 
     Attributes:
         returns_tuple: whether layers return their hidden states in a tuple.
-        current: the cache of the layer that runs.
+        current: the cache of the layer that runs; None of one that has none.
         border: what reaches the first of the layers left out in the second pass, [B, S, D].
     """
 
@@ -81,8 +81,8 @@ class Recording:
 
     def see(self, keys_BNTH: torch.Tensor, values_BNTH: torch.Tensor) -> None:
         """Keys and values of all tokens, as the attention of the layer that runs sees them."""
-        assert self.current is not None, "a layer hands its keys and values to a cache before it attends"
-        self.current.keys, self.current.values = keys_BNTH, values_BNTH
+        if self.current is not None:
+            self.current.keys, self.current.values = keys_BNTH, values_BNTH
 
     def in_tiles(self, layer: nn.Module) -> TiledPass | None:
         """How this layer runs in tiles; None where it runs at once."""
@@ -154,12 +154,7 @@ class RecordingCache(OnceCache):
     Where ranks share a text, these are known in attention, which gives them to :meth:`Recording.see`.
     """
 
-    def __init__(self, recording: Recording) -> None:
-        super().__init__()
-        self.recording = recording
-
     def _update(self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.recording.current = self
         return self._record(keys_BNRH, values_BNRH)
 
 
