@@ -12,10 +12,11 @@ import benchmarks.plan
 from benchmarks.plan import LORA, model_config
 from tokenseek.cli import main
 from tokenseek.errors import UserError
-from tokenseek.planning import GPUS, Lengths, Method, plan_memory, proposals
+from tokenseek.planning import GPUS, Lengths, Method, longest_by_method, plan_memory, proposals
 from tokenseek.planning.longest import TOLERANCE
 
 LLAMA = model_config("llama", hidden=64, layers=2, vocab=500, tokens=96)
+LEARNED = AutoConfig.for_model("gpt2", vocab_size=500, n_embd=64, n_layer=2, n_head=4, n_positions=128)
 CONFIG = benchmarks.plan.run_config(96, *LORA)
 
 
@@ -41,8 +42,7 @@ def test_where_the_shortest_does_not_fit_there_is_none():
 
 
 def test_learned_positions_end_it():
-    shape = AutoConfig.for_model("gpt2", vocab_size=500, n_embd=64, n_layer=2, n_head=4, n_positions=128)
-    assert Lengths(CONFIG, Method(), model_config=shape).longest(2**34).tokens == (1, 128)
+    assert Lengths(CONFIG, Method(), model_config=LEARNED).longest(2**34).tokens == (1, 128)
 
 
 def test_a_budget_below_the_weights_is_told():
@@ -54,7 +54,7 @@ def test_a_budget_below_the_weights_is_told():
 def command(tmp_path):
     LLAMA.save_pretrained(tmp_path / "model")
     settings = [f"model.name_or_path={tmp_path}/model", "data.sources.0.path=none", "output_dir=none", *LORA]
-    return ["plan", "--longest", *(word for setting in settings for word in ("--set", setting))]
+    return ["plan", "--longest", "--processes", "1", *(word for setting in settings for word in ("--set", setting))]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,21 @@ def test_the_command_prints_a_line_for_each_method(command, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     ordinary, *_, on_host = longest.values()
     assert on_host > 2 * ordinary
+
+
+def test_processes_side_by_side_find_what_one_does():
+    methods = Method(0.1), Method(0.5, recompute=True)
+    one, two = (
+        longest_by_method(CONFIG, methods, [2**23, 2**34], model_config=LEARNED, processes=processes)
+        for processes in (1, 2)
+    )
+    assert one == two and [each.method for each in one] == list(methods)
+    assert all(each.tokens[1] == 128 for each in one)
+
+
+def test_an_error_of_one_of_several_processes_is_told(command, capsys):
+    assert main([*command, "--budget", "10KiB", "--processes", "2"]) == 2
+    assert "is below what weights" in capsys.readouterr().err
 
 
 def test_a_gpu_stands_for_its_memory():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="find the longest example for each method in --budget (7GiB,23GiB: several), or in the "
         "memory of --gpu less 1 GiB",
+    )
+    group.add_argument(
+        "--processes",
+        type=positive,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="with --longest: that search side by side (default: one for each CPU, at most 4)",
     )
     group.add_argument("--gpu", metavar="NAME", help="estimate seconds on a GPU too: H100, A100-80, L40S, RTX4090, ...")
     group = parser.add_argument_group("output")
@@ -210,11 +218,11 @@ def _run_longest(args: argparse.Namespace, config: RunConfig) -> int:
     """Returns 1 if no method fits into the smallest budget."""
     from tokenseek.planning import (
         RESERVE,
-        Lengths,
         describe_length,
         describe_training,
         find_gpu,
         load_model_config,
+        longest_by_method,
         longest_table,
         methods_of_lengths,
         read_engine,
@@ -223,31 +231,28 @@ def _run_longest(args: argparse.Namespace, config: RunConfig) -> int:
 
     gpu = args.gpu and find_gpu(args.gpu)
     budgets = [parse_size(size) for size in args.budget.split(",")] if args.budget else [gpu.memory - RESERVE]
-    model_config, found = load_model_config(config), []
+    model_config, found, longest = load_model_config(config), [], 0
     for name in args.accelerate_config or ["single"]:
         engine = read_engine(name, args.num_processes)
         shape = f"{config.training.micro_batch} x tokens of the longest example that fits"
         print(f"{engine}; {shape}; {describe_training(config)}")
-        rows, searched = [], []
-        for method in methods_of_lengths(split_ratios(args.ratios)[0]):
-            lengths = Lengths(config, method, engine, model_config=model_config)
-            searched.append(lengths)
-            plan = lengths.longest(max(budgets))
-            of_budgets = [lengths.longest_on_lines(budget) for budget in budgets]
-            rows.append((method, of_budgets, plan))
-        print(longest_table(rows, budgets), end="\n\n")
-        plans = [plan for _, _, plan in rows if plan]
+        methods = methods_of_lengths(split_ratios(args.ratios)[0])
+        searched = longest_by_method(
+            config, methods, budgets, engine, model_config=model_config, processes=args.processes
+        )
+        print(longest_table(searched, budgets), end="\n\n")
+        plans = [each.plan for each in searched if each.plan]
         if gpu and plans:
             print(time_table(plans, args.gpu, gpu), end="\n\n")
         found += plans
-        curves = {str(lengths.method): lengths.known for lengths in searched}
+        curves = {str(each.method): each.known for each in searched}
+        longest = max(longest, *(n for each in searched for n in each.tokens))
     _write_page(args, config, found)
     if args.plot and found:
         from tokenseek.planning.draw import length_figure
 
         length_figure(curves, budgets).savefig(args.plot, dpi=150)
         print(f"picture: {args.plot}")
-    longest = max((plan.tokens[1] for plan in found), default=0)
     if longest and (note := describe_length(model_config, longest)):
         print(note)
     if args.json:

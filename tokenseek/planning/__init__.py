@@ -3,7 +3,7 @@
 from tokenseek.launching.engine import Engine, launched_engine, read_engine
 from tokenseek.planning.budget import Choice, Knob, largest_ratio
 from tokenseek.planning.ledger import CATEGORIES
-from tokenseek.planning.longest import RESERVE, Lengths
+from tokenseek.planning.longest import RESERVE, Lengths, LongestOfMethod, longest_by_method
 from tokenseek.planning.method import Method, method_of, methods_of_lengths, methods_of_table
 from tokenseek.planning.proposal import proposals
 from tokenseek.planning.report import (
@@ -30,6 +30,7 @@ __all__ = [
     "Gpu",
     "Knob",
     "Lengths",
+    "LongestOfMethod",
     "MemoryPlan",
     "Method",
     "REFERENCE",
@@ -47,6 +48,7 @@ __all__ = [
     "known_shapes",
     "largest_ratio",
     "load_model_config",
+    "longest_by_method",
     "longest_table",
     "launched_engine",
     "method_of",

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
 from transformers import PreTrainedConfig
 
 from tokenseek.config import RunConfig
@@ -9,8 +15,8 @@ from tokenseek.config.sizes import format_size
 from tokenseek.errors import UserError
 from tokenseek.launching.engine import Engine
 from tokenseek.planning.method import Method
-from tokenseek.planning.report import most_positions
-from tokenseek.planning.step import MemoryPlan, load_model_config, plan_memory
+from tokenseek.planning.step import MemoryPlan, load_model_config, most_positions, plan_memory
+from tokenseek.quiet import hide_known_warnings
 
 # What a step needs beside its plan: CUDA's context, gaps in the allocator.
 RESERVE = 2**30
@@ -105,3 +111,64 @@ class Lengths:
         guess = one + int((peak - held[0]) / slope) if slope > 0 else 2 * other
         # Far beyond what is known, the line tells little.
         return max(low + STEP, min(guess, 16 * other) // STEP * STEP)
+
+
+@dataclass(frozen=True)
+class LongestOfMethod:
+    """What :func:`longest_by_method` finds for one method.
+
+    Attributes:
+        tokens: of the longest example in each budget; 0 where none fits.
+        plan: of the longest example in the largest budget; None where none fits.
+        known: every plan that was made, by its length.
+    """
+
+    method: Method
+    tokens: Sequence[int]
+    plan: MemoryPlan | None
+    known: dict[int, MemoryPlan]
+
+
+def longest_by_method(
+    config: RunConfig,
+    methods: Sequence[Method],
+    budgets: Sequence[int],
+    engine: Engine | None = None,
+    *,
+    model_config: PreTrainedConfig | None = None,
+    processes: int = 1,
+) -> list[LongestOfMethod]:
+    """The longest example of each method in each of several budgets.
+
+    Args:
+        budgets: bytes.
+        processes: that search side by side, each for methods of its own. A script that asks for more than one needs
+            the usual ``if __name__ == "__main__"``.
+
+    Raises:
+        UserError: the weights and their states alone are larger than the largest budget.
+    """
+    search = partial(_longest_of_method, config, budgets, engine, model_config)
+    processes = min(processes, len(methods))
+    if processes <= 1:
+        return [search(method) for method in methods]
+    # Not "fork": torch may have threads by now. The server imports once for all of its processes.
+    served = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if served else "spawn")
+    if served:
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(processes, context, initializer=hide_known_warnings) as pool:
+        return list(pool.map(search, methods))
+
+
+def _longest_of_method(
+    config: RunConfig,
+    budgets: Sequence[int],
+    engine: Engine | None,
+    model_config: PreTrainedConfig | None,
+    method: Method,
+) -> LongestOfMethod:
+    lengths = Lengths(config, method, engine, model_config=model_config)
+    plan = lengths.longest(max(budgets))
+    tokens = [lengths.longest_on_lines(budget) for budget in budgets]
+    return LongestOfMethod(method, tokens, plan, lengths.known)

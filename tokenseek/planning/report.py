@@ -11,9 +11,9 @@ from tokenseek.config.sizes import format_size
 from tokenseek.errors import UserError
 from tokenseek.planning.budget import Choice
 from tokenseek.planning.ledger import CATEGORIES
-from tokenseek.planning.method import Method
+from tokenseek.planning.longest import LongestOfMethod
 from tokenseek.planning.proposal import seconds_per_token
-from tokenseek.planning.step import MemoryPlan
+from tokenseek.planning.step import MemoryPlan, most_positions
 from tokenseek.planning.work import Gpu
 
 
@@ -112,19 +112,12 @@ def describe_length(model_config: PreTrainedConfig, tokens: int) -> str | None:
     )
 
 
-def most_positions(model_config: PreTrainedConfig) -> int | None:
-    """How long an example can be at most; None where positions are no table of learned ones."""
-    text_config = model_config.get_text_config()
-    learned = not getattr(text_config, "rope_parameters", None)
-    return getattr(text_config, "max_position_embeddings", None) if learned else None
-
-
-def longest_table(rows: Sequence[tuple[Method, Sequence[int], MemoryPlan | None]], budgets: Sequence[int]) -> str:
+def longest_table(found: Sequence[LongestOfMethod], budgets: Sequence[int]) -> str:
     """One line for each method: tokens of the longest example in each budget; what the longest keeps on the host."""
     lines = [["longest example, tokens", *map(format_size, budgets), "on host"]]
-    for method, tokens, plan in rows:
-        lengths = [f"{n:,}" if n else "-" for n in tokens]
-        lines.append([str(method), *lengths, format_size(plan.host) if plan and plan.host else "-"])
+    for each in found:
+        lengths = [f"{n:,}" if n else "-" for n in each.tokens]
+        lines.append([str(each.method), *lengths, format_size(each.plan.host) if each.plan and each.plan.host else "-"])
     return _aligned(lines)
 
 

@@ -165,3 +165,10 @@ def load_model_config(config: RunConfig) -> PreTrainedConfig:
             f"model.name_or_path: {model.name_or_path!r} has no config that Transformers can read ({reason}). Give a "
             "folder with a config.json, or a name on the hub; no weights are needed."
         ) from error
+
+
+def most_positions(model_config: PreTrainedConfig) -> int | None:
+    """How long an example can be at most; None where positions are no table of learned ones."""
+    text_config = model_config.get_text_config()
+    learned = not getattr(text_config, "rope_parameters", None)
+    return getattr(text_config, "max_position_embeddings", None) if learned else None
