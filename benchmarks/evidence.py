@@ -3,13 +3,15 @@
     python -m benchmarks.evidence run --model FOLDER --data FOLDER --output FOLDER --regime short-4 --stage scan
     python -m benchmarks.evidence run --model FOLDER --data FOLDER --output FOLDER --regime short-4 --stage confirm
     python -m benchmarks.evidence seconds --model FOLDER --data FOLDER --output FOLDER --regime short-4   (idle machine)
-    python -m benchmarks.evidence table FOLDER/*/rows.jsonl [--into docs/evidence.md]
+    python -m benchmarks.evidence run ... --stage longer --steps 35 [--epochs several] --methods online --ratios 0.1
+    python -m benchmarks.evidence table FOLDER/*/rows.jsonl FOLDER/*/seconds.jsonl [--into docs/evidence.md]
 
 `run` may be started any number of times at once, killed, and started again: every finished run is one line of
 ``rows.jsonl``. `scan` runs every method at every learning rate with the first seed; `confirm` runs every method that
-has been scanned with the other seeds, at the rate of its least loss. A seed decides the order of the data, the initial
-adapter, dropout and the random selections. Losses do not depend on the machine's load; seconds do, and are therefore
-measured by `seconds` alone, method by method in turns.
+has been scanned with the other seeds, at the rate of its least loss. `longer` gives it more steps at that rate, as many
+as take the seconds of ordinary training by what `seconds` measures: on new examples, or on those of the other stages
+several times. A seed decides the order of the data, the initial adapter, dropout and the random selections. Losses do
+not depend on the machine's load; seconds do, and are therefore measured by `seconds` alone, method by method in turns.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch
 
 from benchmarks.pages import write_into
 from tokenseek.config import RunConfig, load_config
-from tokenseek.sweeps.sweep import Row, Sweep, Trial, read_rows
+from tokenseek.sweeps.sweep import Row, Sweep, Trial, append_row, read_rows
 from tokenseek.sweeps.tables import Group, grouped, markdown
 
 
@@ -94,17 +96,27 @@ MAX_CHARACTERS = 250  # of question and answer
 HELD_OUT = 24
 
 
-def trial(regime: str, method: str, ratio: float | None, rate: float, seed: int, steps: int | None = None) -> Trial:
-    """One run; `ratio` is None for a method without one, `steps` None for one pass over the regime's data."""
-    labels = {"regime": regime, "method": method, "ratio": ratio, "rate": rate, "seed": seed}
+def trial(
+    regime: str, method: str, ratio: float | None, rate: float, seed: int, steps: int | None = None, epochs: str = "one"
+) -> Trial:
+    """One run.
+
+    Args:
+        ratio: None for a method without one.
+        steps: None for those of the regime.
+        epochs: in which more `steps` than those see examples, "one" or "several".
+    """
+    labels: dict[str, Any] = {"regime": regime, "method": method, "ratio": ratio, "rate": rate, "seed": seed}
     settings = {**METHODS[method].settings, "seed": seed, "training.learning_rate": rate}
     if settings.get("training.ditching", True):
         settings["selection.seed"] = seed
     if ratio is not None:
         settings["selection.ratio"] = ratio
+    parts = [method, *([f"r{ratio:g}"] if ratio else []), f"{rate:g}"]
     if steps is not None:
         settings["training.max_steps"] = steps
-    parts = [method, *([f"r{ratio:g}"] if ratio else []), f"{rate:g}", *([f"{steps}-steps"] if steps else [])]
+        labels["epochs"] = epochs
+        parts.append(f"{steps}-steps-{epochs}-epoch")
     return Trial("-".join([*parts, f"seed-{seed}"]), settings, labels)
 
 
@@ -115,23 +127,28 @@ def _with_ratios(methods: Iterable[str], ratios: Sequence[float]) -> Iterator[tu
 
 def best_rate(rows: Iterable[Row], regime: str, method: str, ratio: float | None) -> float | None:
     """The learning rate of the least held-out loss with the first seed; None where nothing was scanned."""
-    own = [row for row in rows if (row["regime"], row["method"], row["ratio"]) == (regime, method, ratio)]
+    own = [row for row in rows if row["regime"] == regime and _is(row, method, ratio) and "epochs" not in row]
     first = [row for row in own if row["seed"] == min(r["seed"] for r in own)]
     return min(first, key=lambda row: row["loss_after"])["rate"] if first else None
 
 
-def base_config(args: argparse.Namespace) -> RunConfig:
-    """The configuration that all runs of a regime share; writes its data, the first problems that are short enough."""
+def base_config(args: argparse.Namespace, new_examples: int | None = None) -> RunConfig:
+    """The configuration that all runs of a regime share; writes its data, the first problems that are short enough.
+
+    Args:
+        new_examples: train on so many, where a run that is longer sees each once.
+    """
     regime = REGIMES[args.regime]
     args.output.mkdir(parents=True, exist_ok=True)
     train, test = (_short_problems(args.data / f"gsm8k_{split}.jsonl") for split in ("train", "test"))
-    count = regime.examples * regime.steps
+    count = new_examples or regime.examples * regime.steps
     solved, rng = train[-200:], random.Random(0)  # the last ones are in front of questions only
     files = {}
     for split, problems in (("train", train[:count]), ("test", test[:HELD_OUT])):
         if regime.solved:
             problems = [_with_solved(problem, rng.sample(solved, regime.solved)) for problem in problems]
-        files[split] = args.output / f"{split}.jsonl"
+        name = f"{split}-{new_examples}" if new_examples and split == "train" else split
+        files[split] = args.output / f"{name}.jsonl"
         text = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
         if not files[split].exists() or files[split].read_text(encoding="utf-8") != text:  # others may be reading it
             files[split].write_text(text, encoding="utf-8")
@@ -178,45 +195,96 @@ def planned(args: argparse.Namespace, rows: list[Row]) -> list[Trial]:
         if args.stage == "scan":
             found += [trial(args.regime, method, ratio, rate, args.seeds[0]) for rate in args.rates]
         elif (rate := best_rate(rows, args.regime, method, ratio)) is not None:
-            found += [trial(args.regime, method, ratio, rate, seed) for seed in args.seeds]
+            more = (args.steps, args.epochs) if args.stage == "longer" else ()
+            found += [trial(args.regime, method, ratio, rate, seed, *more) for seed in args.seeds]
     return found
 
 
-def measure_seconds(args: argparse.Namespace) -> list[Row]:
-    """Seconds of `args.steps` steps of every method, in turns, `args.repeats` times, and of scoring an index."""
-    base, found = base_config(args), []
+def measure_seconds(args: argparse.Namespace) -> None:
+    """Seconds of a step of every method, in turns, `args.repeats` times; rows are added to ``seconds.jsonl``.
+
+    Scoring for an index, of the examples of the regime, is counted apart from the steps.
+    """
+    base = base_config(args)
     for repeat in range(args.repeats):
         for method, ratio in _with_ratios(args.methods, args.ratios):
             folder = args.output / "seconds" / f"{repeat}"
             one = trial(args.regime, method, ratio, 1e-3, 0, args.steps)
             (row,) = Sweep(folder, base, [one]).run(lambda line: None)
-            found.append({**row, "repeat": repeat})
-            print(f"{one.name}: {row['seconds'] / args.steps:.2f} s a step", flush=True)
-    return found
+            labels = {name: row[name] for name in ("regime", "method", "ratio")}
+            measured = {"seconds_a_step": row["seconds"] / args.steps, "peak": row["peak_memory_bytes"]}
+            if "scoring_seconds" in row:
+                measured["scoring_seconds"] = row["scoring_seconds"]
+            append_row(args.output / "seconds.jsonl", {**labels, **measured, "repeat": repeat, "threads": args.threads})
+            print(f"{one.name}: {measured['seconds_a_step']:.2f} s a step", flush=True)
 
 
 def table(rows: list[Row]) -> str:
-    """A table for each regime: every method at its best rate, beside the rates that were tried."""
+    """Tables for each regime: every method at its best rate, beside the rates that were tried; and at equal seconds.
+
+    Args:
+        rows: of runs and of measured seconds.
+    """
     parts = []
     for regime in [name for name in REGIMES if any(row["regime"] == name for row in rows)]:
         own = [row for row in rows if row["regime"] == regime]
-        before = own[0]["loss_before"]
-        ordinary = _at_best(own, regime, "ordinary", None)
-        lines = []
-        for method, ratio in _with_ratios(METHODS, sorted({row["ratio"] for row in own} - {None})):
-            group = _at_best(own, regime, method, ratio)
-            if group is None:
-                continue
-            gain = "" if ordinary is None else _share(before, group, ordinary)
-            scanned = sorted({(r["rate"], r["loss_after"]) for r in own if _is(r, method, ratio) and r["seed"] == 0})
-            tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in scanned)
-            share = "" if ratio is None else f"{ratio:g}"
-            rate = f"{group.rows[0]['rate']:g}"
-            lines.append([METHODS[method].title, share, rate, group.spread("loss_after", 3), gain, tried])
-        titles = ["method", "r", "best rate", "held-out loss", "of ordinary training's gain", "rates tried, first seed"]
-        head = f"**{REGIMES[regime].title}** ({own[0]['steps']} steps, from {before:.3f} nats per supervised token)"
-        parts.append(f"{head}\n\n{markdown(titles, lines)}")
+        measured = [row for row in own if "seconds_a_step" in row]
+        runs = [row for row in own if "loss_after" in row]
+        steps = [row for row in runs if "epochs" not in row]
+        parts.append(_at_equal_steps(regime, steps))
+        for epochs in ("one", "several"):
+            longer = [row for row in runs if row.get("epochs") == epochs]
+            if longer and measured:
+                parts.append(_at_equal_seconds(regime, epochs, steps, longer, measured))
     return "\n\n".join(parts)
+
+
+def _at_equal_steps(regime: str, rows: list[Row]) -> str:
+    before = rows[0]["loss_before"]
+    ordinary = _at_best(rows, regime, "ordinary", None)
+    lines = []
+    for method, ratio in _with_ratios(METHODS, sorted({row["ratio"] for row in rows} - {None})):
+        group = _at_best(rows, regime, method, ratio)
+        if group is None:
+            continue
+        gain = "" if ordinary is None else _share(before, group, ordinary)
+        scanned = sorted({(r["rate"], r["loss_after"]) for r in rows if _is(r, method, ratio) and r["seed"] == 0})
+        tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in scanned)
+        share = "" if ratio is None else f"{ratio:g}"
+        rate = f"{group.rows[0]['rate']:g}"
+        lines.append([METHODS[method].title, share, rate, group.spread("loss_after", 3), gain, tried])
+    titles = ["method", "r", "best rate", "held-out loss", "of ordinary training's gain", "rates tried, first seed"]
+    head = f"**{REGIMES[regime].title}** ({rows[0]['steps']} steps, from {before:.3f} nats per supervised token)"
+    return f"{head}\n\n{markdown(titles, lines)}"
+
+
+def _at_equal_seconds(regime: str, epochs: str, steps: list[Row], longer: list[Row], measured: list[Row]) -> str:
+    """Ordinary training in the regime's steps, and others in about as many seconds.
+
+    Args:
+        steps: rows of runs of the regime's own steps.
+        longer: of runs of more, in `epochs`.
+        measured: of seconds.
+    """
+    before = steps[0]["loss_before"]
+    groups = [group for group in (_at_best(steps, regime, "ordinary", None),) if group]
+    groups += grouped(longer, "method", "ratio", "steps")
+    lines = []
+    for group in groups:
+        method, ratio, count = (group.rows[0][name] for name in ("method", "ratio", "steps"))
+        of_method = [row for row in measured if _is(row, method, ratio)]
+        seconds = ""
+        if of_method:
+            step = statistics.mean(row["seconds_a_step"] for row in of_method)
+            scoring = statistics.mean(row.get("scoring_seconds", 0.0) for row in of_method)
+            seconds = f"{count * step + scoring:.0f}"
+        share = "" if ratio is None else f"{ratio:g}"
+        gain = _share(before, group, groups[0])
+        lines.append([METHODS[method].title, share, f"{count}", seconds, group.spread("loss_after", 3), gain])
+    titles = ["method", "r", "steps", "seconds", "held-out loss", "of ordinary training's gain"]
+    examples = "each example seen once" if epochs == "one" else "the same examples, in several epochs"
+    head = f"**{REGIMES[regime].title}, at equal seconds**, {examples} ({measured[0]['threads']} threads)"
+    return f"{head}\n\n{markdown(titles, lines)}"
 
 
 def _is(row: Row, method: str, ratio: float | None) -> bool:
@@ -251,9 +319,11 @@ def main() -> None:
     shared.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3])
     shared.add_argument("--threads", type=int, default=1)
     run = commands.add_parser("run", parents=[shared])
-    run.add_argument("--stage", choices=("scan", "confirm"), required=True)
+    run.add_argument("--stage", choices=("scan", "confirm", "longer"), required=True)
     run.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    run.add_argument("--steps", type=int, help="of stage longer")
+    run.add_argument("--epochs", choices=("one", "several"), default="one", help="of stage longer")
     seconds = commands.add_parser("seconds", parents=[shared])
     seconds.add_argument("--steps", type=int, default=4)
     seconds.add_argument("--repeats", type=int, default=3)
@@ -271,7 +341,10 @@ def main() -> None:
     if args.command == "seconds":
         measure_seconds(args)
         return
-    base = base_config(args)
+    if (args.steps is None) == (args.stage == "longer"):
+        parser.error("--steps goes with --stage longer, which needs it")
+    is_new = args.stage == "longer" and args.epochs == "one"
+    base = base_config(args, args.steps * REGIMES[args.regime].examples if is_new else None)
     trials = planned(args, read_rows(args.output / "rows.jsonl"))
     Sweep(args.output, base, trials).run(lambda line: print(line, flush=True))
 

@@ -85,6 +85,49 @@ def test_table(tmp_path):
         write_into(page, text)
 
 
+def test_longer_runs_see_new_examples_or_the_same_ones_again(tmp_path):
+    problem = '{"question": "How many?", "answer": "3"}\n'
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text(problem * 1000)
+    args = Namespace(regime="short-4", output=tmp_path / "out", data=tmp_path, model="model", stage="longer")
+    args = Namespace(**vars(args), methods=["online"], ratios=[0.1], seeds=[0, 1], steps=35, epochs="one")
+    usual, more = base_config(args), base_config(args, 35 * 4)
+    lengths = [len(Path(config.data.sources[0].path).read_text().splitlines()) for config in (usual, more)]
+    assert lengths == [80, 140]
+    longer = planned(args, ROWS)
+    assert [(one.settings["training.max_steps"], one.labels["rate"], one.labels["epochs"]) for one in longer] == [
+        (35, 4e-3, "one"),
+        (35, 4e-3, "one"),
+    ]
+    assert not {one.name for one in longer} & {trial("short-4", "online", 0.1, 4e-3, seed).name for seed in (0, 1)}
+
+
+def test_table_at_equal_seconds():
+    def seconds(method, ratio, *measured, **more):
+        labels = {"regime": "short-4", "method": method, "ratio": ratio, "threads": 2, **more}
+        return [{**labels, "seconds_a_step": each} for each in measured]
+
+    longer = [
+        {**row("online", 0.1, 4e-3, seed, 0.9), "steps": 30, "epochs": epochs}
+        for seed in (0, 1)
+        for epochs in ("one", "several")
+    ]
+    scored = {**row("index", 0.1, 4e-3, 0, 1.5), "steps": 40, "epochs": "one"}
+    measured = [
+        *seconds("ordinary", None, 2.5, 3.5),
+        *seconds("online", 0.1, 2.0),
+        *seconds("index", 0.1, 1.0, scoring_seconds=20.0),
+    ]
+    text = table([*ROWS, *longer, scored, *measured])
+    assert table(ROWS).split("\n\n")[1] in text  # longer runs are in tables of their own
+    of_one, of_several = (part for part in text.split("\n\n**") if "at equal seconds" in part)
+    assert "each example seen once (2 threads)" in of_one and "in several epochs (2 threads)" in of_several
+    assert "| ordinary training |  | 20 | 60 | 1.100 (1.000 to 1.200) | 100.0% (2 seeds) |" in of_one
+    assert "| drawn by gradient, online | 0.1 | 30 | 60 | 0.900 (0.900 to 0.900) | 122.2% (2 seeds) |" in of_one
+    assert "| drawn by gradient, index | 0.1 | 40 | 60 | 1.500 | 50.0% (1 seed) |" in of_one
+    assert "index" not in of_several
+
+
 def test_the_page_shows_the_committed_rows():
     rows = [row for path in sorted(RESULTS.glob("evidence-*.jsonl")) for row in read_rows(path)]
     assert f"<!-- table -->\n{table(rows)}\n<!-- end of table -->" in PAGE.read_text(encoding="utf-8")
