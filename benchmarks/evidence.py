@@ -39,8 +39,9 @@ class Regime:
 
     Attributes:
         examples: in an optimizer step.
-        steps: of a run that sees every training example once.
+        steps: of a run.
         solved: problems with their answers in front of each question.
+        epochs: about so many times a run sees the training examples; more than once all that there are.
     """
 
     title: str
@@ -49,11 +50,12 @@ class Regime:
     micro_batch: int
     solved: int = 0
     max_length: int = 512
+    epochs: int = 1
 
 
 REGIMES = {
     "short-4": Regime("short prompts, steps of 4 examples", 4, 20, 4),
-    "short-32": Regime("short prompts, steps of 32 examples", 32, 20, 8),
+    "short-32": Regime("short prompts, steps of 32 examples", 32, 20, 8, epochs=2),
     "long-4": Regime("five solved problems before each question, steps of 4", 4, 20, 4, solved=5, max_length=1024),
 }
 
@@ -137,11 +139,19 @@ def base_config(args: argparse.Namespace, new_examples: int | None = None) -> Ru
 
     Args:
         new_examples: train on so many, where a run that is longer sees each once.
+
+    Raises:
+        SystemExit: there are fewer short problems than that takes.
     """
     regime = REGIMES[args.regime]
     args.output.mkdir(parents=True, exist_ok=True)
     train, test = (_short_problems(args.data / f"gsm8k_{split}.jsonl") for split in ("train", "test"))
-    count = new_examples or regime.examples * regime.steps
+    count = new_examples or (regime.examples * regime.steps if regime.epochs == 1 else len(train))
+    if len(train) < count:
+        raise SystemExit(
+            f"{count} examples are asked for; {len(train)} have at most {MAX_CHARACTERS} characters. Longer runs can "
+            "see them in --epochs several."
+        )
     solved, rng = train[-200:], random.Random(0)  # the last ones are in front of questions only
     files = {}
     for split, problems in (("train", train[:count]), ("test", test[:HELD_OUT])):
@@ -254,7 +264,9 @@ def _at_equal_steps(regime: str, rows: list[Row]) -> str:
         rate = f"{group.rows[0]['rate']:g}"
         lines.append([METHODS[method].title, share, rate, group.spread("loss_after", 3), gain, tried])
     titles = ["method", "r", "best rate", "held-out loss", "of ordinary training's gain", "rates tried, first seed"]
-    head = f"**{REGIMES[regime].title}** ({rows[0]['steps']} steps, from {before:.3f} nats per supervised token)"
+    epochs = f" in {count} epochs" if (count := REGIMES[regime].epochs) > 1 else ""
+    steps = f"{rows[0]['steps']} steps{epochs}"
+    head = f"**{REGIMES[regime].title}** ({steps}, from {before:.3f} nats per supervised token)"
     return f"{head}\n\n{markdown(titles, lines)}"
 
 

@@ -62,7 +62,7 @@ def test_data_of_a_regime(tmp_path, name):
     args = Namespace(regime=name, output=tmp_path / "out", data=tmp_path, model="model")
     config, regime = base_config(args), REGIMES[name]
     rows = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
-    assert len(rows) == regime.examples * regime.steps
+    assert len(rows) == (regime.examples * regime.steps if regime.epochs == 1 else 1000)
     assert rows[0].count("How many?") == 1 + regime.solved
     batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
     assert batch == regime.examples and config.training.max_steps == regime.steps
@@ -94,6 +94,8 @@ def test_longer_runs_see_new_examples_or_the_same_ones_again(tmp_path):
     usual, more = base_config(args), base_config(args, 35 * 4)
     lengths = [len(Path(config.data.sources[0].path).read_text().splitlines()) for config in (usual, more)]
     assert lengths == [80, 140]
+    with pytest.raises(SystemExit, match="1004 examples are asked for; 1000 have at most 250 characters"):
+        base_config(args, 251 * 4)
     longer = planned(args, ROWS)
     assert [(one.settings["training.max_steps"], one.labels["rate"], one.labels["epochs"]) for one in longer] == [
         (35, 4e-3, "one"),
