@@ -101,11 +101,6 @@ def test_processes_side_by_side_find_what_one_does():
     assert all(each.tokens[1] == 128 for each in one)
 
 
-def test_an_error_of_one_of_several_processes_is_told(command, capsys):
-    assert main([*command, "--budget", "10KiB", "--processes", "2"]) == 2
-    assert "is below what weights" in capsys.readouterr().err
-
-
 def test_a_gpu_stands_for_its_memory():
     assert all(2**34 < gpu.memory < 2**38 for gpu in GPUS.values())
 

@@ -152,11 +152,8 @@ def longest_by_method(
     processes = min(processes, len(methods))
     if processes <= 1:
         return [search(method) for method in methods]
-    # Not "fork": torch may have threads by now. The server imports once for all of its processes.
-    served = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if served else "spawn")
-    if served:
-        context.set_forkserver_preload([__name__])
+    # Not "fork": torch may have threads by now.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=hide_known_warnings) as pool:
         return list(pool.map(search, methods))
 
