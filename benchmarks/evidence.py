@@ -72,15 +72,27 @@ _ONLINE = {**_DRAWN, "scoring.mode": "online"}
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: its title in the table, its settings, and whether a ratio is among them."""
+    """A way to train: its title in the table and its settings.
+
+    Attributes:
+        takes_ratio: one is among the settings.
+        steps_of: another method, whose steps it takes, in another time; so are its rate and its losses at equal steps.
+    """
 
     title: str
     settings: dict[str, Any]
     takes_ratio: bool = True
+    steps_of: str | None = None
 
 
 METHODS = {
     "ordinary": Method("ordinary training", {"training.ditching": False}, takes_ratio=False),
+    "checkpointing": Method(
+        "the same with gradient checkpointing",
+        {"training.ditching": False, "training.recompute": True},
+        takes_ratio=False,
+        steps_of="ordinary",
+    ),
     "response": Method(
         "all response tokens, prompts ditched", {"selection.rule": "all", **_SUPERVISED}, takes_ratio=False
     ),
@@ -202,9 +214,12 @@ def planned(args: argparse.Namespace, rows: list[Row]) -> list[Trial]:
     """The runs of a stage."""
     found = []
     for method, ratio in _with_ratios(args.methods, args.ratios):
+        same = METHODS[method].steps_of
+        if same and args.stage != "longer":
+            continue
         if args.stage == "scan":
             found += [trial(args.regime, method, ratio, rate, args.seeds[0]) for rate in args.rates]
-        elif (rate := best_rate(rows, args.regime, method, ratio)) is not None:
+        elif (rate := best_rate(rows, args.regime, same or method, ratio)) is not None:
             more = (args.steps, args.epochs) if args.stage == "longer" else ()
             found += [trial(args.regime, method, ratio, rate, seed, *more) for seed in args.seeds]
     return found

@@ -44,6 +44,10 @@ def test_scan_runs_every_rate_and_confirm_the_best_one_with_all_seeds():
         *(("online", 4e-3, seed) for seed in (0, 1, 2)),
     ]  # nothing was scanned at 0.3
     assert best_rate(ROWS, "short-4", "online", 0.3) is None
+    args.methods = ["checkpointing"]  # its steps are ordinary training's: only what they take is another matter
+    assert planned(args, ROWS) == []
+    args.stage, args.steps, args.epochs = "longer", 15, "one"
+    assert {one.labels["rate"] for one in planned(args, ROWS)} == {4e-3}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -51,7 +55,7 @@ def test_every_method_is_a_run(tmp_path, method):
     one = trial("short-4", method, 0.1 if METHODS[method].takes_ratio else None, 1e-3, 5)
     config = Sweep(tmp_path, tiny_preset(tmp_path), [one]).config(one)
     assert config.seed == 5 and config.training.learning_rate == 1e-3
-    assert config.training.ditching == (method != "ordinary")
+    assert config.training.ditching == (method not in ("ordinary", "checkpointing"))
 
 
 @pytest.mark.parametrize("name", REGIMES)
