@@ -80,13 +80,15 @@ def measured_peak(
     shape: PreTrainedConfig,
     model: nn.Module | None = None,
     group: dist.ProcessGroup | None = None,
+    selected: torch.Tensor | None = None,
 ) -> int:
     """Bytes of all storages alive at the peak of a real optimizer step, taken as Trainer takes it.
 
     Args:
         group: ranks that share each text.
+        selected: positions [B, S]; drawn by default.
     """
-    step, kept, inputs = _real_step(config, method, shape, model, group)
+    step, kept, inputs = _real_step(config, method, shape, model, group, selected)
     step()  # which makes the optimizer's states
     kept = kept()
     peaks = []
@@ -145,7 +147,7 @@ def _attention_backward_flops(gradient, query, key, *args, **kwargs) -> int:
     return 5 * _attention_flops(query, key) // 2
 
 
-def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model=None, group=None):
+def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model=None, group=None, selected=None):
     """A real optimizer step as a function; what stays between steps, as a function, and its input tensors."""
     torch.manual_seed(0)
     training = config.training
@@ -166,6 +168,8 @@ def _real_step(config: RunConfig, method: Method, shape: PreTrainedConfig, model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     inputs = _inputs(training.micro_batch, config.data.max_length, shape.vocab_size, method.ratio)
+    if selected is not None:
+        inputs["selected_positions"] = selected
     if method.ratio is not None and config.scoring.mode == "online":
         del inputs["selected_positions"]
         keys = torch.arange(training.micro_batch)

@@ -40,6 +40,8 @@ class Case:
     lora: bool = False
     left: bool = False
     num_items: int | None = None
+    kv_storage: str = "device"
+    tile_rows: int | str = "auto"
 
     @property
     def computed_in(self) -> torch.dtype:
@@ -122,7 +124,8 @@ def compare(case: Case, group: dist.ProcessGroup) -> str | None:
     expected_loss = dense_loss(reference, **inputs | items, selected_positions=chosen)
     expected = gradients(reference, expected_loss)
 
-    tokenseek.enable_token_ditching(model, recompute=case.recompute)
+    options = dict(recompute=case.recompute, kv_storage=case.kv_storage, tile_rows=case.tile_rows)
+    tokenseek.enable_token_ditching(model, **options)
     enable_sequence_parallelism(model, group, layout=case.layout)
     selected = None if case.selected is None else chosen
     for _ in range(2):  # the second step knows that the attention function is ours

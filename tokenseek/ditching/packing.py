@@ -29,6 +29,7 @@ from tokenseek.ditching.rows import Partition, partition
 from tokenseek.errors import UserError
 from tokenseek.tiling.rows import Rows
 from tokenseek.tiling.tiles import (
+    Extent,
     OfExample,
     PackedTile,
     PlainTile,
@@ -190,8 +191,7 @@ class PackedReach(PlainReach):
                 None if each is None else _tile_of_example(each, max(0, first - begin), min(count, last - begin))
                 for each, begin, count in zip(own, begins, counts, strict=False)
             ]
-            here = _row(rows.index_BR[:, first:last], rows.tokens).of_tile()
-            tiles.append(PackedTile(here, first, last, examples, self.parts.lengths))
+            tiles.append(PackedTile(rows.tile(first, last), first, last, examples, self.parts.lengths))
         return tiles
 
     def _own(self, rows: Rows) -> list[Rows | None]:
@@ -239,9 +239,8 @@ def _tile_of_example(rows: Rows, first: int, last: int) -> PlainTile | None:
     if first >= last:
         return None
     positions = cast(list[list[int]], rows.on_host)[0]
-    index_1R = rows.index_BR[:, first:last]
-    extents = [(last - first, positions[first], positions[last - 1])]
-    return PlainTile(Rows(index_1R, index_1R[:, :1], rows.tokens, padded=False).of_tile(), first, last, extents)
+    extents = [[Extent(0, last - first, positions[first], positions[last - 1])]]
+    return PlainTile(rows.tile(first, last), first, last, extents)
 
 
 class _FirstLayer(Exception):

@@ -289,7 +289,8 @@ class AttentionPasses:
     ) -> tuple[Any, torch.Tensor | None]:
         code = self.code
         tiled = TiledLayer(code.layer, code.decoder, tiles, unselected_BUD, lambda *given: hidden_states(code(*given)))
-        output, keys_and_values = selected_pass(*tiled.keys_and_values(), projected=projected)
+        given = code.reach.to_attention
+        output, keys_and_values = selected_pass(*given(*tiled.keys_and_values()), projected=projected)
         if stop:
             return output, None
         tiled.keeps_input = projected is not None and projected.is_used

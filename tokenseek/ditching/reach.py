@@ -53,13 +53,20 @@ class Reach(Protocol):
     def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         """What attention is replaced with in the pass of `rows` of `whole`, made by `make` of rows of one text."""
 
+    def tiles(self, rows: Rows, size: int) -> Sequence[Tile]:
+        """Tiles of at most `size` of `rows` of `parts`, made once a step."""
+
+    def to_attention(self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one pass, of rows of `parts`, as attention sees them."""
+
     def attention(
         self, decoder: Decoder, replace: Replace | None, cache: Joining | None
     ) -> AbstractContextManager[None]:
         """What one pass of one layer runs in, with attention replaced unless `replace` is None.
 
         Args:
-            cache: of that pass, by which keys and values of both meet; None of a layer without.
+            cache: of that pass, by which keys and values of both meet; None where attention is given those that its
+                rows attend to.
         """
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
@@ -107,8 +114,10 @@ class PlainReach:
         return make(rows)
 
     def tiles(self, rows: Rows, size: int) -> Sequence[Tile]:
-        """Tiles of at most `size` of `rows` of `parts`, made once a step."""
         return plain_tiles(rows, size)
+
+    def to_attention(self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys_BNRH, values_BNRH
 
     def attention(
         self, decoder: Decoder, replace: Replace | None, cache: Joining | None

@@ -10,11 +10,11 @@ dim, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,11 @@ import torch.distributed as dist
 from tokenseek.decoder.attention import Replace
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import whole_masks
-from tokenseek.decoder.names import MASK_ARGUMENTS
 from tokenseek.ditching.rows import Partition
 from tokenseek.errors import UserError
 from tokenseek.tiling.rows import Rows
-from tokenseek.ulysses.heads import Joining, heads_exchanged
+from tokenseek.tiling.tiles import PlainTile, SharedTile, Tile, borders_of_tiles, extents_of
+from tokenseek.ulysses.heads import Joining, heads_exchanged, keys_to_heads
 from tokenseek.ulysses.layout import Dealer, Layout, Shards
 from tokenseek.ulysses.regroup import Move, plan_move
 
@@ -39,17 +39,14 @@ class LocalRows(Rows):
         everywhere: the rows of this pass on all ranks, in the order of the text.
     """
 
+    everywhere: Rows
+
     def __init__(self, positions_BR: torch.Tensor, first_slot: int, slots: int, everywhere: Rows) -> None:
         slot_BR = first_slot + torch.arange(positions_BR.shape[1], device=positions_BR.device).expand_as(positions_BR)
         # An empty slot holds a copy of a real token, so it can stand in for itself.
         super().__init__(slot_BR, slot_BR, slots, padded=True)
         self.valid_BR = positions_BR >= 0
         self.everywhere = everywhere
-
-    def shrink(self, name: str, value: Any, keep_causality: bool = False) -> Any:
-        if name.partition(".")[0] in MASK_ARGUMENTS:
-            return self.everywhere.shrink(name, value, keep_causality)
-        return super().shrink(name, value, keep_causality)
 
 
 @dataclass(frozen=True)
@@ -95,13 +92,37 @@ class SharedReach:
     def replacement(self, rows: Rows, make: Callable[[Rows], Replace]) -> Replace:
         return make(rows)
 
+    def tiles(self, rows: Rows, size: int) -> Sequence[Tile]:
+        return rows.once(f"tiles.{size}", rows.index_BR, lambda: self._make_tiles(cast(LocalRows, rows), size))
+
+    def _make_tiles(self, rows: LocalRows, size: int) -> list[SharedTile]:
+        ranks, of_all = self.parts.group.size(), rows.everywhere
+        borders = borders_of_tiles(rows.index_BR.shape[1], size)
+        # In the order in which the all-to-all leaves them.
+        if self._interleaved:
+            everywhere = [of_all.tile(first * ranks, last * ranks) for first, last in borders]
+        else:
+            everywhere = [of_all.tile(first, last, stretches=ranks) for first, last in borders]
+        tiles = list[SharedTile]()
+        for (first, last), whole, extents in zip(borders, everywhere, extents_of(everywhere, ranks), strict=True):
+            mine = rows.tile(first, last)
+            mine.everywhere = whole
+            tiles.append(SharedTile(mine, first, last, PlainTile(whole, first * ranks, last * ranks, extents)))
+        return tiles
+
+    def to_attention(self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = self.parts
+        keys, values = keys_to_heads(parts.query_heads, parts.group, self._interleaved, keys_BNRH, values_BNRH)
+        return keys, values
+
+    @property
+    def _interleaved(self) -> bool:
+        return self.parts.selected_shards.interleaved
+
     def attention(
         self, decoder: Decoder, replace: Replace | None, cache: Joining | None
     ) -> AbstractContextManager[None]:
-        if cache is None:
-            raise AssertionError("layers without keys and values of their own are refused where ranks share texts")
-        interleaved = self.parts.selected_shards.interleaved
-        return heads_exchanged(decoder, self.parts.group, interleaved, replace, cache)
+        return heads_exchanged(decoder, self.parts.group, self._interleaved, replace, cache)
 
     def enter_layer(self, rows: Rows, hidden_BRD: torch.Tensor) -> torch.Tensor:
         parts = self.parts

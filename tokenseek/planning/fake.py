@@ -106,10 +106,11 @@ def take_step(
     parts = None if reach is None else reach.parts
     if reach:
         _ = reach.parts.unselected and reach.parts.unselected.on_host  # while its tensors can be read
-        tiles.tiles_of(reach, config.training.tile_rows, method.recompute)
+        if engine.sp_size == 1:
+            tiles.tiles_of(reach, config.training.tile_rows, method.recompute)
     model = build(config, model_config, method, engine)
     if engine.sp_size > 1 and parts is not None:
-        plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts)
+        plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts, method.recompute)
     decoder, work = find_decoder(model), Work()
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -134,7 +135,7 @@ def take_step(
                 state.accumulate_before()
             ledger.reset_peak("embedding")
             work.reset()
-            with measured() as traffic:
+            with measured(lambda: work.times) as traffic:
                 _train_pass(model, decoder, state, ledger, config, method, engine, shape, positions_BS)
             micro_batch = Done(work.flops, work.operations)
             work.reset()

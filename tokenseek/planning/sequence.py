@@ -11,20 +11,22 @@ from torch import nn
 from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.ditching.rows import Partition
 from tokenseek.ditching.state import require_ditching
+from tokenseek.ditching.tiles import tiles_of
 from tokenseek.parallel import enable_sequence_parallelism
 from tokenseek.parallel.sequence import SequenceParallelism
-from tokenseek.parallel.sharding import LocalPartition, shard
+from tokenseek.parallel.sharding import LocalPartition, SharedReach, shard
 from tokenseek.ulysses.heads import query_heads
 from tokenseek.ulysses.layout import LAYOUTS
 
 
-def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, text: Partition) -> None:
+def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, text: Partition, recomputed: bool) -> None:
     """Let `model` take its steps as rank 0 of `ranks` that share each text.
 
     Args:
         layout: as for :func:`tokenseek.parallel.enable_sequence_parallelism`.
         text: the partition of the text that it will be called with, once. Who holds which rows is settled here, on
             real positions, since sizes depend on it.
+        recomputed: the step recomputes activations.
 
     Raises:
         UserError: the ranks cannot share this model's attention.
@@ -32,7 +34,9 @@ def plan_as_first_rank(model: nn.Module, ranks: int, layout: str, text: Partitio
     group = _group_without_others(ranks)
     enable_sequence_parallelism(model, group, layout=layout)
     dealt = shard(text, group, query_heads(find_decoder(model)), LAYOUTS[layout], {})
-    require_ditching(model).sequence = _FirstRank(group, layout, dealt)
+    ditching = require_ditching(model)
+    tiles_of(SharedReach(dealt), ditching.tile_rows, recomputed)
+    ditching.sequence = _FirstRank(group, layout, dealt)
 
 
 class _FirstRank(SequenceParallelism):

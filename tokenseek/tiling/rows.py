@@ -46,9 +46,11 @@ class Rows:
     Attributes:
         keeps: what is made of an argument is made once. Not of a tile's rows: all tiles together would hold as much as
             rows that run at once.
+        everywhere: where ranks share a text, the rows of all of them, as attention sees them: masks are cut by these.
     """
 
     keeps = True
+    everywhere: Rows | None = None
 
     def __init__(
         self,
@@ -99,10 +101,16 @@ class Rows:
         keys = [min(self.tokens, KEY_BLOCK * (last // KEY_BLOCK + 1)) for last in seen]
         return [(*span, n) for span, n in zip(pairwise(borders), keys, strict=True)]
 
-    def of_tile(self) -> Self:
-        """These rows, which keep nothing from now on."""
-        self.keeps = False
-        return self
+    def tile(self, first: int, last: int, stretches: int = 1) -> Self:
+        """Rows [first, last) of each of so many equal stretches of these rows; they keep nothing."""
+        rows = copy(self)
+        for name in ("on_host", "spans", "alone", "_slots", "_flat", "causal_mask"):
+            rows.__dict__.pop(name, None)
+        for name in ("index_BR", "valid_BR"):
+            if name in rows.__dict__:
+                rows.__dict__[name] = rows.__dict__[name].unflatten(1, (stretches, -1))[:, :, first:last].flatten(1)
+        rows._made, rows.keeps = {}, False
+        return rows
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """These rows on another device, with all that the host knows of them."""
@@ -216,6 +224,8 @@ class Rows:
                 becomes :attr:`causal_mask`.
         """
         is_mask = name.partition(".")[0] in MASK_ARGUMENTS
+        if is_mask and self.everywhere is not None:
+            return self.everywhere.shrink(name, value, keep_causality)
         if self.leaves_masks and is_mask and (value is None or isinstance(value, torch.Tensor)):
             return value
         if isinstance(value, (tuple, list)):

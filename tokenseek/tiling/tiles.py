@@ -74,30 +74,45 @@ class Tile(Protocol):
         """What replaces attention (see :func:`tokenseek.decoder.attention.attention_replaced`) for these rows."""
 
 
+class Extent(NamedTuple):
+    """Some rows of a tile that ascend in the text.
+
+    Attributes:
+        row: the first of them.
+        rows: how many they are.
+        before, last: positions of the first and the last of them.
+    """
+
+    row: int
+    rows: int
+    before: int
+    last: int
+
+
 class PlainTile:
     """Of rows whose keys are where attention looks for them.
 
     Args:
-        extents: of each example, how many rows it has here, and the positions of the first and the last of them.
+        extents: of each example, its rows here.
     """
 
-    def __init__(self, rows: Rows, first: int, last: int, extents: Sequence[Sequence[int]]) -> None:
+    def __init__(self, rows: Rows, first: int, last: int, extents: Sequence[Sequence[Extent]]) -> None:
         self.rows, self.first, self.last, self.extents = rows, first, last, extents
 
     def spans(self, device: torch.device, window: SlidingWindow | None) -> list[list[Span]]:
-        """Of each example one, whose mask is of the keys between its rows, or in its window.
+        """Of each example one for each extent, whose mask is of the keys between its rows, or in its window.
 
         It is made as it is attended to: those of all tiles together would be as long as the text.
         """
         spans: list[list[Span]] = []
-        for (count, before, last), index_R in zip(self.extents, self.rows.index_BR, strict=True):
-            position_s = index_R[:count].to(device)
-            if not count:
-                spans.append([])
-            elif window is not None:
-                spans.append([window_span(0, position_s, before, last, window)])
-            else:
-                spans.append([Span(0, count, before, last + 1, position_s)])
+        for of_example, index_R in zip(self.extents, self.rows.index_BR, strict=True):
+            spans.append([])
+            for row, rows, before, last in of_example:
+                position_s = index_R[row : row + rows].to(device)
+                if window is not None:
+                    spans[-1].append(window_span(row, position_s, before, last, window))
+                else:
+                    spans[-1].append(Span(row, row + rows, before, last + 1, position_s))
         return spans
 
     def attention(self, on_call: Callable[[], None]) -> Replace:
@@ -134,6 +149,21 @@ class PlainTile:
             return attention
 
         return replace
+
+
+class SharedTile:
+    """Of rows on one of several ranks, between whose rows and heads are exchanged around attention.
+
+    Args:
+        rows: of this rank.
+        everywhere: the same tile of all ranks, as attention sees it.
+    """
+
+    def __init__(self, rows: Rows, first: int, last: int, everywhere: Tile) -> None:
+        self.rows, self.first, self.last, self.everywhere = rows, first, last, everywhere
+
+    def attention(self, on_call: Callable[[], None]) -> Replace:
+        return self.everywhere.attention(on_call)
 
 
 class PackedTile:
@@ -297,18 +327,26 @@ def plain_tiles(rows: Rows, size: int) -> list[PlainTile]:
 
 def _make_plain_tiles(rows: Rows, size: int) -> list[PlainTile]:
     borders = borders_of_tiles(rows.index_BR.shape[1], size)
-    # Valid rows come first: the last one of a tile is that before its first repeated one.
-    valid_B = rows.valid_BR.sum(1)
-    extents: list[torch.Tensor] = []
-    for first, last in borders:
-        here_B = (valid_B - first).clamp(0, last - first)
-        end_B1 = (first + here_B - 1).clamp(min=first)[:, None]
-        ends = rows.index_BR[:, first], rows.index_BR.gather(1, end_B1)[:, 0]
-        extents.append(torch.stack([here_B, *ends], dim=1))
-    on_host = torch.stack(extents).tolist()  # one transfer
-    positions_BU = torch.where(rows.valid_BR, rows.index_BR, -1)
-    fallback_B1 = rows.index_BR[:, :1]  # some row of the example
+    tiles = [rows.tile(first, last) for first, last in borders]
     return [
-        PlainTile(Rows(positions_BU[:, first:last], fallback_B1, rows.tokens, rows.padded).of_tile(), first, last, own)
-        for (first, last), own in zip(borders, on_host, strict=True)
+        PlainTile(own, *ends, extents) for own, ends, extents in zip(tiles, borders, extents_of(tiles), strict=True)
     ]
+
+
+def extents_of(tiles: Sequence[Rows], stretches: int = 1) -> list[list[list[Extent]]]:
+    """Of each tile, by example, the extents of its rows.
+
+    Args:
+        tiles: the rows of each: so many equal stretches of rows that ascend, repeated ones behind.
+    """
+    ends = []
+    for rows in tiles:
+        positions_BR = torch.where(rows.valid_BR, rows.index_BR, -1) if rows.padded else rows.index_BR
+        positions_BPR = positions_BR.unflatten(1, (stretches, -1))
+        count_BP = (positions_BPR >= 0).sum(2)
+        ends.append(torch.stack([count_BP, positions_BPR[:, :, 0], positions_BPR.amax(2)], dim=2))
+    found = []
+    for rows, of_tile in zip(tiles, torch.stack(ends).tolist(), strict=True):  # one transfer
+        slots = rows.index_BR.shape[1] // stretches
+        found.append([[Extent(n * slots, *own) for n, own in enumerate(of_one) if own[0]] for of_one in of_tile])
+    return found

@@ -29,7 +29,7 @@ from tokenseek.decoder.head import is_partitioned
 from tokenseek.decoder.names import OUTPUTS_OF_ALL_TOKENS
 from tokenseek.tiling.cache import OnceCache
 from tokenseek.tiling.rows import Rows, Stretch
-from tokenseek.tiling.tiles import PackedTile, PlainTile, Tile, TiledLayer, borders_of_tiles, tile_size
+from tokenseek.tiling.tiles import Extent, PackedTile, PlainTile, Tile, TiledLayer, borders_of_tiles, tile_size
 
 
 class PlainText:
@@ -45,10 +45,11 @@ class PlainText:
     def tiles(self, size: int, device: torch.device) -> Sequence[Tile]:
         """Tiles of at most `size` rows."""
         batch, tokens = self.shape
-        return [
-            PlainTile(Stretch(first, last, self.shape, device), first, last, [(last - first, first, last - 1)] * batch)
-            for first, last in borders_of_tiles(tokens, size)
-        ]
+        tiles = []
+        for first, last in borders_of_tiles(tokens, size):
+            extents = [[Extent(0, last - first, first, last - 1)]] * batch
+            tiles.append(PlainTile(Stretch(first, last, self.shape, device), first, last, extents))
+        return tiles
 
 
 class PackedText(PlainText):
@@ -74,7 +75,7 @@ class PackedText(PlainText):
                     examples.append(None)
                     continue
                 own = Stretch(one, end, (1, length), device)
-                examples.append(PlainTile(own, one, end, [(end - one, one, end - 1)]))
+                examples.append(PlainTile(own, one, end, [[Extent(0, end - one, one, end - 1)]]))
             rows = Stretch(first, last, self.shape, device, leaves_masks=True)
             tiles.append(PackedTile(rows, first, last, examples, self.lengths))
         return tiles

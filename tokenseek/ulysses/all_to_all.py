@@ -7,7 +7,7 @@ Shapes: B batch, N heads, P ranks, n = N/P heads per rank, R rows per rank, H he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,31 +31,35 @@ class Traffic:
     backward_calls: dict[str, int] = field(default_factory=dict)
 
 
-_meters: list[Traffic] = []
+# Each with what an exchange stands for.
+_meters: list[tuple[Traffic, Callable[[], int]]] = []
 
 
 @contextmanager
-def measured() -> Iterator[Traffic]:
+def measured(times: Callable[[], int] = lambda: 1) -> Iterator[Traffic]:
     """Counts the bytes that leave this rank inside the block, at the collective; a rank's share to itself is free.
+
+    Args:
+        times: for how many exchanges the one that is made stands; asked at each.
 
     Example:
         >>> with measured() as traffic:
         ...     model(**batch).loss.backward()
         >>> sum(traffic.forward.values()), sum(traffic.backward.values())
     """
-    meter = Traffic()
+    meter = Traffic(), times
     _meters.append(meter)
     try:
-        yield meter
+        yield meter[0]
     finally:
         _meters.remove(meter)
 
 
 def _count(direction: str, purpose: str, sent_bytes: int) -> None:
-    for meter in _meters:
+    for meter, times in _meters:
         for name, number in ((direction, sent_bytes), (f"{direction}_calls", 1)):
             by_purpose = getattr(meter, name)
-            by_purpose[purpose] = by_purpose.get(purpose, 0) + number
+            by_purpose[purpose] = by_purpose.get(purpose, 0) + times() * number
 
 
 class _AllToAll(torch.autograd.Function):

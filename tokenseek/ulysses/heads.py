@@ -86,10 +86,16 @@ class SharedAttention:
 
     Args:
         original: the attention function, for all rows.
+        joining: None where keys and values are those that are attended to already, of this rank's heads.
     """
 
     def __init__(
-        self, decoder: Decoder, group: dist.ProcessGroup, interleaved: bool, original: Attention, joining: Joining
+        self,
+        decoder: Decoder,
+        group: dist.ProcessGroup,
+        interleaved: bool,
+        original: Attention,
+        joining: Joining | None,
     ) -> None:
         self.decoder, self.heads = decoder, query_heads(decoder)
         self.group, self.interleaved, self.original, self.joining = group, interleaved, original, joining
@@ -111,14 +117,8 @@ class SharedAttention:
                 f"{self.decoder.name} has a layer of {query_BNRH.shape[1]} query heads where its config says {heads}; "
                 "sequence parallelism does not support this model."
             )
-        self.joining.require_given(self.decoder, key_BKRH, value_BKRH)
         share = heads, ranks, rank
-        # q, k, v: (B, N, R, H) -> all-to-all -> (B, N/P, P x R, H)
-        sent = _heads_for_ranks(heads, ranks, key_BKRH, value_BKRH)
-        if not self.joining.stop:
-            sent = (*sent, query_BNRH)
-        key_BkAH, value_BkAH, *queries = rows_to_heads(self.group, self.interleaved, *sent)
-        key_BkTH, value_BkTH = self.joining.join(key_BkAH, value_BkAH)
+        key_BkTH, value_BkTH, *queries = self._exchanged(query_BNRH, key_BKRH, value_BKRH)
         some_heads = _OfSomeHeads(module, heads // ranks // key_BkTH.shape[1], share)
         if attention_mask is not None and attention_mask.shape[1] == heads > 1:
             attention_mask = attention_mask.unflatten(1, (ranks, -1))[:, rank]
@@ -126,6 +126,26 @@ class SharedAttention:
         output_BAnH, _ = self.original(some_heads, *queries, key_BkTH, value_BkTH, attention_mask, *args, **kwargs)
         # o: (B, P x R, N/P, H) -> all-to-all -> (B, R, N, H)
         return heads_to_rows(self.group, self.interleaved, output_BAnH), None
+
+    def _exchanged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys and values that are attended to, and queries (B, N/P, P x R, H), if they are asked for."""
+        # q, k, v: (B, N, R, H) -> all-to-all -> (B, N/P, P x R, H)
+        if self.joining is None:
+            return key, value, *rows_to_heads(self.group, self.interleaved, query)
+        self.joining.require_given(self.decoder, key, value)
+        sent = _heads_for_ranks(self.heads, self.group.size(), key, value)
+        if not self.joining.stop:
+            sent = (*sent, query)
+        key_BkAH, value_BkAH, *queries = rows_to_heads(self.group, self.interleaved, *sent)
+        return *self.joining.join(key_BkAH, value_BkAH), *queries
+
+
+def keys_to_heads(
+    query_heads: int, group: dist.ProcessGroup, interleaved: bool, *rows_BKRH: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Keys or values of local rows, all heads -> those of all rows, [B, k, P * R, H], this rank's heads."""
+    sent = _heads_for_ranks(query_heads, group.size(), *rows_BKRH)
+    return rows_to_heads(group, interleaved, *sent)
 
 
 def _heads_for_ranks(query_heads: int, ranks: int, *rows_BKRH: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -144,13 +164,14 @@ def heads_exchanged(
     group: dist.ProcessGroup,
     interleaved: bool,
     replace: Replace | None,
-    joining: Joining,
+    joining: Joining | None,
 ) -> Iterator[None]:
     """Inside the block, attention takes local rows and gives local rows back, and runs on all rows between.
 
     Args:
         replace: attention on all rows runs ``replace(original)`` (see
             :func:`tokenseek.decoder.attention.attention_replaced`) if not None.
+        joining: see :class:`SharedAttention`.
 
     Raises:
         UserError: on leaving the block, if no attention function was called in it.
