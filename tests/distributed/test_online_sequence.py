@@ -52,6 +52,14 @@ CASES = {
     "packed: mistral, window": (Case("mistral", lengths=(19,), packed=(5, 8, 6)), DRAWN, "l2"),
     "packed: random, LoRA, recompute": (PACKED_LORA, SelectionRule("random", ratio=0.4), "abs"),
     "packed: exact layers, rows of two": (Case(lengths=(14, 14), packed=(6, 8)), DRAWN, "l2", 2),
+    "in tiles": (Case(tile_rows=4), DRAWN, "l2"),
+    "in tiles: contiguous, by attention and gradient": (Case(layout="contiguous", tile_rows=4), MIXED, "abs"),
+    "in tiles: by error, recompute": (Case(recompute=True, tile_rows=4), DRAWN, "error"),
+    "in tiles: mistral, window": (Case("mistral", tile_rows=4), DRAWN, "l2"),
+    "in tiles: eager": (Case(model=dict(attn="eager"), tile_rows=4), DRAWN, "l2"),
+    "in tiles: exact layers": (Case(tile_rows=4), DRAWN, "l2", 2),
+    "in tiles: packed": (Case(lengths=(19,), packed=(5, 8, 6), tile_rows=2), DRAWN, "l2"),
+    "in tiles: packed, window": (Case("mistral", lengths=(19,), packed=(5, 8, 6), tile_rows=2), DRAWN, "l2"),
     "packed: exact layer, one example": (Case(lengths=(13,), packed=(13,)), DRAWN, "l2", 1),
 }
 
@@ -65,7 +73,7 @@ def compare(case: Case, rule: SelectionRule, reduction: str, exact_layers: int =
     alone = tokenseek.enable_token_ditching(copy.deepcopy(model), seeking=seeking)
     expected = alone(**inputs)
     expected_gradients = gradients(alone, expected.loss)
-    tokenseek.enable_token_ditching(model, recompute=case.recompute, seeking=seeking)
+    tokenseek.enable_token_ditching(model, recompute=case.recompute, seeking=seeking, tile_rows=case.tile_rows)
     enable_sequence_parallelism(model, group, layout=case.layout)
     output = model(**inputs)
     actual = gradients(model, output.loss)

@@ -11,8 +11,11 @@ from closeness import assert_close
 from distributed.sequence_cases import Case, build, make_inputs
 from distributed.spawn import spawn
 from distributed.test_sequence_parallel import EAGER, HEADS, LONG_ROPE
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.memory import LiveStorages
 from tokenseek.errors import UserError
+from tokenseek.parallel import measured
 from tokenseek.seeking import TokenScorer
 
 CASES = {
@@ -29,6 +32,13 @@ CASES = {
     "one supervised token": (Case(lengths=(3,)), {}),
     "nothing supervised": (Case(lengths=(2,)), {}),
     "LoRA": (Case(lora=True), {}),
+    "in tiles": (Case(), dict(tile_rows=4)),
+    "in tiles of one row": (Case(lengths=(13,)), dict(tile_rows=1)),
+    "in tiles: window": (Case("mistral"), dict(tile_rows=4)),
+    "in tiles: gpt2": (Case("gpt2"), dict(tile_rows=4)),
+    "in tiles: sinks, eager": (Case("gpt_oss", EAGER), dict(tile_rows=4)),
+    "in tiles: one key/value head": (Case(model=HEADS["4/1"]), dict(tile_rows=4)),
+    "in tiles: the third layer from the end": (Case(), dict(gradient_layer=3, tile_rows=4)),
 }
 
 
@@ -60,6 +70,32 @@ def test_scores_are_those_of_one_process(ranks, name):
     for rank, outcome in enumerate(results(ranks)):
         assert isinstance(outcome, dict), f"rank {rank}: {outcome or 'killed, or ended without a word'}"
         assert outcome[name] is None, f"rank {rank}: {outcome[name]}"
+
+
+def calls_and_peak(rank: int, tile_rows: int) -> tuple[int, int]:
+    """Of scoring, most of it in feed-forward layers of no gradient."""
+    sizes = dict(hidden_size=64, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, vocab_size=64)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+    # The last layer, which is scored through, is no larger than a tile of the others.
+    mlp = model.model.layers[-1].mlp
+    mlp.gate_proj, mlp.up_proj = (torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+    mlp.down_proj = torch.nn.Linear(64, 64, bias=False)
+    ids = torch.arange(1, 2049)[None] % 64
+    scorer = TokenScorer(model, group=dist.group.WORLD, tile_rows=tile_rows)
+    with measured() as traffic, LiveStorages().ignore(model.parameters()) as live:
+        scorer.score(ids, torch.ones_like(ids), ids)
+    return traffic.forward_calls["attention"], live.peak
+
+
+def test_a_layer_holds_one_tile():
+    at_once, in_tiles = (spawn(2, calls_and_peak, rows) for rows in (10**9, 128))
+    for one, other in zip(at_once, in_tiles, strict=True):
+        assert one[0] == 4 * 2
+        assert other[0] == 3 * (1 + 2 * 8) + 2, "keys and values once, then queries and outputs of each tile"
+        of_all_rows = 3 * 1024 * 1024 * 4  # gate, up and their product, of the rows of a rank
+        assert one[1] > of_all_rows
+        assert other[1] < one[1] - 0.5 * of_all_rows
 
 
 def mismatch(rank: int) -> str:

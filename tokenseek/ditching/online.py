@@ -37,7 +37,7 @@ from tokenseek.selection import SelectionRule
 from tokenseek.selection.batched import Example, Selection, examples_of, select_batch
 from tokenseek.tiling.whole import PackedText, PlainText, TiledPass, tiled_pass
 from tokenseek.tiling.window import with_windows
-from tokenseek.ulysses.text import DealtText
+from tokenseek.ulysses.text import DealtText, TextInTiles
 
 # The sum of the losses of all rows of this process, with a graph, from the body's output, hidden states [B, T, D] and
 # targets [B, T].
@@ -173,11 +173,11 @@ def _batch_of(
     valid_BT = torch.ones_like(targets_BT, dtype=torch.bool) if mask is None else mask.bool()
     examples = [] if ditching.decided else examples_of(mask, position_ids, targets_BT.shape)
     alone = _lengths_alone(ditching, examples, len(targets_BT), mask)
+    decoder, (batch, tokens) = ditching.decoder, targets_BT.shape
+    recomputes = ditching.recomputes(decoder.layers[-1])
+    whole = PackedText(alone) if alone else PlainText((batch, tokens))
     if ditching.sequence is None:
         own = _all_rows_arguments(arguments, mask, position_ids)
-        decoder, tokens = ditching.decoder, targets_BT.shape[1]
-        recomputes = ditching.recomputes(decoder.layers[-1])
-        whole = PackedText(alone) if alone else PlainText((len(targets_BT), tokens))
         tiled = tiled_pass(decoder, whole, ditching.tile_rows, recomputes)
         attention: Attending | None = None
         if alone:
@@ -187,11 +187,12 @@ def _batch_of(
         if attention is not None:  # with a mask of its own the model does not tell examples apart once more
             own["attention_mask"] = torch.ones_like(targets_BT)
         return _Batch(targets_BT, valid_BT, examples, None, tiled, targets_BT, own, attention)
-    text = _dealt(ditching.sequence, ditching.decoder, arguments, labels_BT, selection_keys)
+    text = _dealt(ditching.sequence, decoder, arguments, labels_BT, selection_keys)
     masked = targets_BT.shape[1], position_ids if mask is None else None
     attention = partial(_each_alone_on_ranks, text, alone) if alone else partial(text.attention, masked=masked)
+    tiled = tiled_pass(decoder, TextInTiles(text, whole), ditching.tile_rows, recomputes)
     own_targets_BR = text.mine(targets_BT, IGNORED)
-    return _Batch(targets_BT, valid_BT, examples, text, None, own_targets_BR, text.arguments(), attention)
+    return _Batch(targets_BT, valid_BT, examples, text, tiled, own_targets_BR, text.arguments(), attention)
 
 
 class _Scored(NamedTuple):

@@ -105,9 +105,8 @@ class SharedReach:
             everywhere = [of_all.tile(first, last, stretches=ranks) for first, last in borders]
         tiles = list[SharedTile]()
         for (first, last), whole, extents in zip(borders, everywhere, extents_of(everywhere, ranks), strict=True):
-            mine = rows.tile(first, last)
-            mine.everywhere = whole
-            tiles.append(SharedTile(mine, first, last, PlainTile(whole, first * ranks, last * ranks, extents)))
+            of_all_ranks = PlainTile(whole, first * ranks, last * ranks, extents)
+            tiles.append(SharedTile(rows.tile(first, last), first, last, of_all_ranks))
         return tiles
 
     def to_attention(self, keys_BNRH: torch.Tensor, values_BNRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ from tokenseek.tiling.whole import PlainText, layers_in_tiles, tiled_pass
 from tokenseek.tiling.window import Replaced, with_windows
 from tokenseek.ulysses.agreement import require_same
 from tokenseek.ulysses.heads import require_shareable
-from tokenseek.ulysses.text import DealtText
+from tokenseek.ulysses.text import DealtText, TextInTiles
 
 LOSS_SCOPES = ("response", "sequence")
 
@@ -177,13 +177,11 @@ class TokenScorer:
             arguments, targets, replaced = text.arguments(), text.mine(targets, IGNORED), text.attention
             own_R = None
         layer = self.decoder.layers[-self.gradient_layer]
-        in_tiles: AbstractContextManager[None] = nullcontext()
-        if text is None:
-            in_tiles = layers_in_tiles(self.decoder, plain, self.tile_rows, whole=[last_attending(self.decoder)])
+        own_text = plain if text is None else TextInTiles(text, plain)
         with (
             masks,
             _frozen(self.model),
-            in_tiles,
+            layers_in_tiles(self.decoder, own_text, self.tile_rows, whole=[last_attending(self.decoder)]),
             gradient_from(layer) as leaves,
             attention_received(self.decoder, valid, replaced) as received,
         ):

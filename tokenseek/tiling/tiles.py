@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from tokenseek.decoder.attention import Attention, Replace
 from tokenseek.decoder.find import Decoder
@@ -157,13 +158,28 @@ class SharedTile:
     Args:
         rows: of this rank.
         everywhere: the same tile of all ranks, as attention sees it.
+        empty: how many slots of all ranks are behind its last row.
     """
 
-    def __init__(self, rows: Rows, first: int, last: int, everywhere: Tile) -> None:
-        self.rows, self.first, self.last, self.everywhere = rows, first, last, everywhere
+    def __init__(self, rows: Rows, first: int, last: int, everywhere: Tile, empty: int = 0) -> None:
+        self.rows, self.first, self.last, self.everywhere, self.empty = rows, first, last, everywhere, empty
+        rows.everywhere = everywhere.rows
 
     def attention(self, on_call: Callable[[], None]) -> Replace:
-        return self.everywhere.attention(on_call)
+        replace = self.everywhere.attention(on_call)
+        return (lambda original: of_first_rows(replace(original), self.empty)) if self.empty else replace
+
+
+def of_first_rows(attend: Attention, empty: int) -> Attention:
+    """`attend` of queries, the last `empty` of which are of no token; its output is zero there."""
+
+    def attention(
+        module: nn.Module, query_BNRH: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output_BRNH, weights = attend(module, query_BNRH[:, :, : query_BNRH.shape[2] - empty], *args, **kwargs)
+        return pad(output_BRNH, (0, 0, 0, 0, 0, empty)), weights
+
+    return attention
 
 
 class PackedTile:

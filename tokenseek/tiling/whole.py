@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -32,6 +32,29 @@ from tokenseek.tiling.rows import Rows, Stretch
 from tokenseek.tiling.tiles import Extent, PackedTile, PlainTile, Tile, TiledLayer, borders_of_tiles, tile_size
 
 
+class Text(Protocol):
+    """The tokens of a batch that this process computes.
+
+    Attributes:
+        shape: examples, and rows of each on this process.
+    """
+
+    shape: tuple[int, int]
+
+    def tiles(self, size: int, device: torch.device) -> Sequence[Tile]:
+        """Tiles of at most `size` rows."""
+
+    def to_attention(self, keys_BKRH: torch.Tensor, values_BKRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of all rows as attention sees them, [B, K, T, H]."""
+
+    def attention(self, decoder: Decoder, replace: Replace, is_ours: bool) -> AbstractContextManager[None]:
+        """What a tile's second sweep runs in.
+
+        Args:
+            replace: what attention is replaced with, where it is ours to replace.
+        """
+
+
 class PlainText:
     """Of one text a row.
 
@@ -43,13 +66,23 @@ class PlainText:
         self.shape = shape
 
     def tiles(self, size: int, device: torch.device) -> Sequence[Tile]:
-        """Tiles of at most `size` rows."""
-        batch, tokens = self.shape
-        tiles = []
-        for first, last in borders_of_tiles(tokens, size):
-            extents = [[Extent(0, last - first, first, last - 1)]] * batch
-            tiles.append(PlainTile(Stretch(first, last, self.shape, device), first, last, extents))
-        return tiles
+        return [self.tile(*ends, size, device) for ends in borders_of_tiles(self.shape[1], size)]
+
+    def tile(self, first: int, last: int, size: int, device: torch.device) -> Tile:
+        """Of the rows [first, last), with masks of at most `size` rows each."""
+        extents = [_extents(first, last, size)] * self.shape[0]
+        return PlainTile(Stretch(first, last, self.shape, device), first, last, extents)
+
+    def to_attention(self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys_BKTH, values_BKTH
+
+    def attention(self, decoder: Decoder, replace: Replace, is_ours: bool) -> AbstractContextManager[None]:
+        return attention_replaced(decoder.causal_lm, replace) if is_ours else without_cudnn()
+
+
+def _extents(first: int, last: int, size: int) -> list[Extent]:
+    borders = borders_of_tiles(last - first, size)
+    return [Extent(row, end - row, first + row, first + end - 1) for row, end in borders]
 
 
 class PackedText(PlainText):
@@ -63,22 +96,18 @@ class PackedText(PlainText):
         super().__init__((1, sum(lengths)))
         self.lengths = lengths
 
-    def tiles(self, size: int, device: torch.device) -> Sequence[Tile]:
-        tiles: list[Tile] = []
-        for first, last in borders_of_tiles(self.shape[1], size):
-            examples: list[PlainTile | None] = []
-            begin = 0
-            for length in self.lengths:
-                one, end = max(0, first - begin), min(length, last - begin)
-                begin += length
-                if one >= end:
-                    examples.append(None)
-                    continue
-                own = Stretch(one, end, (1, length), device)
-                examples.append(PlainTile(own, one, end, [[Extent(0, end - one, one, end - 1)]]))
-            rows = Stretch(first, last, self.shape, device, leaves_masks=True)
-            tiles.append(PackedTile(rows, first, last, examples, self.lengths))
-        return tiles
+    def tile(self, first: int, last: int, size: int, device: torch.device) -> Tile:
+        examples: list[PlainTile | None] = []
+        begin = 0
+        for length in self.lengths:
+            one, end = max(0, first - begin), min(length, last - begin)
+            begin += length
+            if one >= end:
+                examples.append(None)
+                continue
+            examples.append(PlainTile(Stretch(one, end, (1, length), device), one, end, [_extents(one, end, size)]))
+        rows = Stretch(first, last, self.shape, device, leaves_masks=True)
+        return PackedTile(rows, first, last, examples, self.lengths)
 
 
 class Tiled(NamedTuple):
@@ -91,8 +120,8 @@ class Tiled(NamedTuple):
 class TiledPass:
     """One pass over all tokens of a batch, whose layers run in tiles; see :func:`tiled_pass`."""
 
-    def __init__(self, decoder: Decoder, text: PlainText, size: int, device: torch.device) -> None:
-        self.decoder, self.tiles = decoder, text.tiles(size, device)
+    def __init__(self, decoder: Decoder, text: Text, size: int, device: torch.device) -> None:
+        self.decoder, self.text, self.tiles = decoder, text, text.tiles(size, device)
         self._attention_is_ours = attention_is_ours(decoder)  # which looks at all modules
         self._before: torch.Tensor | None = None  # what the last layer returned: it may be written over
 
@@ -114,7 +143,7 @@ class TiledPass:
 
         def run(hidden_BRD: torch.Tensor, rows: Rows, cache: OnceCache | None, replace: Replace) -> torch.Tensor:
             shrunk = {name: rows.shrink(name, value, is_ours) for name, value in arguments.items()}
-            with attention_replaced(decoder.causal_lm, replace) if is_ours else without_cudnn():
+            with self.text.attention(decoder, replace, is_ours):
                 output = forward(hidden_BRD, **shrunk, **{decoder.cache_argument: cache})
             outputs[:] = [output]
             hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -124,7 +153,7 @@ class TiledPass:
         tiled.keeps_input = self._before is None or not share_memory(hidden_BTD, self._before)
         keys_and_values = None
         if layer not in decoder.sharing:
-            keys_and_values = tiled.keys_and_values()
+            keys_and_values = self.text.to_attention(*tiled.keys_and_values())
         output_BTD = tiled.finish(*(keys_and_values or ()))
         if is_ours and not tiled.attended:
             raise attends_otherwise(layer, decoder)
@@ -133,7 +162,7 @@ class TiledPass:
         return Tiled(whole, keys_and_values)
 
 
-def tiled_pass(decoder: Decoder, text: PlainText, tile_rows: int | str, recomputed: bool = False) -> TiledPass | None:
+def tiled_pass(decoder: Decoder, text: Text, tile_rows: int | str, recomputed: bool = False) -> TiledPass | None:
     """How a pass over `text` runs in tiles; None where they save nothing, or cannot be.
 
     They cannot where attention takes no mask of any shape, where outputs of every layer are asked for, and where an
@@ -159,7 +188,7 @@ def tiled_pass(decoder: Decoder, text: PlainText, tile_rows: int | str, recomput
 
 @contextmanager
 def layers_in_tiles(
-    decoder: Decoder, text: PlainText, tile_rows: int | str, whole: Collection[nn.Module] = ()
+    decoder: Decoder, text: Text, tile_rows: int | str, whole: Collection[nn.Module] = ()
 ) -> Iterator[None]:
     """In the block, a pass over `text` runs in tiles those of its layers that run without gradient.
 

@@ -6,19 +6,20 @@ dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.functional import pad
 
 from tokenseek.decoder.attention import Attention, Replace, attention_replaced
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.masks import whole_masks
-from tokenseek.ulysses.heads import SharedAttention
+from tokenseek.tiling.rows import Stretch
+from tokenseek.tiling.tiles import SharedTile, Tile, borders_of_tiles, of_first_rows
+from tokenseek.tiling.whole import PlainText
+from tokenseek.ulysses.heads import SharedAttention, heads_exchanged, keys_to_heads, query_heads
 from tokenseek.ulysses.layout import deal
 
 
@@ -44,6 +45,7 @@ class DealtText:
         # One empty slot more on every rank holds the text's last position, which some rotary embeddings depend on.
         positions_1A = pad(torch.arange(self.tokens, device=device)[None], (0, group.size()), value=-1)
         self._positions_PR = deal(positions_1A, group.size()).positions_BPR[0]
+        self.empty = self._positions_PR.numel() - self.tokens  # slots of all ranks, behind the last token
         mine_R = self._positions_PR[group.rank()]
         self._is_token_R = mine_R >= 0
         self._mine_R = mine_R.where(self._is_token_R, self.tokens - 1)
@@ -96,15 +98,7 @@ class DealtText:
         masked_tokens, position_ids = masked or (self.tokens, None)
 
         def replace_local(original: Attention) -> Attention:
-            on_the_text = replace(original)
-
-            def of_all_slots(
-                module: nn.Module, query_BnAH: torch.Tensor, *args: Any, **kwargs: Any
-            ) -> tuple[torch.Tensor, torch.Tensor | None]:
-                empty = query_BnAH.shape[2] - self.tokens  # behind the last token
-                output_BTnH, weights = on_the_text(module, query_BnAH[:, :, : self.tokens], *args, **kwargs)
-                return pad(output_BTnH, (0, 0, 0, 0, 0, empty)), weights
-
+            of_all_slots = of_first_rows(replace(original), self.empty)
             return SharedAttention(self.decoder, self.group, True, of_all_slots, _WholeText(self.tokens, on_keys))
 
         with (
@@ -112,6 +106,42 @@ class DealtText:
             attention_replaced(self.decoder.causal_lm, replace_local),
         ):
             yield
+
+
+class TextInTiles:
+    """The tokens of a dealt text on this rank, for a pass in tiles (:mod:`tokenseek.tiling.whole`).
+
+    Every rank has as many slots, and so the same tiles. Dealt in turn, a tile's tokens on all ranks follow each other
+    in the text.
+
+    Args:
+        whole: the text of all ranks.
+    """
+
+    def __init__(self, dealt: DealtText, whole: PlainText) -> None:
+        self._dealt, self._whole, self._ranks = dealt, whole, dealt.group.size()
+        self._slots = (dealt.tokens + dealt.empty) // self._ranks
+        self.shape = len(dealt.input_ids), self._slots
+
+    def tiles(self, size: int, device: torch.device) -> Sequence[Tile]:
+        tiles, tokens = list[Tile](), self._dealt.tokens
+        for first, last in borders_of_tiles(self._slots - 1, size):
+            # The spare slot, which holds no token on any rank, goes with the last tile.
+            last += last == self._slots - 1
+            begin, end = first * self._ranks, last * self._ranks
+            of_all_ranks = self._whole.tile(begin, min(end, tokens), size, device)
+            mine = Stretch(first, last, self.shape, device)
+            tiles.append(SharedTile(mine, first, last, of_all_ranks, max(0, end - tokens)))
+        return tiles
+
+    def to_attention(self, keys_BKRH: torch.Tensor, values_BKRH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dealt = self._dealt
+        keys, values = keys_to_heads(query_heads(dealt.decoder), dealt.group, True, keys_BKRH, values_BKRH)
+        return keys[:, :, : dealt.tokens], values[:, :, : dealt.tokens]
+
+    def attention(self, decoder: Decoder, replace: Replace, is_ours: bool) -> AbstractContextManager[None]:
+        # Eager attention is replaced too: it is given the tile's queries of all ranks.
+        return heads_exchanged(decoder, self._dealt.group, True, replace, None)
 
 
 class _WholeText:
