@@ -15,7 +15,7 @@ from numerics.dense_reference import dense_loss
 import tokenseek
 from tokenseek import SelectionRule, UserError
 from tokenseek.ditching import Seeking
-from tokenseek.parallel import enable_sequence_parallelism
+from tokenseek.parallel import enable_sequence_parallelism, measured
 from tokenseek.selection.batched import draw_key
 
 DRAWN = SelectionRule("sampled", ratio=0.4, alpha=0, beta=1, explore=0.3, scope="supervised")
@@ -99,6 +99,21 @@ def compare_all(rank: int) -> dict[str, str | None]:
 def test_ranks_select_and_train_as_one_process(ranks):
     for found in spawn(ranks, compare_all, timeout=200):
         assert not {name: difference for name, difference in found.items() if difference}
+
+
+def calls_of_a_step(rank: int, tile_rows: int | str) -> int:
+    case = Case(lengths=(30,))
+    model = tokenseek.enable_token_ditching(build(case), seeking=Seeking("error"), tile_rows=tile_rows)
+    enable_sequence_parallelism(model, dist.group.WORLD)
+    with measured() as traffic:
+        model(**make_inputs(case), selection=DRAWN, selection_keys=torch.tensor([1]))
+    return traffic.forward_calls["attention"]
+
+
+def test_the_first_pass_runs_in_tiles():
+    layers, tiles = 4, 5  # of 15 tokens on a rank
+    assert spawn(2, calls_of_a_step, "auto") == [layers * (2 + 2)] * 2
+    assert spawn(2, calls_of_a_step, 3) == [layers * (1 + 2 * tiles + 2)] * 2
 
 
 def weighted(rank: int) -> None:
