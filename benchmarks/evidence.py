@@ -102,6 +102,9 @@ METHODS = {
     "online": Method("drawn by gradient, online", _ONLINE),
     "online-error": Method("drawn by error, online", {**_ONLINE, "scoring.reduction": "error"}),
     "exact-1": Method("drawn by gradient, online, 1 exact layer", {**_ONLINE, "selection.exact_layers": 1}),
+    "exact-1-explore-0.1": Method(
+        "the same, explore 0.1", {**_ONLINE, "selection.exact_layers": 1, "selection.explore": 0.1}
+    ),
     "exact-4": Method("drawn by gradient, online, 4 exact layers", {**_ONLINE, "selection.exact_layers": 4}),
     "exact-8": Method("drawn by gradient, online, 8 exact layers", {**_ONLINE, "selection.exact_layers": 8}),
 }
