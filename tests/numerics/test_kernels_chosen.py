@@ -8,6 +8,8 @@ from numerics.test_ditching import SELECTED, make_batch
 from tiny_models import tiny_model
 
 import tokenseek
+from tokenseek import SelectionRule
+from tokenseek.ditching import Seeking
 from tokenseek.seeking import TokenScorer
 
 
@@ -40,6 +42,17 @@ def test_nor_of_packed_examples(flags):
     ids = make_batch((13,))["input_ids"]
     model(input_ids=ids, labels=ids, position_ids=position_ids, selected_positions=SELECTED[:1]).loss.backward()
     assert flags and not any(flags)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("alpha,seeking", [(0, Seeking("error")), (0, Seeking("l2")), (0.5, Seeking("l2")),
+                                           (0, Seeking("l2", exact_layers=1))])  # fmt: skip
+def test_nor_of_steps_that_select(flags, kind, alpha, seeking):
+    """In neither pass: the first one's exact layers have a gradient too, and its shapes are as new as the second's."""
+    model = tokenseek.enable_token_ditching(tiny_model(kind), seeking=seeking)
+    rule = SelectionRule("sampled", 0.5, alpha=alpha, beta=1, explore=0.3)
+    model(**make_batch(), selection=rule, selection_keys=torch.arange(2)).loss.backward()
+    assert len(flags) >= 4 and not any(flags)
 
 
 def test_nor_of_seeking(flags):

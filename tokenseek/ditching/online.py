@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tokenseek.decoder.attention import Replace, attention_replaced
+from tokenseek.decoder.attention import Replace, attention_replaced, without_cudnn
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.head import BodyOutput, at_least_float32, is_partitioned, next_token_labels
 from tokenseek.decoder.masks import whole_masks
@@ -318,6 +318,8 @@ def _attention_watched(
 ) -> Iterator[list[torch.Tensor]]:
     """In the block, attention is that of `attention`, the model's own where None.
 
+    cuDNN's kernels are left out, also where nothing is replaced.
+
     Yields:
         A list that holds the scores of Eq. 3 once the last layer has run, if they are wanted.
     """
@@ -328,7 +330,8 @@ def _attention_watched(
         with attention(lambda original: original):
             yield []
     else:
-        yield []
+        with without_cudnn():
+            yield []
 
 
 def _exact_top(

@@ -10,7 +10,6 @@ Shapes: B batch, T tokens, S selected, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from tokenseek.decoder.attention import Replace, attention_replaced
+from tokenseek.decoder.attention import Replace, attention_replaced, without_cudnn
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.head import at_least_float32
 from tokenseek.decoder.names import without_checkpointing
@@ -73,7 +72,7 @@ class Top:
         call, replace = self._calls.pop(layer)
 
         def again(hidden_BTD: torch.Tensor) -> Any:
-            attention = nullcontext() if replace is None else attention_replaced(self.decoder.causal_lm, replace)
+            attention = without_cudnn() if replace is None else attention_replaced(self.decoder.causal_lm, replace)
             with without_checkpointing(layer), attention:
                 return call(hidden_BTD)
 
