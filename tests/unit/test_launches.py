@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 
 import pytest
 import torch
 from tiny_models import tiny_model
 from tiny_run import tiny_arguments, tiny_dataset, write_index
+from transformers import TrainerCallback
 
 import tokenseek
 from benchmarks.launches import Launches, measure
@@ -16,6 +18,8 @@ from tokenseek.ditching.planned import PlannedRows
 from tokenseek.ditching.rows import partition
 from tokenseek.labels import IGNORED
 from tokenseek.tiling.rows import MIN_SPAN_ROWS
+from tokenseek.training.groups import _copy_beside_the_work
+from tokenseek.training.trainer import PlanningCollator
 
 BUDGETS = {
     # Of a layer, forward and backward, as shares of an ordinary one's; of what comes once, in the forward pass.
@@ -60,29 +64,70 @@ def test_what_is_counted():
     assert launches.syncs.total() == 1
 
 
+class Waits(TrainerCallback):
+    """Where the host would wait for a GPU in an optimizer step, from its beginning to the look at its losses."""
+
+    def __init__(self, monkeypatch):
+        self.found, self._launches = Counter(), None
+        for name in ("tolist", "cpu", "numpy"):  # which no dispatcher sees of tensors on a CPU
+            monkeypatch.setattr(torch.Tensor, name, self._noted(name, getattr(torch.Tensor, name)))
+
+    def _noted(self, name, original):
+        def noted(tensor, *args, **kwargs):
+            if self._launches is not None:
+                self.found[name] += 1
+            return original(tensor, *args, **kwargs)
+
+        return noted
+
+    def on_step_begin(self, *args, **kwargs):
+        self._launches = Launches().__enter__()
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        launches, self._launches = self._launches, None
+        launches.__exit__(None, None, None)
+        self.found += launches.syncs
+
+
+def _on_its_way(collate):
+    """What is planned leaves for a device, with all that the host is asked for afterwards."""
+
+    def collated(*args):
+        batch = collate(*args)
+        batch["planned_rows"].to("meta")
+        return batch
+
+    return collated
+
+
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_one_sync_in_an_optimizer_step(tmp_path, packing, kind):
-    """The look at the losses and the gradient, before the optimizer; the steps themselves have none."""
+def test_no_wait_before_the_look_at_the_losses(tmp_path, monkeypatch, packing, kind):
+    """Nor in any of a step's micro-batches, with the counts that a run keeps."""
     dataset = tiny_dataset()
-    index = write_index(tmp_path / "index.arrow", dataset)
-    syncs = []
-
-    class Counting(TokenSeekTrainer):
-        def compute_loss(self, *args, **kwargs):
-            with Launches() as launches:
-                loss = super().compute_loss(*args, **kwargs)
-            syncs.append(launches.syncs)
-            return loss
-
-    trainer = Counting(
+    waits = Waits(monkeypatch)
+    monkeypatch.setattr(PlanningCollator, "__call__", _on_its_way(PlanningCollator.__call__))
+    trainer = TokenSeekTrainer(
         tiny_model(kind),
-        tiny_arguments(tmp_path, max_steps=2),
-        data_collator=TokenSeekCollator(index, 0.5, packing=packing),
+        tiny_arguments(
+            tmp_path, max_steps=2, max_grad_norm=1.0, include_num_input_tokens_seen="all" if packing else "non_padding"
+        ),
+        data_collator=TokenSeekCollator(write_index(tmp_path / "index.arrow", dataset), 0.5, packing=packing),
         train_dataset=dataset,
+        callbacks=[waits],
     )
     trainer.train()
-    assert len(syncs) == 4 and not any(step.total() for step in syncs), syncs
+    assert not waits.found
+    assert trainer.state.num_input_tokens_seen == sum(map(len, dataset["input_ids"]))
+
+
+@pytest.mark.parametrize("on_gpu,pinned,beside", [(True, True, True), (True, False, False), (False, True, False)])
+def test_batches_are_copied_beside_the_work(tmp_path, monkeypatch, on_gpu, pinned, beside):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    arguments = tiny_arguments(tmp_path)
+    arguments.dataloader_pin_memory = pinned  # which `use_cpu` has unset
+    _copy_beside_the_work(arguments)
+    assert arguments.accelerator_config.non_blocking is beside
 
 
 class TestPlannedRows:

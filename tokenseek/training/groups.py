@@ -20,6 +20,7 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from tokenseek.data.packing import unpacked
@@ -92,14 +93,17 @@ class GroupTrainer(Trainer):
             )
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False  # torch would warn that there is nothing to pin it for
+        _copy_beside_the_work(args)
         super().__init__(model, args, **kwargs)
         self.token_mean = token_mean
         self._blanks: list[int] = []  # the blank examples of the batch at hand, by their tokens
+        self._uncounted: list[dict[str, Any]] = []  # micro-batches whose tokens are not counted yet
         self.new_epoch = NewEpoch()
         self.add_callback(self.new_epoch)
         self.stop_at_nan = StopAtNan(self.accelerator) if on_nan == "stop" else None
         if self.stop_at_nan:
             self.add_callback(self.stop_at_nan)
+        self.add_callback(CountTokens(self))  # behind it: the host has waited by then
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -219,8 +223,15 @@ class GroupTrainer(Trainer):
         return super().floating_point_ops(inputs) // self.group_size
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # Trainer's own way waits for the device, to count the tokens of every micro-batch.
+        self._uncounted.append(_without_blanks(inputs, self._blanks))
+
+    def count_tokens(self) -> None:
+        """Count the tokens of the micro-batches of a step, as Trainer does."""
         before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(_without_blanks(inputs, self._blanks))
+        for inputs in self._uncounted:
+            super()._track_num_input_tokens(inputs)
+        self._uncounted.clear()
         self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.group_size
 
     def evaluation_loop(
@@ -251,6 +262,24 @@ class GroupTrainer(Trainer):
         if state.end_of_dataloader and state.remainder > 0:  # the last round was filled up with repeated examples
             data = recursively_apply(lambda values: values[: state.remainder], data)
         return data
+
+
+def _copy_beside_the_work(args: TrainingArguments) -> None:
+    """Have the host go on while a batch is copied to a GPU, instead of waiting for all that is at work there."""
+    if torch.cuda.is_available() and args.dataloader_pin_memory:
+        cast(AcceleratorConfig, args.accelerator_config).non_blocking = True
+
+
+class CountTokens(TrainerCallback):
+    """Counts the tokens of a step before the optimizer's, where the host looks at its losses and waits anyway."""
+
+    def __init__(self, trainer: GroupTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.count_tokens()
 
 
 class DrawsByEpoch(Protocol):
