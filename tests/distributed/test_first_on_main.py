@@ -13,7 +13,7 @@ import torch.distributed as dist
 from distributed.spawn import spawn
 
 from tokenseek.errors import UserError
-from tokenseek.launching.processes import first_on_main
+from tokenseek.launching.processes import first_on_main, meet
 
 PATIENCE = timedelta(seconds=0.3)
 
@@ -67,5 +67,18 @@ def test_an_error_of_a_first_process_is_met_by_all(error, others):
     assert outcomes[0][0] == others
 
 
+def _late(rank, folder):
+    if rank == 1:
+        time.sleep(1.5)
+    (Path(folder) / str(rank)).touch()
+    meet(_state(rank))
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_nobody_waits_in_a_collective_for_those_that_come_late(tmp_path):
+    assert spawn(4, _late, str(tmp_path)) == [["0", "1", "2", "3"]] * 4
+
+
 def test_one_process_works_alone():
+    meet(SimpleNamespace(num_processes=1))
     assert first_on_main(SimpleNamespace(num_processes=1), lambda: 3) == 3

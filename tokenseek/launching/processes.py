@@ -137,10 +137,21 @@ def first_on_main(state: PartialState, work: Callable[[], Result]) -> Result:
     return result if state.process_index in first else work()
 
 
+def meet(state: PartialState) -> None:
+    """Return when every process has come here. None waits in a collective: some may take longer than its patience."""
+    if state.num_processes == 1:
+        return
+    call = next(_calls)
+    _store().set(_key(call, state.process_index), "here")
+    everyone = [_key(call, process) for process in range(state.num_processes)]
+    while not _store().check(everyone):
+        time.sleep(_POLL_SECONDS)
+
+
 def _store() -> dist.Store:
     """What the processes of this launch found each other by; its first process answers in a thread of its own."""
     return dist.distributed_c10d._get_default_store()
 
 
 def _key(call: int, process: int) -> str:
-    return f"tokenseek/first_on_main/{call}/{process}"
+    return f"tokenseek/call/{call}/{process}"

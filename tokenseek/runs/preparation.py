@@ -111,8 +111,9 @@ def prepare(config: RunConfig, *, outlined: bool = False) -> Run:
     if start.finished:
         return run
     first_on_main(state, lambda: require_hub(config))
-    if outlined:
-        log_outline(config, inputs, examples.training, planned_model, examples.longest, plan)
+    if outlined:  # with a plan, if none was made before
+        outline = config, inputs, examples.training, planned_model, examples.longest, plan
+        first_on_main(state, lambda: log_outline(*outline))
     index = _index(config, inputs) if config.needs_index else None
     if start.checkpoint:
         fit_checkpoint(Path(start.checkpoint), run.arguments, state)

@@ -30,7 +30,7 @@ from tokenseek.config import RunConfig
 from tokenseek.decoder.find import find_causal_lm
 from tokenseek.ditching import Seeking, enable_token_ditching
 from tokenseek.launching.memory import peak_memory_bytes
-from tokenseek.launching.processes import log_once
+from tokenseek.launching.processes import first_on_main, log_once, meet
 from tokenseek.models.adapters import add_adapter
 from tokenseek.models.files import model_folder, revision_of
 from tokenseek.models.kernels import apply_liger, compile_regions
@@ -88,6 +88,7 @@ def build(run: Run) -> tuple[GroupTrainer, Selected | None]:
         numbers = f"{config.model.quantization} weights, packed in {str(packed_in).removeprefix('torch.')} numbers"
         log_once(_log, inputs.state, f"The engine splits {numbers}, over {inputs.state.num_processes} processes.")
     model = _model(config, inputs.group, packed_in)
+    meet(inputs.state)  # engines deal the weights out in collectives, and some processes may read them for long
     options: dict[str, Any] = dict(
         args=run.arguments,
         on_nan=config.training.on_nan,
@@ -172,14 +173,19 @@ def finish(
         supervised_share=selected.supervised / selected.selected,
         final=str(final),
     )
-    if state.is_main_process:
-        (run.output / SUMMARY_NAME).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
-        write_model_card(final, run.config, card_rows(summary, None if run.stream else len(run.examples.training)))
-        if run.config.training.push_to_hub:
-            _log.info(f"on the hub: {push(run.config, final)}")
-        _log.info(summary.report(run.output))
-    state.wait_for_everyone()
+    first_on_main(state, lambda: _publish(run, summary, final))
     return summary
+
+
+def _publish(run: Run, summary: TrainingSummary, final: Path) -> None:
+    """Write what the run came to, and upload it where that is asked for; the main process does."""
+    if not run.inputs.state.is_main_process:
+        return
+    (run.output / SUMMARY_NAME).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    write_model_card(final, run.config, card_rows(summary, None if run.stream else len(run.examples.training)))
+    if run.config.training.push_to_hub:
+        _log.info(f"on the hub: {push(run.config, final)}")
+    _log.info(summary.report(run.output))
 
 
 def _model(config: RunConfig, group: dist.ProcessGroup | None, packed_in: torch.dtype) -> PreTrainedModel | PeftModel:
