@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import VOCAB, tiny_model
@@ -10,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import tokenseek
 from tokenseek.decoder import head
+from tokenseek.decoder.device import planned_for
 
 
 class MatricesOfTheHead(TorchDispatchMode):
@@ -63,3 +66,15 @@ def test_one_matrix_and_three_products_a_chunk(monkeypatch):
         assert len(found.made) == 1 and found.products == 3 * 4  # 18 rows in chunks of 5
         loss.backward()
     assert found.products == 3 * 4 and model.lm_head.weight.grad.untyped_storage()._cdata in found.made
+
+
+@pytest.mark.parametrize("memory,nbytes", [(2**31, 2**26), (2**32, 2**32 // 40), (80 * 2**30, 2**28)])
+def test_chunks_by_the_memory_of_a_gpu(monkeypatch, memory, nbytes):
+    """As many rows as a fortieth of it holds in float32, between those of a CPU and those of 256 MiB."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    vocab = SimpleNamespace(vocab_size=128_256)
+    decoder = SimpleNamespace(causal_lm=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: vocab)))
+    assert head.rows_per_chunk(decoder, torch.device("cpu")) == 2**26 // (4 * 128_256)
+    assert head.rows_per_chunk(decoder, torch.device("cuda", 0)) == nbytes // (4 * 128_256)
+    with planned_for("cuda"):
+        assert head.rows_per_chunk(decoder, torch.device("cpu")) == 2**28 // (4 * 128_256)

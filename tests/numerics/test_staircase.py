@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import computed_in, tiny_model
 
 import tokenseek
 from benchmarks.selected_attention import measure
+from tokenseek.decoder.device import planned_for
 from tokenseek.decoder.masks import MASK_STRIDE, aligned_mask
 from tokenseek.ditching import attention
 from tokenseek.tiling import kernels, staircase
@@ -252,6 +254,26 @@ class TestCudaKernels:
         sums = [torch.zeros_like(x) for x in (query, key, key)]
         kernel.add_gradients(*sums, out, query, out, lse, key, key, mask, 0.125)  # raises where a shape does not fit
 
+    @pytest.mark.parametrize(
+        "dtype,head_dim,capability,pair",
+        [
+            (torch.bfloat16, 128, (9, 0), ("_CudaFlash", "_CudaEfficient")),
+            (torch.float16, 80, (8, 0), ("_CudaFlash", "_CudaEfficient")),
+            (torch.bfloat16, 256, (9, 0), ("_CudaEfficient", "_CudaEfficient")),
+            (torch.bfloat16, 64, (7, 5), ("_CudaEfficient", "_CudaEfficient")),
+            (torch.float32, 64, (9, 0), ("_CudaEfficient", "_CudaEfficient")),
+            (torch.float64, 64, (9, 0), None),
+            (torch.bfloat16, 60, (9, 0), None),
+        ],
+    )
+    def test_which_kernels(self, monkeypatch, dtype, head_dim, capability, pair):
+        """Where there are none, attention goes its old way, through the function of the model's backend."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        query = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 2, 3, head_dim))
+        found = kernels._kernels(query)
+        assert (found and tuple(kernel.__name__ for kernel in found)) == pair
+        assert kernels.is_served(query, query, query) == (pair is not None)
+
 
 class TestMasks:
     @pytest.mark.parametrize("keys", [1, 15, 16, 33])
@@ -296,6 +318,15 @@ def test_memory_is_linear_in_tokens():
     assert stairs["extra"] < 0.1 * masked["extra"]
     twice = measure("staircase", 8192, 0.1, repeats=1, heads=4, key_heads=1)
     assert twice["extra"] < 2.3 * stairs["extra"]
+
+
+def test_a_gpu_gets_no_span_of_few_rows():
+    """Whatever is selected; nor one mask of many rows and all keys, where two spans have rows enough."""
+    with planned_for("cuda"):
+        for rows in (500, 512, 1300, 20000):
+            spans = staircase.make_spans([list(range(0, 8 * rows, 8))], 8 * rows, torch.device("cpu"), torch.bfloat16)
+            assert (spans is None) == (rows < 512)
+            assert all(span.last - span.first >= 256 for of_example in spans or () for span in of_example)
 
 
 def test_large_rows_have_few_spans():

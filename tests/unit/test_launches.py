@@ -180,3 +180,15 @@ def test_a_gpu_gets_no_span_of_few_rows():
     assert len(parts.selected.spans) == min(4, 450 // MIN_SPAN_ROWS["cpu"])
     assert len(parts.to("meta").selected.spans) == 1
     assert len(partition(torch.arange(1100)[None], None, 1100).to("meta").selected.spans) == 4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_are_taken_by_one_index(batch):
+    """`gather` reads an index for every number that it takes, and adds them up one by one in its backward pass."""
+    rows = partition(torch.arange(0, 40, 4).expand(batch, -1), None, 40).selected
+    x_BTD = torch.randn(batch, 40, 8, requires_grad=True)
+    with Launches() as launches:
+        taken = rows.take(x_BTD, 1)
+        taken.sum().backward()
+    assert torch.equal(taken, x_BTD[:, ::4])
+    assert launches.operations["index_select"] == 1 and not {"gather", "index"} & launches.operations.keys()
