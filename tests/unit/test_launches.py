@@ -9,11 +9,13 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from tiny_run import tiny_arguments, tiny_dataset, write_index
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import TrainerCallback
 
 import tokenseek
 from benchmarks.launches import Launches, measure
 from tokenseek import TokenSeekCollator, TokenSeekTrainer
+from tokenseek.ditching import Seeking, online
 from tokenseek.ditching.planned import PlannedRows
 from tokenseek.ditching.rows import partition
 from tokenseek.labels import IGNORED
@@ -68,7 +70,7 @@ class Waits(TrainerCallback):
     """Where the host would wait for a GPU in an optimizer step, from its beginning to the look at its losses."""
 
     def __init__(self, monkeypatch):
-        self.found, self._launches = Counter(), None
+        self.found, self._launches, self.looks = Counter(), None, 0
         for name in ("tolist", "cpu", "numpy"):  # which no dispatcher sees of tensors on a CPU
             monkeypatch.setattr(torch.Tensor, name, self._noted(name, getattr(torch.Tensor, name)))
 
@@ -79,6 +81,19 @@ class Waits(TrainerCallback):
             return original(tensor, *args, **kwargs)
 
         return noted
+
+    def allowed(self, look):
+        """`look`, in which the host may wait."""
+
+        def looking(*args):
+            self.looks += 1
+            launches, self._launches = self._launches, None
+            with _disable_current_modes():
+                found = look(*args)
+            self._launches = launches
+            return found
+
+        return looking
 
     def on_step_begin(self, *args, **kwargs):
         self._launches = Launches().__enter__()
@@ -119,6 +134,25 @@ def test_no_wait_before_the_look_at_the_losses(tmp_path, monkeypatch, packing, k
     trainer.train()
     assert not waits.found
     assert trainer.state.num_input_tokens_seen == sum(map(len, dataset["input_ids"]))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("exact_layers", [0, 1])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_a_step_that_selects_waits_for_its_scores_alone(tmp_path, monkeypatch, kind, exact_layers, packing):
+    waits = Waits(monkeypatch)
+    monkeypatch.setattr(online, "_select", waits.allowed(online._select))
+    trainer = TokenSeekTrainer(
+        tokenseek.enable_token_ditching(tiny_model(kind), seeking=Seeking("l2", exact_layers=exact_layers)),
+        tiny_arguments(tmp_path, max_steps=2, learning_rate=0.01),
+        data_collator=TokenSeekCollator(
+            None, 0.5, "sampled", online=True, alpha=0, beta=1, explore=0.3, packing=packing
+        ),
+        train_dataset=tiny_dataset(),
+        callbacks=[waits],
+    )
+    trainer.train()
+    assert not waits.found and waits.looks == 4  # micro-batches
 
 
 @pytest.mark.parametrize("on_gpu,pinned,beside", [(True, True, True), (True, False, False), (False, True, False)])

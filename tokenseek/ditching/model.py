@@ -19,7 +19,8 @@ from tokenseek.ditching.body import reach_of
 from tokenseek.ditching.embedding import one_gradient_of_tied_weights
 from tokenseek.ditching.loss import selected_loss, supervised_loss
 from tokenseek.ditching.online import OnlineOutput, Seen, see_all_tokens
-from tokenseek.ditching.planned import PlannedRows
+from tokenseek.ditching.planned import KnownBatch, PlannedRows
+from tokenseek.ditching.reach import Reach
 from tokenseek.ditching.state import Ditching, Share, original_forward
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
@@ -53,6 +54,7 @@ def make_causal_lm_forward(causal_lm: nn.Module) -> Callable[..., Any]:
         planned_rows: PlannedRows | None = None,
         selection: SelectionRule | None = None,
         selection_keys: torch.Tensor | None = None,
+        known_batch: KnownBatch | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
@@ -67,7 +69,8 @@ def make_causal_lm_forward(causal_lm: nn.Module) -> Callable[..., Any]:
                     "positions that were selected before."
                 )
             labels = arguments.pop("labels", labels)
-            online = _online_forward(ditching, arguments, selection, selection_keys, labels, num_items_in_batch)
+            asked = selection, selection_keys, known_batch
+            online = _online_forward(ditching, arguments, *asked, labels, num_items_in_batch)
             return online.to_tuple() if arguments.get("return_dict") is False else online
         has_labels = any(given is not None for given in (labels, shift_labels, arguments.get("labels")))
         if selected_positions is None and planned_rows is None and not (ditching.sequence and has_labels):
@@ -90,7 +93,8 @@ def make_causal_lm_forward(causal_lm: nn.Module) -> Callable[..., Any]:
 def _sign(forward: Any, causal_lm: nn.Module) -> None:
     """Trainers read the signature to learn which columns the model takes and whether it normalises its loss itself."""
     parameters = list(inspect.signature(type(causal_lm).forward).parameters.values())
-    names_added = ("selected_positions", "selected_weights", "planned_rows", "selection", "selection_keys")
+    names_added = ["selected_positions", "selected_weights", "planned_rows"]
+    names_added += ["selection", "selection_keys", "known_batch"]
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names_added]
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     forward.__signature__ = inspect.Signature([*parameters[:at], *added, *parameters[at:]])
@@ -158,6 +162,7 @@ def _online_forward(
     arguments: dict[str, Any],
     rule: SelectionRule,
     selection_keys: torch.Tensor | None,
+    known: KnownBatch | None,
     labels: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
 ) -> OnlineOutput:
@@ -170,10 +175,15 @@ def _online_forward(
     decoder, recompute = ditching.decoder, ditching.recomputes(ditching.decoder.layers[-1])
     arguments = {name: value for name, value in arguments.items() if name not in ("return_dict", "logits_to_keep")}
 
-    def all_tokens_loss(body_output: BodyOutput, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        return selected_loss(decoder, body_output, hidden_BTD, targets_BT, 1, recompute)
+    def all_tokens_loss(
+        body_output: BodyOutput, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor, supervised_R: torch.Tensor | None
+    ) -> torch.Tensor:
+        if supervised_R is None or not len(supervised_R):
+            return selected_loss(decoder, body_output, hidden_BTD, targets_BT, 1, recompute)
+        targets_R = targets_BT.flatten().index_select(0, supervised_R)
+        return supervised_loss(decoder, body_output, hidden_BTD, supervised_R, targets_R, 1, recompute)
 
-    seen = see_all_tokens(ditching, arguments, labels, rule, selection_keys, all_tokens_loss)
+    seen = see_all_tokens(ditching, arguments, labels, rule, selection_keys, all_tokens_loss, known)
     share = _share_of_seen(ditching, arguments, seen, labels)
     asked_BS, weights_BS = cast(torch.Tensor, share.labels_BS), share.weights_BS
     if seen.recording.top is not None:
@@ -185,6 +195,9 @@ def _online_forward(
     if seen.exact:
         border_BSD = cast(torch.Tensor, seen.recording.border)
         loss = seen.exact.loss(border_BSD, asked_BS, cast(torch.Tensor, weights_BS)) / num_items
+    elif seen.planned and seen.recording.top is None:
+        rows, hidden_BSD = (seen.planned.supervised_R, seen.planned.targets_R), body_output.last_hidden_state
+        loss = supervised_loss(decoder, body_output, hidden_BSD, *rows, num_items, recompute, weights_BS)
     else:
         hidden_BSD = body_output.last_hidden_state
         loss = selected_loss(decoder, body_output, hidden_BSD, asked_BS, num_items, recompute, weights_BS)
@@ -199,17 +212,26 @@ def _online_forward(
 def _share_of_seen(ditching: Ditching, arguments: dict[str, Any], seen: Seen, labels: torch.Tensor) -> Share:
     """The second pass's rows on this process, with what the loss asks of each.
 
-    That is its target or, at the border of exact layers, its position; IGNORED where a slot is empty.
+    That is its target or, at the border of exact layers, its position; IGNORED where a slot is empty. Targets of
+    planned rows are left out.
     """
+    reach: Reach
     if ditching.decided:
         reach = ditching.decided.reach
+    elif seen.planned:
+        reach = seen.planned.reach
     else:
         reach = reach_of(ditching, arguments, seen.selection.positions, recorded=True)
     rows, weights_BS = reach.parts.selected, seen.selection.weights
     by_position = seen.exact is not None or seen.recording.top is not None
-    asked_BS = rows.index_BR.masked_fill(~rows.valid_BR, IGNORED) if by_position else _labels_of(rows, labels, None)
+    asked_BS: torch.Tensor | None = None
+    if by_position:
+        asked_BS = rows.index_BR.masked_fill(~rows.valid_BR, IGNORED)
+    elif not seen.planned:
+        asked_BS = _labels_of(rows, labels, None)
     if ditching.sequence is None:
         return Share(arguments, reach, asked_BS, weights_BS)
+    assert asked_BS is not None, "rows that ranks share are not planned"
     return ditching.sequence.share(ditching.decoder, arguments, reach.parts, asked_BS, weights_BS)
 
 

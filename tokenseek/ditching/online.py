@@ -22,9 +22,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tokenseek.decoder.attention import Replace, attention_replaced, without_cudnn
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.head import BodyOutput, at_least_float32, is_partitioned, next_token_labels
-from tokenseek.decoder.masks import whole_masks
+from tokenseek.decoder.head import BodyOutput, at_least_float32, is_partitioned
+from tokenseek.decoder.masks import makes_masks_by_utils, whole_masks
 from tokenseek.ditching.packing import every_example_alone
+from tokenseek.ditching.planned import KnownBatch, PlannedRows, targets_of
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.seeking import Seeking
 from tokenseek.ditching.state import Ditching, Sharing
@@ -34,14 +35,14 @@ from tokenseek.labels import IGNORED
 from tokenseek.seeking.context import attention_received, last_attending
 from tokenseek.seeking.gradient import REDUCTIONS, gradient_beyond, gradient_from, head_scores
 from tokenseek.selection import SelectionRule
-from tokenseek.selection.batched import Example, Selection, examples_of, select_batch
+from tokenseek.selection.batched import Example, Selection, select_batch
 from tokenseek.tiling.whole import PackedText, PlainText, TiledPass, tiled_pass
 from tokenseek.tiling.window import with_windows
 from tokenseek.ulysses.text import DealtText, TextInTiles
 
-# The sum of the losses of all rows of this process, with a graph, from the body's output, hidden states [B, T, D] and
-# targets [B, T].
-AllTokensLoss: TypeAlias = Callable[[BodyOutput, torch.Tensor, torch.Tensor], torch.Tensor]
+# The sum of the losses of all rows of this process, with a graph, from the body's output, hidden states [B, T, D],
+# targets [B, T] and, where the host knows it, which of the B x T rows carry a loss.
+AllTokensLoss: TypeAlias = Callable[[BodyOutput, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 # Replaces the attention function in a block, given a `Replace`. Where ranks share a text it takes `on_keys` too, as
 # :meth:`tokenseek.ulysses.text.DealtText.attention` does.
 Attending: TypeAlias = Callable[..., AbstractContextManager[None]]
@@ -93,12 +94,15 @@ class Seen:
     """What the first pass over all tokens leaves behind.
 
     Attributes:
+        planned: the selected rows, as the host has planned them; None where ranks share the texts or the selection was
+            decided beforehand, and where a mask tells packed examples apart.
         loss_sum: of the cross-entropies of all supervised tokens, without a graph.
         supervised: the number of these tokens, at least 1; on the device, for which nobody has to wait.
         exact: with exact layers, what they leave, unless the second pass runs them once more.
     """
 
     selection: Selection
+    planned: PlannedRows | None
     recording: Recording
     loss_sum: torch.Tensor
     supervised: torch.Tensor
@@ -112,6 +116,7 @@ def see_all_tokens(
     rule: SelectionRule,
     selection_keys: torch.Tensor | None,
     all_tokens_loss: AllTokensLoss,
+    known: KnownBatch | None,
 ) -> Seen:
     """The first pass, and the selection by it.
 
@@ -121,24 +126,40 @@ def see_all_tokens(
         labels_BT: not shifted.
         selection_keys: int64 [E], keys of the examples' draws.
         all_tokens_loss: of the rows of this process, with a graph, for exact layers.
+        known: of the batch; the host asks the device for it otherwise.
     """
     ditching.seeking.require_servable(ditching.decoder, rule)
     if selection_keys is None:
         raise UserError("selection is given without selection_keys: one int64 for each example, which keys its draws.")
-    batch = _batch_of(ditching, arguments, labels_BT, selection_keys)
+    if ditching.decided is None:
+        given = arguments.get("attention_mask"), arguments.get("position_ids")
+        known = known or KnownBatch.of(labels_BT, selection_keys, *given)
+        known = known.to(labels_BT.device, non_blocking=True)
+    batch = _batch_of(ditching, arguments, labels_BT, selection_keys, known)
     wanted, is_split = _Wanted.by(rule, ditching.seeking), _is_split(ditching)
     recording = _recording(ditching, wanted, batch, is_split)
     scored = _score(ditching, batch, wanted, recording, is_split, all_tokens_loss)
     if batch.text is not None:
         scored = scored.of_all_ranks(batch.text)
-    supervised_BT = batch.targets_BT.ne(IGNORED)
+    selection, planned = _select(ditching, batch, rule, scored, known)
+    supervised = batch.targets_BT.ne(IGNORED).sum().clamp(min=1)
+    return Seen(selection, planned, recording, scored.loss_sum, supervised, scored.exact)
+
+
+def _select(
+    ditching: Ditching, batch: _Batch, rule: SelectionRule, scored: _Scored, known: KnownBatch | None
+) -> tuple[Selection, PlannedRows | None]:
+    """What is selected, and its rows as the host plans them, now that it has waited for the scores."""
     if ditching.decided:
-        selection = ditching.decided.selection
-    else:
-        selection = select_batch(
-            rule, batch.examples, selection_keys, scored.context_BT, scored.gradient_BT, supervised_BT
-        )
-    return Seen(selection, recording, scored.loss_sum, supervised_BT.sum().clamp(min=1), scored.exact)
+        return ditching.decided.selection, None
+    assert known is not None, "only what is decided beforehand needs no batch"
+    supervised_BT, device = known.targets_BT.ne(IGNORED), batch.targets_BT.device
+    on_host = select_batch(rule, batch.examples, known.keys_E, scored.context_BT, scored.gradient_BT, supervised_BT)
+    selection = Selection(*(chosen.to(device, non_blocking=True) for chosen in on_host))
+    if batch.text is not None:
+        return selection, None
+    planned = known.planned(on_host.positions, ditching.attention_is_ours)
+    return selection, planned and planned.to(device, non_blocking=True)
 
 
 class _Batch(NamedTuple):
@@ -151,6 +172,7 @@ class _Batch(NamedTuple):
         text: where ranks share the examples, which tokens are this rank's.
         tiled: how layers run in tiles, if they do.
         own_targets_BR: of the rows of this process.
+        supervised_R: which of these carry a loss; None where the host does not know it.
         arguments: of the model's body, for these rows.
         attention: what attention is replaced by; None for the model's own.
     """
@@ -161,38 +183,45 @@ class _Batch(NamedTuple):
     text: DealtText | None
     tiled: TiledPass | None
     own_targets_BR: torch.Tensor
+    supervised_R: torch.Tensor | None
     arguments: dict[str, Any]
     attention: Attending | None
 
 
 def _batch_of(
-    ditching: Ditching, arguments: dict[str, Any], labels_BT: torch.Tensor, selection_keys: torch.Tensor
+    ditching: Ditching,
+    arguments: dict[str, Any],
+    labels_BT: torch.Tensor,
+    selection_keys: torch.Tensor,
+    known: KnownBatch | None,
 ) -> _Batch:
     mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
-    targets_BT = _targets(labels_BT, mask)
+    targets_BT = targets_of(labels_BT, mask)
     valid_BT = torch.ones_like(targets_BT, dtype=torch.bool) if mask is None else mask.bool()
-    examples = [] if ditching.decided else examples_of(mask, position_ids, targets_BT.shape)
+    examples, own_R = (known.examples, known.supervised_R) if known else ([], None)
     alone = _lengths_alone(ditching, examples, len(targets_BT), mask)
     decoder, (batch, tokens) = ditching.decoder, targets_BT.shape
     recomputes = ditching.recomputes(decoder.layers[-1])
     whole = PackedText(alone) if alone else PlainText((batch, tokens))
     if ditching.sequence is None:
-        own = _all_rows_arguments(arguments, mask, position_ids)
+        own = _all_rows_arguments(arguments, mask, position_ids, known is None or known.is_right_padded)
         tiled = tiled_pass(decoder, whole, ditching.tile_rows, recomputes)
         attention: Attending | None = None
         if alone:
             attention = partial(_each_alone, decoder, alone)
-        elif tiled and own.keys().isdisjoint({"attention_mask", "position_ids"}):
-            attention = with_windows(decoder, tokens)
+        elif own.keys().isdisjoint({"attention_mask", "position_ids"}):
+            attention = with_windows(decoder, tokens) if tiled else None
+            if attention is None and makes_masks_by_utils(decoder):
+                attention = partial(_each_row_alone, decoder, tokens)
         if attention is not None:  # with a mask of its own the model does not tell examples apart once more
             own["attention_mask"] = torch.ones_like(targets_BT)
-        return _Batch(targets_BT, valid_BT, examples, None, tiled, targets_BT, own, attention)
+        return _Batch(targets_BT, valid_BT, examples, None, tiled, targets_BT, own_R, own, attention)
     text = _dealt(ditching.sequence, decoder, arguments, labels_BT, selection_keys)
     masked = targets_BT.shape[1], position_ids if mask is None else None
     attention = partial(_each_alone_on_ranks, text, alone) if alone else partial(text.attention, masked=masked)
     tiled = tiled_pass(decoder, TextInTiles(text, whole), ditching.tile_rows, recomputes)
     own_targets_BR = text.mine(targets_BT, IGNORED)
-    return _Batch(targets_BT, valid_BT, examples, text, tiled, own_targets_BR, text.arguments(), attention)
+    return _Batch(targets_BT, valid_BT, examples, text, tiled, own_targets_BR, None, text.arguments(), attention)
 
 
 class _Scored(NamedTuple):
@@ -232,10 +261,10 @@ def _score(
     ):
         output = decoder.body(**batch.arguments, use_cache=False, return_dict=True)
         if seeking.exact_layers and recording.top is None:
-            exact, border_gradient = _exact_top(output, batch.own_targets_BR, leaves[0], all_tokens_loss, batch.text)
+            exact, border_gradient = _exact_top(output, batch, leaves[0], all_tokens_loss)
             loss_sum, scores_BR = exact.loss_sum.detach().clone(), REDUCTIONS[seeking.reduction](border_gradient)
         else:
-            loss_sum, scores_BR = _head_scores(ditching, output, batch.own_targets_BR, wanted, recording, leaves)
+            loss_sum, scores_BR = _head_scores(ditching, output, batch, wanted, recording, leaves)
     return _Scored(loss_sum, received[0] if received else None, scores_BR, exact)
 
 
@@ -251,12 +280,6 @@ class _Wanted(NamedTuple):
         by_gradient = rule.needs_scores and rule.beta != 0
         is_error = seeking.reduction == "error"
         return cls(rule.needs_scores and rule.alpha != 0, by_gradient and not is_error, by_gradient and is_error)
-
-
-def _targets(labels_BT: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[B, T]: the token that each position predicts; padding predicts nothing."""
-    targets_BT = next_token_labels(labels_BT)
-    return targets_BT if mask is None else targets_BT.masked_fill(~mask.to(targets_BT.device).bool(), IGNORED)
 
 
 def _is_split(ditching: Ditching) -> bool:
@@ -335,23 +358,20 @@ def _attention_watched(
 
 
 def _exact_top(
-    output: BodyOutput,
-    targets_BT: torch.Tensor,
-    border_BTD: torch.Tensor,
-    all_tokens_loss: AllTokensLoss,
-    text: DealtText | None,
+    output: BodyOutput, batch: _Batch, border_BTD: torch.Tensor, all_tokens_loss: AllTokensLoss
 ) -> tuple[ExactTop, torch.Tensor]:
     """The loss of this process's rows, and its gradient at the border, the input of the lowest exact layer."""
     with torch.enable_grad():
-        loss_sum = all_tokens_loss(output, output.last_hidden_state, targets_BT)
+        loss_sum = all_tokens_loss(output, output.last_hidden_state, batch.own_targets_BR, batch.supervised_R)
         (gradient_BTD,) = torch.autograd.grad(loss_sum, border_BTD, retain_graph=True)
-    return ExactTop(loss_sum, gradient_BTD if text is None else text.gathered(gradient_BTD)), gradient_BTD
+    of_all = gradient_BTD if batch.text is None else batch.text.gathered(gradient_BTD)
+    return ExactTop(loss_sum, of_all), gradient_BTD
 
 
 def _head_scores(
     ditching: Ditching,
     output: BodyOutput,
-    targets_BT: torch.Tensor,
+    batch: _Batch,
     wanted: _Wanted,
     recording: Recording,
     leaves: list[torch.Tensor],
@@ -361,7 +381,8 @@ def _head_scores(
     head = head_scores(
         decoder,
         output,
-        targets_BT,
+        batch.own_targets_BR,
+        batch.supervised_R,
         losses=True,
         errors=wanted.error,
         gradient=wanted.gradient,
@@ -387,6 +408,13 @@ def _lengths_alone(
 
 
 @contextmanager
+def _each_row_alone(decoder: Decoder, tokens: int, replace: Replace) -> Iterator[None]:
+    """In the block, attention is `replace` of that of one example a row, in which nobody looks for several."""
+    with whole_masks(decoder, tokens, None, None), attention_replaced(decoder.causal_lm, replace):
+        yield
+
+
+@contextmanager
 def _each_alone(decoder: Decoder, lengths: list[int], replace: Replace) -> Iterator[None]:
     """In the block, attention is `replace` of one in which examples of these lengths attend alone."""
     alone = every_example_alone(lengths)
@@ -406,10 +434,10 @@ def _each_alone_on_ranks(
 
 
 def _all_rows_arguments(
-    arguments: dict[str, Any], mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    arguments: dict[str, Any], mask: torch.Tensor | None, position_ids: torch.Tensor | None, is_right_padded: bool
 ) -> dict[str, Any]:
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    if mask is not None and position_ids is None and bool((mask[:, :-1] >= mask[:, 1:]).all()):
+    if mask is not None and position_ids is None and is_right_padded:
         # No token looks at padding behind it: causality is all the mask that is needed.
         arguments.pop("attention_mask")
     return {name: value for name, value in arguments.items() if name not in ("use_cache", "return_dict")}

@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import ditching_of, enable_token_ditching
-from tokenseek.ditching.planned import PlannedRows
+from tokenseek.ditching.planned import KnownBatch, PlannedRows
 from tokenseek.ditching.state import require_ditching
 from tokenseek.ditching.zero3 import fetch_a_layer_ahead, gather_layers_once
 from tokenseek.errors import UserError
@@ -109,7 +109,11 @@ class TokenSeekTrainer(GroupTrainer):
 
 
 class PlanningCollator:
-    """Adds `planned_rows` to its batch, a :class:`~tokenseek.ditching.planned.PlannedRows` made where it collates."""
+    """Adds to its batch what the host knows of it, where it collates.
+
+    That is `planned_rows`, a :class:`~tokenseek.ditching.planned.PlannedRows`, or `known_batch`, a
+    :class:`~tokenseek.ditching.planned.KnownBatch` where the model selects.
+    """
 
     def __init__(self, collator: Collate, attention_is_ours: bool) -> None:
         self.collator, self.attention_is_ours = collator, attention_is_ours
@@ -119,4 +123,7 @@ class PlanningCollator:
         if "selected_positions" in batch:
             planned = PlannedRows.of(batch, self.attention_is_ours)
             batch |= {"planned_rows": planned} if planned else {}
+        elif "selection" in batch:
+            given = batch.get("attention_mask"), batch.get("position_ids")
+            batch["known_batch"] = KnownBatch.of(batch["labels"], batch["selection_keys"], *given)
         return batch
