@@ -9,7 +9,8 @@ the last layer, whose unselected rows end early). "host ms" is the time of a for
 small that nothing but the host counts; "syncs" are the moments when the host waits for the device, before it reads what
 a step or a batch of scores comes to.
 
-Steps that select their own tokens count the pass over all tokens without gradient to the forward. Of "online+exact",
+Steps that select their own tokens count the pass over all tokens without gradient to the forward, and so does the
+selection, though most of it is work of the host's, on what it knows: their "syncs" are of that. Of "online+exact",
 with one exact layer, a layer is one below the border; of "exact layer" it is one more above.
 """
 
@@ -27,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.shapes import make_model
 from tokenseek.decoder.head import next_token_labels
 from tokenseek.ditching import Seeking, enable_token_ditching
-from tokenseek.ditching.planned import PlannedRows
+from tokenseek.ditching.planned import KnownBatch, PlannedRows
 from tokenseek.seeking import TokenScorer
 from tokenseek.selection import SelectionRule
 
@@ -127,6 +128,7 @@ def _passes(
         enable_token_ditching(model, seeking=Seeking("l2" if exact_layers else "error", exact_layers=exact_layers))
         batch["selection"] = SelectionRule("sampled", SELECTED / TOKENS, alpha=0, beta=1, explore=0.3)
         batch["selection_keys"] = torch.zeros(1, dtype=torch.int64)
+        batch["known_batch"] = KnownBatch.of(batch["labels"], batch["selection_keys"], None, None)
 
     def backward(loss: torch.Tensor) -> None:
         loss.backward()
