@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --list                    their names and limits in seconds
     python -m benchmarks.gpu PART... --rehearse        the same rows with tiny shapes, on a CPU
 
-Needs torch, transformers, accelerate, peft and pytest; bitsandbytes and Liger-Kernel are used where installed. Rows are
+Needs torch, transformers, accelerate and pytest; PEFT, bitsandbytes and Liger-Kernel are used where installed. Rows are
 printed and appended to FOLDER/PART.jsonl; `python -m benchmarks.gpu_report FOLDER` makes tables of them.
 """
 

@@ -5,7 +5,7 @@
 #     benchmarks/gpu.sh --rehearse [FOLDER]       the same with tiny shapes on a CPU, in one process
 # Without PART all of them run, in about 20 minutes at most; where a GPU is lent for fewer, name those that fit. Every row
 # is in FOLDER/PART.jsonl as soon as it is known, so that a part that is ended loses one row.
-# Needs torch, transformers, accelerate, peft, pytest; bitsandbytes and liger-kernel are used where installed.
+# Needs torch, transformers, accelerate and pytest; peft, bitsandbytes and liger-kernel are used where installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

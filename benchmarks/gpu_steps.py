@@ -32,7 +32,7 @@ from tokenseek.ditching.planned import PlannedRows
 from tokenseek.labels import IGNORED
 
 SHORTEST = 0.75
-NEEDS = {"qlora": "bitsandbytes", "lora": "peft", "liger": "liger_kernel"}
+NEEDS = {"qlora": ("bitsandbytes", "peft"), "lora": ("peft",), "liger": ("liger_kernel",)}
 
 
 def step_rows(
@@ -65,7 +65,8 @@ def step_rows(
 
 
 def missing_package(method: str) -> str | None:
-    wanted = [package for option, package in NEEDS.items() if option in Method.parse(method).options]
+    options = Method.parse(method).options
+    wanted = [package for option, packages in NEEDS.items() if option in options for package in packages]
     return next((package for package in wanted if find_spec(package) is None), None)
 
 

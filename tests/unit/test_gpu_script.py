@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh in rehearsal, where nothing but torch, Transformers, accelerate, PEFT and pytest is installed."""
+"""benchmarks/gpu.sh in rehearsal, where nothing but torch, Transformers, accelerate, pytest and PEFT is installed."""
 
 from __future__ import annotations
 
@@ -80,6 +80,25 @@ def test_what_is_not_installed_is_left_out_by_name(rehearsed):
         "is not rehearsed: it is for GPUs",
         "liger_kernel is not installed",
     ]
+
+
+def test_nor_is_peft_needed(bare, tmp_path):
+    """Every package that the script needs is imported by the first part; adapters are left out by name."""
+    hidden = HIDDEN.replace('"pydantic"', '"pydantic", "peft"')
+    (tmp_path / "sitecustomize.py").write_text(hidden, encoding="utf-8")
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--rehearse", str(tmp_path), "kernels", "steps-1x2048"]
+    command += ["scoring", "tests", "lora-8b"]
+    environment = bare | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    rows = [row for row in read_rows(tmp_path) if row["part"] == "lora-8b"]
+    assert [row["skipped"] for row in rows] == ["peft is not installed"] * len(gpu.LORA)
+
+
+@pytest.mark.parametrize("absent", ["bitsandbytes", "peft"])
+def test_four_bits_with_adapters_need_both_packages(monkeypatch, absent):
+    monkeypatch.setattr(gpu_steps, "find_spec", lambda name: None if name == absent else object())
+    assert gpu_steps.missing_package("tokenseek@0.1+qlora") == absent
 
 
 def test_the_report_has_every_row_and_its_plan(rehearsed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import benchmarks.plan
+from benchmarks.launches import measure as measure_launches
 from benchmarks.plan import (
     CASES,
     LORA,
@@ -20,6 +22,7 @@ from benchmarks.plan import (
     measured_peak,
     model_config,
 )
+from benchmarks.shapes import model_config as shape_of
 from tokenseek.cli import main
 from tokenseek.errors import UserError
 from tokenseek.models.loading import load_model
@@ -102,8 +105,14 @@ def test_time_is_that_of_the_arithmetic_or_of_the_traffic():
         torch.empty(1000)  # nor does memory that nobody writes
     assert work.flops == 2 * 8 * 16 * 4
     step = StepWork(work.flops, 30, work.operations)
+    with Work() as in_place:
+        torch._foreach_mul_([a, b], 2)
+    assert list(in_place.operations) == [(0, 2 * 4 * (8 * 16 + 16 * 4), True)]
     moved = 4 * (8 * 16 + 16 * 4 + 8 * 4)
     assert step.seconds(gpu) == pytest.approx(max(work.flops / 10, moved) / EFFICIENCY)
+    assert step.launches == 1
+    for launch, seconds in ((0.0, step.seconds(gpu)), (1e6, 1e6)):
+        assert step.step_seconds(replace(gpu, launch=launch)) == pytest.approx(seconds)
     assert step.sending_seconds(gpu) == pytest.approx(30 / 5 / EFFICIENCY)
     assert replace(step, operations=Counter({(400.0, 3, False): 2})).seconds(gpu) == pytest.approx(8 / EFFICIENCY)
 
@@ -122,6 +131,30 @@ def test_causal_attention_takes_half_the_time_and_rows_of_a_table_their_own():
     with Work() as work:
         torch.nn.functional.embedding(ids, table)
     assert list(work.operations) == [(0, 2 * 2 * 16 * 4, True)]
+
+
+def test_launches_are_those_that_are_counted_in_a_real_step():
+    """Of a layer to the last one, though the host's own questions differ; a fused optimizer is one."""
+    config = run_config()
+    shapes = [shape_of(f"tiny:num_hidden_layers={layers}") for layers in (3, 4)]
+    for method, name in ((Method(), "full"), (Method(0.1), "index"), (Method(0.1, recompute=True), "index+recompute")):
+        few, many = (
+            plan_memory(config, method, Engine(), tokens=128, model_config=shape, every_layer=True).work.launches
+            for shape in shapes
+        )
+        counted = measure_launches(name, repeats=1)
+        fixed = counted["forward_fixed"] + counted["backward_fixed"]
+        assert many - few == pytest.approx(counted["layer"], rel=0.06), name
+        assert many - 4 * (many - few) == pytest.approx(fixed, abs=25), name
+
+
+def test_a_fused_optimizer_reads_and_writes_once():
+    config, trained = run_config(), AutoModelForCausalLM.from_config(LLAMA).num_parameters()
+    fused, looped = (plan_memory(config, Method(0.25), engine, model_config=LLAMA).work for engine in (Engine(), CPU))
+    (nbytes,) = [key[1] for key in fused.operations if key[1] > 6 * 4 * trained]
+    assert nbytes == pytest.approx(7 * 4 * trained, rel=1e-4)  # weights and two moments both ways, and gradients
+    tensors = len(list(AutoModelForCausalLM.from_config(LLAMA).parameters()))
+    assert looped.launches - fused.launches > 8 * tensors
 
 
 def test_what_is_sent():
@@ -341,7 +374,14 @@ def test_the_command(tmp_path, capsys):
     assert main([*command, "--ratios", "0.2", "--gpu", "H100", "--json", str(tmp_path / "p.json")]) == 0
     plans = json.loads((tmp_path / "p.json").read_text())
     assert plans[0]["work"]["seconds"] > plans[4]["work"]["seconds"] > 0 and plans[4]["work"]["sent"] == 0
-    assert "H100, estimate" in capsys.readouterr().out
+    (told, work) = capsys.readouterr().out, plans[4]["work"]
+    assert "H100, estimate" in told
+    assert re.search(rf"{work['launches']:,} +{7.5e-6 * work['launches']:.4f}", told)
+    assert main([*command, "--ratios", "0.2", "--gpu", "H100", "--launch-us", "20"]) == 0
+    assert re.search(rf"{work['launches']:,} +{2e-5 * work['launches']:.4f}", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main([*command, "--launch-us", "-1"])
+    assert "'-1' is no number of microseconds" in capsys.readouterr().err
     assert main([*command, "--gpu", "H10"]) == 2
     assert "did you mean H100?" in capsys.readouterr().err
     assert main([*command, "--ratios", "0.2", "--budget", "1GiB"]) == 0

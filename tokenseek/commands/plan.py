@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --longest: that search side by side (default: one for each CPU, at most 4)",
     )
     group.add_argument("--gpu", metavar="NAME", help="estimate seconds on a GPU too: H100, A100-80, L40S, RTX4090, ...")
+    group.add_argument(
+        "--launch-us",
+        type=_microseconds,
+        metavar="US",
+        help="the host's microseconds for launching an operation on that GPU (default: 7.5)",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the plans to this file, in bytes")
     group.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page of the plans")
@@ -68,6 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw memory against the share of tokens (with --longest: against length) and over the time of a step",
     )
+
+
+def _microseconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of microseconds")
+    return number
 
 
 def check(args: argparse.Namespace) -> RunConfig:
@@ -159,7 +175,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
     if args.longest:
         return _run_longest(args, config)
     budget = args.budget and parse_size(args.budget)
-    gpu = args.gpu and find_gpu(args.gpu)
+    gpu = args.gpu and find_gpu(args.gpu, args.launch_us)
     engines = [read_engine(name, args.num_processes) for name in args.accelerate_config or ["single"]]
     if note := describe_length(load_model_config(config), args.tokens or config.data.max_length):
         print(note)
@@ -209,8 +225,9 @@ def _choose(args: argparse.Namespace, config: RunConfig, engine: Engine, budget:
 
     choice, name, ratios = largest_ratio(config, budget, engine, tokens=args.tokens), args.gpu or REFERENCE, args.ratios
     print(describe_choice(choice, budget))
-    if fitting := proposals(config, budget, find_gpu(name), engine, ratios=split_ratios(ratios), tokens=args.tokens):
-        print(describe_proposals(fitting, name, find_gpu(name)))
+    gpu = find_gpu(name, args.launch_us)
+    if fitting := proposals(config, budget, gpu, engine, ratios=split_ratios(ratios), tokens=args.tokens):
+        print(describe_proposals(fitting, name, gpu))
     return [choice.plan], choice.ratio is not None
 
 
@@ -229,7 +246,7 @@ def _run_longest(args: argparse.Namespace, config: RunConfig) -> int:
         time_table,
     )
 
-    gpu = args.gpu and find_gpu(args.gpu)
+    gpu = args.gpu and find_gpu(args.gpu, args.launch_us)
     budgets = [parse_size(size) for size in args.budget.split(",")] if args.budget else [gpu.memory - RESERVE]
     model_config, found, longest = load_model_config(config), [], 0
     for name in args.accelerate_config or ["single"]:

@@ -139,6 +139,8 @@ def take_step(
                 _train_pass(model, decoder, state, ledger, config, method, engine, shape, positions_BS)
             micro_batch = Done(work.flops, work.operations)
             work.reset()
+            if not engine.on_cpu and _is_fused(config):
+                _count_as_one(state.optimizer, work)
             ledger.region = "workspace"
             ledger.mark("optimizer")
             state.step()
@@ -438,11 +440,35 @@ def _optimizer(config: RunConfig, engine: Engine) -> Callable[[list[nn.Parameter
             f"training.optim: {config.training.optim} cannot be planned, since its kernels need their device; plan "
             "with adamw_torch, whose states take 8 bytes per trained weight, and correct for yours."
         )
-    # Fused on a GPU, as `training_arguments` has it there.
-    is_fused = options.get("fused") or config.training.optim == "adamw_torch"
-    if not engine.on_cpu and not is_fused and "foreach" in kind.__init__.__code__.co_varnames:
+    if not engine.on_cpu and not _is_fused(config) and "foreach" in kind.__init__.__code__.co_varnames:
         options["foreach"] = True  # what torch chooses on a GPU; it needs the memory of the gradients once more
     return lambda parameters: kind(parameters, **options)
+
+
+def _is_fused(config: RunConfig) -> bool:
+    """Whether the optimizer's step is one operation on a GPU: `training_arguments` has adamw_torch fused there."""
+    return config.training.optim in ("adamw_torch", "adamw_torch_fused")
+
+
+def _count_as_one(optimizer: torch.optim.Optimizer, work: Work) -> None:
+    """Have `work` count each step of an optimizer as the one operation that it is when it is fused.
+
+    It reads gradients, and reads and writes weights and states.
+    """
+    counted: list[tuple[int, Counter[tuple[float, int, bool]]]] = []
+
+    def before(*_: Any) -> None:
+        counted.append((work.flops, Counter(work.operations)))
+
+    def behind(*_: Any) -> None:
+        work.flops, work.operations = counted.pop()
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        states = [x for weight in weights for x in optimizer.state[weight].values() if torch.is_tensor(x)]
+        nbytes = 2 * _nbytes([*weights, *states]) + _nbytes(weight.grad for weight in weights)
+        work.operations[0, nbytes, True] += 1
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(behind)
 
 
 class _LargestBatch(TorchDispatchMode):

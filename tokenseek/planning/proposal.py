@@ -60,7 +60,7 @@ def proposals(
 def seconds_per_token(plan: MemoryPlan, gpu: Gpu) -> float:
     """Of a step on `gpu`, in which what is kept on the host crosses the bus twice, beside the computing."""
     crossing = 2 * plan.host * plan.micro_batches / HOST_LINK / EFFICIENCY
-    return max(plan.work.seconds(gpu), crossing) / (plan.tokens[0] * plan.tokens[1] * plan.micro_batches)
+    return max(plan.work.step_seconds(gpu), crossing) / (plan.tokens[0] * plan.tokens[1] * plan.micro_batches)
 
 
 def _batches(rows: int) -> Iterator[int]:

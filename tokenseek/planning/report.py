@@ -30,17 +30,18 @@ def plan_table(plans: Sequence[MemoryPlan]) -> str:
 
 
 def time_table(plans: Sequence[MemoryPlan], name: str, gpu: Gpu) -> str:
-    """One line for each plan: what an optimizer step computes and sends, and how long that takes on a GPU."""
-    lines = [[f"{name}, estimate", "TFLOP", "compute s", "tokens/s", "sent GB", "sending s"]]
+    """One line for each plan: what an optimizer step computes, launches and sends, and how long that takes on a GPU."""
+    titles = ["TFLOP", "compute s", "launches", "launching s", "tokens/s", "sent GB", "sending s"]
+    lines = [[f"{name}, estimate", *titles]]
     for plan in plans:
         work, tokens = plan.work, plan.tokens[0] * plan.tokens[1] * plan.micro_batches / plan.engine.sp_size
         if plan.engine.offload_optimizer or plan.engine.offload_parameters:
             compute = speed = "-"  # bound by the host
         else:
-            seconds = work.seconds(gpu)
-            compute, speed = f"{seconds:.4f}", f"{tokens / seconds:,.0f}"
-        sending = f"{work.sending_seconds(gpu):.4f}"
-        lines.append([str(plan.method), f"{work.flops / 1e12:.2f}", compute, speed, f"{work.sent / 1e9:.2f}", sending])
+            compute, speed = f"{work.seconds(gpu):.4f}", f"{tokens / work.step_seconds(gpu):,.0f}"
+        launching = [f"{work.launches:,}", f"{work.launches * gpu.launch:.4f}"]
+        sending = [f"{work.sent / 1e9:.2f}", f"{work.sending_seconds(gpu):.4f}"]
+        lines.append([str(plan.method), f"{work.flops / 1e12:.2f}", compute, *launching, speed, *sending])
     return _aligned(lines)
 
 

@@ -217,5 +217,6 @@ class ShardedState:
                 shard.grad = torch.empty_like(shard)
             if self.engine.kind == "fsdp2":  # these are the shards of gradients that are counted already
                 self.ledger.track([cast(torch.Tensor, s.grad) for s in self.shards], None)
-        torch.nn.utils.clip_grad_norm_(self.shards, 1.0)
+        # All at once on a GPU, whose choice torch does not make for the tensors of a plan.
+        torch.nn.utils.clip_grad_norm_(self.shards, 1.0, foreach=not self.engine.on_cpu)
         self.optimizer.step()

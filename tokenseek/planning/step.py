@@ -57,9 +57,10 @@ class MemoryPlan:
 
     def as_dict(self, gpu: Gpu | None = None) -> dict:
         """What JSON takes; with the seconds on a GPU, if one is given."""
-        work: dict[str, float] = {"flops": self.work.flops, "sent": self.work.sent}
+        work: dict[str, float] = {"flops": self.work.flops, "sent": self.work.sent, "launches": self.work.launches}
         if gpu:
-            work |= {"seconds": self.work.seconds(gpu), "sending_seconds": self.work.sending_seconds(gpu)}
+            work |= {"seconds": self.work.seconds(gpu), "launching_seconds": self.work.launches * gpu.launch}
+            work["sending_seconds"] = self.work.sending_seconds(gpu)
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stretches"} | {
             "method": asdict(self.method),
             "engine": asdict(self.engine),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Gpu:
         bandwidth: bytes per second of its memory.
         link: bytes per second that it sends to its neighbours, one way (NVLink, or PCIe x16).
         memory: bytes, as its driver reports them.
+        launch: seconds that its host takes to launch an operation, in eager mode.
     """
 
     flops: float
@@ -43,6 +44,7 @@ class Gpu:
     bandwidth: float
     link: float
     memory: int = 0
+    launch: float = 7.5e-6
 
 
 GPUS = {
@@ -62,14 +64,18 @@ REFERENCE = "A100-40"
 EFFICIENCY = 0.6
 
 
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str, launch_us: float | None = None) -> Gpu:
     """
+    Args:
+        launch_us: microseconds of :attr:`Gpu.launch`, in the place of its own.
+
     Raises:
         UserError: no such GPU, with the names there are.
     """
     if name not in GPUS:
         raise UserError(f"--gpu {name}: accepted are {', '.join(GPUS)}{did_you_mean(name, GPUS)}")
-    return GPUS[name]
+    gpu = GPUS[name]
+    return gpu if launch_us is None else replace(gpu, launch=1e-6 * launch_us)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,15 @@ class StepWork:
     def seconds(self, gpu: Gpu) -> float:
         """Each operation takes as long as its arithmetic or its traffic, whichever is longer."""
         return sum(count * operation_seconds(*operation, gpu) for operation, count in self.operations.items())
+
+    @property
+    def launches(self) -> int:
+        """Operations that the host launches, one after the other."""
+        return self.operations.total()
+
+    def step_seconds(self, gpu: Gpu) -> float:
+        """The GPU computes while its host launches what follows: the longer of the two."""
+        return max(self.seconds(gpu), self.launches * gpu.launch)
 
     def sending_seconds(self, gpu: Gpu) -> float:
         """All or most of it at the same time as the computing."""
@@ -155,6 +170,8 @@ class Work(TorchDispatchMode):
             return result
         given = [*tensors_in(args), *tensors_in(kwargs.values())]
         returned = list(tensors_in((result,)))
+        if not returned and func._schema.is_mutable:  # of many tensors at once, written over
+            returned = list(tensors_in(args[:1]))
         if not returned or (not func._schema.is_mutable and _is_view(given, returned)):
             return result
         work: float = 0

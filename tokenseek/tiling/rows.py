@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from typing_extensions import Self
 
+from tokenseek.decoder.device import kind_of
 from tokenseek.decoder.masks import SlidingWindow, aligned_mask
 from tokenseek.decoder.names import CACHE_PLACES, KEY_ARGUMENTS, MASK_ARGUMENTS
 from tokenseek.errors import UserError
@@ -93,7 +94,7 @@ class Rows:
     def spans(self) -> Sequence[tuple[int, int, int]]:
         """Up to MAX_SPANS spans of equally many rows."""
         rows, positions = self.index_BR.shape[1], self.on_host
-        count = max(1, min(MAX_SPANS, rows // MIN_SPAN_ROWS.get(self.index_BR.device.type, _MIN_SPAN_ROWS)))
+        count = max(1, min(MAX_SPANS, rows // MIN_SPAN_ROWS.get(kind_of(self.index_BR.device), _MIN_SPAN_ROWS)))
         borders = [rows * i // count for i in range(count + 1)]
         if self.padded or positions is None:  # a repeated row looks at the tokens up to its example's first
             return [(first, last, self.tokens) for first, last in pairwise(borders)]
