@@ -104,18 +104,20 @@ def take_step(
     online = is_online(config, method)
     reach = None if positions_BS is None else PlainReach(partition(positions_BS, None, shape[1], recorded=online))
     parts = None if reach is None else reach.parts
-    if reach:
-        _ = reach.parts.unselected and reach.parts.unselected.on_host  # while its tensors can be read
-        if engine.sp_size == 1:
-            tiles.tiles_of(reach, config.training.tile_rows, method.recompute)
+    device = None if engine.on_cpu else "cuda"  # tensors say that they are on a CPU
     model = build(config, model_config, method, engine)
-    if engine.sp_size > 1 and parts is not None:
-        plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts, method.recompute)
+    with planned_for(device):
+        if reach:
+            _ = reach.parts.unselected and reach.parts.unselected.on_host  # while its tensors can be read
+            if engine.sp_size == 1:
+                tiles.tiles_of(reach, config.training.tile_rows, method.recompute)
+        if engine.sp_size > 1 and parts is not None:
+            plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts, method.recompute)
     decoder, work = find_decoder(model), Work()
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with (
-            planned_for(None if engine.on_cpu else "cuda"),  # the fake tensors say that they are on a CPU
+            planned_for(device),
             nullcontext() if reach is None or online else require_ditching(model).handing(reach),
             fake,
             Ledger(clock=lambda: work.seconds) as ledger,
