@@ -24,6 +24,7 @@ from benchmarks.plan import (
 )
 from benchmarks.shapes import model_config as shape_of
 from tokenseek.cli import main
+from tokenseek.config import load_config
 from tokenseek.errors import UserError
 from tokenseek.models.loading import load_model
 from tokenseek.planning import (
@@ -33,6 +34,7 @@ from tokenseek.planning import (
     Gpu,
     Method,
     StepWork,
+    find_shape,
     largest_ratio,
     plan_memory,
     read_engine,
@@ -307,6 +309,28 @@ def test_ranks_that_share_texts_need_less_and_compute_their_part():
     assert not torch.distributed.is_initialized()
     with pytest.raises(UserError, match="3 sequence-parallel ranks cannot share 4 query heads"):
         plan_memory(config, Method(0.1), Engine("ddp", 3, sp_size=3), model_config=LLAMA)
+
+
+@pytest.mark.parametrize("model,gib", [("llama-3.1-70b", 44.7), ("llama-3.1-8b", 7.5)])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_large_models_in_4_bits_fit_two_small_gpus(engine, model, gib):
+    """Steps on selected tokens, and what is held before them; ordinary training of 8B under FSDP2 does not."""
+    config = load_config("llama-3.1-70b-qlora", [f"model.name_or_path={find_shape(model).name}"])
+    plans = [
+        plan_memory(config, method, Engine(engine, 2), tokens=2048)
+        for method in (Method(0.1, recompute=True), Method(recompute=True))
+    ]
+    ours, ordinary = (max(plan.peak, plan.loading) / 2**30 for plan in plans)
+    assert ours < gib and (ordinary < gib) == ((engine, model) != ("fsdp2", "llama-3.1-8b"))
+
+
+@pytest.mark.parametrize("engine", [Engine(), CPU], ids=["cuda", "cpu"])
+def test_keys_and_values_are_told_from_activations(engine):
+    """Of all tokens, in the layer that has a gradient below it. On a GPU those of few rows are side by side in one."""
+    plan = plan_memory(run_config(*LORA), Method(0.25), engine, model_config=LLAMA)
+    (parts,) = [stretch.parts for stretch in plan.stretches if stretch.name == "head"]
+    of_the_second = 2 * SIZES["tokens"] * LLAMA.num_key_value_heads * (128 // LLAMA.num_attention_heads) * 4
+    assert parts["keys_values"] == pytest.approx(of_the_second, rel=0.1)
 
 
 def test_exact_layers_add_what_they_store():

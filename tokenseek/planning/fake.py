@@ -491,8 +491,8 @@ class _LargestBatch(TorchDispatchMode):
             return _CPU
         if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
             for tensor in args[1:3]:
-                # A view of something larger (queries, keys and values in one) is left where it is.
-                if tensor.untyped_storage().nbytes() <= 1.5 * tensor.nbytes:
+                # Keys and values may be in one; a view of something larger (queries too) is left where it is.
+                if tensor.untyped_storage().nbytes() <= 2 * tensor.nbytes:
                     self.ledger.track([tensor], "keys_values")
         if func is torch.ops.aten.nonzero.default:
             return torch.zeros(args[0].numel(), args[0].dim(), dtype=torch.int64)
