@@ -313,7 +313,8 @@ def _at_equal_seconds(regime: str, epochs: str, steps: list[Row], longer: list[R
         lines.append([METHODS[method].title, share, f"{count}", seconds, group.spread("loss_after", 3), gain])
     titles = ["method", "r", "steps", "seconds", "held-out loss", "of ordinary training's gain"]
     examples = "each example seen once" if epochs == "one" else "the same examples, in several epochs"
-    head = f"**{REGIMES[regime].title}, at equal seconds**, {examples} ({measured[0]['threads']} threads)"
+    threads = f"{(count := measured[0]['threads'])} thread{'s' * (count > 1)}"
+    head = f"**{REGIMES[regime].title}, at equal seconds**, {examples} ({threads})"
     return f"{head}\n\n{markdown(titles, lines)}"
 
 
