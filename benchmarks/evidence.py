@@ -149,11 +149,12 @@ def best_rate(rows: Iterable[Row], regime: str, method: str, ratio: float | None
     return min(first, key=lambda row: row["loss_after"])["rate"] if first else None
 
 
-def base_config(args: argparse.Namespace, new_examples: int | None = None) -> RunConfig:
+def base_config(args: argparse.Namespace, new_examples: int | None = None, held_out: int = HELD_OUT) -> RunConfig:
     """The configuration that all runs of a regime share; writes its data, the first problems that are short enough.
 
     Args:
         new_examples: train on so many, where a run that is longer sees each once.
+        held_out: problems that decide.
 
     Raises:
         SystemExit: there are fewer short problems than that takes.
@@ -161,18 +162,22 @@ def base_config(args: argparse.Namespace, new_examples: int | None = None) -> Ru
     regime = REGIMES[args.regime]
     args.output.mkdir(parents=True, exist_ok=True)
     train, test = (_short_problems(args.data / f"gsm8k_{split}.jsonl") for split in ("train", "test"))
-    count = new_examples or (regime.examples * regime.steps if regime.epochs == 1 else len(train))
+    usual = regime.examples * regime.steps if regime.epochs == 1 else len(train)
+    count = new_examples or usual
     if len(train) < count:
         raise SystemExit(
             f"{count} examples are asked for; {len(train)} have at most {MAX_CHARACTERS} characters. Longer runs can "
             "see them in --epochs several."
         )
-    solved, rng = train[-200:], random.Random(0)  # the last ones are in front of questions only
+    # Solved problems are drawn for further examples at last, so that the others are the same in longer runs.
+    parts = train[: min(usual, count)], test[:HELD_OUT], train[usual:count]
+    if regime.solved:
+        solved, rng = train[-200:], random.Random(0)  # the last ones are in front of questions only
+        parts = tuple([_with_solved(one, rng.sample(solved, regime.solved)) for one in part] for part in parts)
+    first, deciding, further = parts
+    names = f"train-{new_examples}" if new_examples else "train", "test" if held_out == HELD_OUT else f"test-{held_out}"
     files = {}
-    for split, problems in (("train", train[:count]), ("test", test[:HELD_OUT])):
-        if regime.solved:
-            problems = [_with_solved(problem, rng.sample(solved, regime.solved)) for problem in problems]
-        name = f"{split}-{new_examples}" if new_examples and split == "train" else split
+    for split, name, problems in zip(("train", "test"), names, (first + further, deciding[:held_out]), strict=True):
         files[split] = args.output / f"{name}.jsonl"
         text = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
         if not files[split].exists() or files[split].read_text(encoding="utf-8") != text:  # others may be reading it
@@ -233,7 +238,7 @@ def measure_seconds(args: argparse.Namespace) -> None:
 
     Scoring for an index, of the examples of the regime, is counted apart from the steps.
     """
-    base = base_config(args)
+    base = base_config(args, held_out=1)  # what is learned is of no interest
     for repeat in range(args.repeats):
         for method, ratio in _with_ratios(args.methods, args.ratios):
             folder = args.output / "seconds" / f"{repeat}"

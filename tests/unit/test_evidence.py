@@ -1,5 +1,6 @@
 """The runs of the evidence and its tables; the page shows the committed rows."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -106,6 +107,21 @@ def test_longer_runs_see_new_examples_or_the_same_ones_again(tmp_path):
         (35, 4e-3, "one"),
     ]
     assert not {one.name for one in longer} & {trial("short-4", "online", 0.1, 4e-3, seed).name for seed in (0, 1)}
+
+
+def test_longer_runs_are_judged_by_the_same_problems(tmp_path):
+    for split in ("train", "test"):
+        problems = [{"question": f"{split} {number}?", "answer": "3"} for number in range(1000)]
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in problems))
+    args = Namespace(regime="long-4", output=tmp_path / "out", data=tmp_path, model="model")
+    read = lambda name: (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()  # noqa: E731
+    base_config(args)
+    usual, deciding = read("train"), read("test")
+    base_config(args, 180)
+    assert read("train-180")[:80] == usual and len(set(read("train-180"))) == 180
+    assert read("test") == deciding
+    base_config(args, held_out=1)
+    assert read("test-1") == deciding[:1]
 
 
 def test_table_at_equal_seconds():
