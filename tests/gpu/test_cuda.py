@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenseek.decoder.find import find_decoder
 from tokenseek.ditching import enable_token_ditching
 from tokenseek.ditching.lanes import CudaLane, lane_of
+from tokenseek.models.kernels import apply_liger, compile_regions
 from tokenseek.seeking import TokenScorer
 from tokenseek.seeking.gradient import _head_chunk
 
@@ -129,6 +130,25 @@ def test_every_attention_kernel_gives_the_same(kernel, selected):
             raise
         pytest.skip(f"this device or version of torch has no {kernel} kernel for these shapes")
     assert_close(actual, expected, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "phi3"])
+def test_ligers_kernels_give_the_same(kind):
+    pytest.importorskip("liger_kernel")
+    expected = reference(tiny_model(kind), make_batch(), SELECTED)
+    model = tiny_model(kind).cuda()
+    apply_liger(model)
+    loss = enable_token_ditching(model)(**on_cuda(make_batch()), selected_positions=SELECTED.cuda()).loss
+    assert_close(gradients(model, loss), expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_compiled_regions_give_the_same(kind):
+    expected = reference(tiny_model(kind), make_batch(), SELECTED)
+    model = tiny_model(kind).cuda()
+    compile_regions(model)
+    loss = enable_token_ditching(model)(**on_cuda(make_batch()), selected_positions=SELECTED.cuda()).loss
+    assert_close(gradients(model, loss), expected, 1e-4)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.05)], ids=str)

@@ -312,7 +312,7 @@ def test_ranks_that_share_texts_need_less_and_compute_their_part():
 
 
 @pytest.mark.parametrize("model,gib", [("llama-3.1-70b", 44.7), ("llama-3.1-8b", 7.5)])
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_large_models_in_4_bits_fit_two_small_gpus(engine, model, gib):
     """Steps on selected tokens, and what is held before them; ordinary training of 8B under FSDP2 does not."""
     config = load_config("llama-3.1-70b-qlora", [f"model.name_or_path={find_shape(model).name}"])

@@ -96,6 +96,26 @@ def test_the_index_holds_the_scores_of_every_example(scorer, dataset, plan, expe
         assert index.tokens_crc(row) == tokens_crc(example["input_ids"])
 
 
+def test_the_next_batch_is_prepared_before_the_scores_of_one_are_read(scorer, dataset, plan, monkeypatch):
+    """On a GPU reading them waits: once a batch, and while there is nothing left to prepare."""
+    done, cpu = [], torch.Tensor.cpu
+
+    class Noting(CountingScorer):
+        def prepare(self, *batch):
+            done.append("prepare")
+            return super().prepare(*batch)
+
+        def run(self, batch):
+            done.append("run")
+            return super().run(batch)
+
+    batches = [rows for shard in plan.shards for rows in shard][:3]
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (done.append("read"), cpu(tensor))[1])
+    for _, scored in score_batches(Noting(scorer), dataset, batches):
+        list(scored)
+    assert done == ["prepare", "run", "prepare", "read", "run", "prepare", "read", "run", "read"]
+
+
 def test_a_process_that_comes_after_the_merge_finds_nothing_to_do(dataset, plan, tmp_path):
     store = make_store(tmp_path / "shards", plan)  # before the others finished, merged and removed all
     shutil.rmtree(tmp_path / "shards")
