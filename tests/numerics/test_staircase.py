@@ -285,6 +285,20 @@ class TestMasks:
         assert mask.shape == (2, 1, repeats * 5, keys) and mask.stride(-2) % MASK_STRIDE == 0
         assert torch.equal(mask == 0, seen.repeat(1, 1, repeats, 1)) and torch.equal(mask.isinf(), mask < 0)
 
+    @pytest.mark.parametrize("lengths", [(61,), (61, 40)])
+    def test_selected_rows_have_such_masks_alone(self, monkeypatch, lengths):
+        """In every call of the backend's kernels: autograd would keep the copy that a kernel makes, layer by layer."""
+        strides, original = [], torch.nn.functional.scaled_dot_product_attention
+
+        def spied(query, key, value, attn_mask=None, **kwargs):
+            strides.extend([] if attn_mask is None else [attn_mask.stride(-2)])
+            return original(query, key, value, attn_mask=attn_mask, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
+        model = tokenseek.enable_token_ditching(tiny_model("llama"))
+        model(**make_batch(lengths), selected_positions=torch.arange(0, 39, 2).expand(len(lengths), -1)).loss.backward()
+        assert strides and not any(stride % MASK_STRIDE for stride in strides)
+
     def test_numbers_stay(self):
         numbers = torch.randn(1, 1, 4, 7)
         assert torch.equal(aligned_mask(numbers, torch.float32, 2), numbers.repeat(1, 1, 2, 1))

@@ -10,13 +10,16 @@ import peft
 import pytest
 import torch
 from tiny_models import tiny_model
+from tiny_preset import tiny_preset
 from torch._dynamo.testing import CompileCounter
 
 import tokenseek
 from tokenseek.errors import UserError
+from tokenseek.launching import processes
 from tokenseek.launching.environment import let_memory_segments_grow
 from tokenseek.models import loading
 from tokenseek.models.kernels import apply_liger, compile_regions, require_kernels
+from tokenseek.runs import train
 from tokenseek.training.arguments import training_arguments
 
 
@@ -139,3 +142,23 @@ def test_segments_grow_unless_said_otherwise(monkeypatch):
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     let_memory_segments_grow()
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_a_launch_lets_them_grow_before_it_touches_a_gpu(monkeypatch):
+    done = []
+    monkeypatch.setattr(processes.environment, "let_memory_segments_grow", lambda: done.append("grow"))
+    monkeypatch.setattr(
+        processes, "PartialState", lambda **options: done.append("join") or SimpleNamespace(num_processes=1)
+    )
+    processes.join_processes()
+    assert done == ["grow", "join"]
+
+
+@pytest.mark.parametrize("setting", ["compile", "liger"])
+def test_a_run_has_the_kernels_that_it_asks_for(monkeypatch, tmp_path, setting):
+    asked = []
+    monkeypatch.setattr("tokenseek.runs.preparation.require_kernels", lambda config: None)
+    for name in ("compile_regions", "apply_liger"):
+        monkeypatch.setattr(train, name, lambda model, name=name: asked.append(name))
+    train.train(tiny_preset(tmp_path, f"training.{setting}=true", "selection.rule=random", "training.max_steps=1"))
+    assert asked == [{"compile": "compile_regions", "liger": "apply_liger"}[setting]]

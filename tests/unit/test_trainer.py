@@ -1,5 +1,7 @@
 """What TokenSeekTrainer adds to Trainer: epochs of random selections, evaluation on all tokens, refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from closeness import assert_close
@@ -137,6 +139,22 @@ def test_ddp_looks_for_parameters_without_gradient_where_it_is_told_to(given, fo
     arguments = tiny_arguments(tmp_path, ddp_find_unused_parameters=given)
     trainer = TokenSeekTrainer(tiny_model("llama"), arguments, data_collator=TokenSeekCollator(path, 0.5))
     assert trainer.args.ddp_find_unused_parameters is found
+
+
+def test_zero3_fetches_a_layer_ahead(monkeypatch, path, dataset, tmp_path):
+    class Reached(Exception):
+        pass
+
+    def fetch(decoder, zero):
+        raise Reached(len(decoder.layers), zero)
+
+    monkeypatch.setattr("tokenseek.training.trainer.fetch_a_layer_ahead", fetch)
+    arguments, zero = tiny_arguments(tmp_path), {"stage3_prefetch_bucket_size": "auto"}
+    config = SimpleNamespace(config={"zero_optimization": zero})
+    arguments.deepspeed_plugin = SimpleNamespace(hf_ds_config=config)
+    with pytest.raises(Reached) as reached:
+        TokenSeekTrainer(tiny_model("llama"), arguments, data_collator=TokenSeekCollator(path), train_dataset=dataset)
+    assert reached.value.args == (4, zero)
 
 
 def test_ditching_that_is_enabled_already_is_kept(path, dataset, tmp_path):
