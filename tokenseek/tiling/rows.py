@@ -105,11 +105,11 @@ class Rows:
     def tile(self, first: int, last: int, stretches: int = 1) -> Self:
         """Rows [first, last) of each of so many equal stretches of these rows; they keep nothing."""
         rows = copy(self)
-        for name in ("on_host", "spans", "alone", "_slots", "_flat", "causal_mask"):
-            rows.__dict__.pop(name, None)
-        for name in ("index_BR", "valid_BR"):
-            if name in rows.__dict__:
-                rows.__dict__[name] = rows.__dict__[name].unflatten(1, (stretches, -1))[:, :, first:last].flatten(1)
+        for name, value in vars(self).items():
+            if name in ("index_BR", "valid_BR"):
+                rows.__dict__[name] = value.unflatten(1, (stretches, -1))[:, :, first:last].flatten(1)
+            elif isinstance(getattr(type(self), name, None), cached_property):  # of all of these rows
+                del rows.__dict__[name]
         rows._made, rows.keeps = {}, False
         return rows
 
