@@ -103,16 +103,16 @@ def take_step(
         positions_BS = _spread_positions(1.0, *shape)
     online = is_online(config, method)
     reach = None if positions_BS is None else PlainReach(partition(positions_BS, None, shape[1], recorded=online))
-    parts = None if reach is None else reach.parts
     device = None if engine.on_cpu else "cuda"  # tensors say that they are on a CPU
     model = build(config, model_config, method, engine)
     with planned_for(device):
         if reach:
-            _ = reach.parts.unselected and reach.parts.unselected.on_host  # while its tensors can be read
-            if engine.sp_size == 1:
+            parts = reach.parts
+            _ = parts.unselected and parts.unselected.on_host  # while its tensors can be read
+            if engine.sp_size > 1:
+                plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts, method.recompute)
+            else:
                 tiles.tiles_of(reach, config.training.tile_rows, method.recompute)
-        if engine.sp_size > 1 and parts is not None:
-            plan_as_first_rank(model, engine.sp_size, config.training.sequence_layout, parts, method.recompute)
     decoder, work = find_decoder(model), Work()
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
