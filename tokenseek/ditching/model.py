@@ -93,9 +93,9 @@ def make_causal_lm_forward(causal_lm: nn.Module) -> Callable[..., Any]:
 def _sign(forward: Any, causal_lm: nn.Module) -> None:
     """Trainers read the signature to learn which columns the model takes and whether it normalises its loss itself."""
     parameters = list(inspect.signature(type(causal_lm).forward).parameters.values())
-    names_added = ["selected_positions", "selected_weights", "planned_rows"]
-    names_added += ["selection", "selection_keys", "known_batch"]
-    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names_added]
+    selected = "selected_positions", "selected_weights", "planned_rows"
+    selecting = "selection", "selection_keys", "known_batch"
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in (*selected, *selecting)]
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     forward.__signature__ = inspect.Signature([*parameters[:at], *added, *parameters[at:]])
 

@@ -203,8 +203,9 @@ def _batch_of(
     decoder, (batch, tokens) = ditching.decoder, targets_BT.shape
     recomputes = ditching.recomputes(decoder.layers[-1])
     whole = PackedText(alone) if alone else PlainText((batch, tokens))
+    is_right_padded = known is None or known.is_right_padded
     if ditching.sequence is None:
-        own = _all_rows_arguments(arguments, mask, position_ids, known is None or known.is_right_padded)
+        own = _all_rows_arguments(arguments, mask, position_ids, is_right_padded)
         tiled = tiled_pass(decoder, whole, ditching.tile_rows, recomputes)
         attention: Attending | None = None
         if alone:
@@ -216,7 +217,7 @@ def _batch_of(
         if attention is not None:  # with a mask of its own the model does not tell examples apart once more
             own["attention_mask"] = torch.ones_like(targets_BT)
         return _Batch(targets_BT, valid_BT, examples, None, tiled, targets_BT, own_R, own, attention)
-    text = _dealt(ditching.sequence, decoder, arguments, labels_BT, selection_keys)
+    text = _dealt(ditching.sequence, decoder, arguments, labels_BT, selection_keys, is_right_padded)
     masked = targets_BT.shape[1], position_ids if mask is None else None
     attention = partial(_each_alone_on_ranks, text, alone) if alone else partial(text.attention, masked=masked)
     tiled = tiled_pass(decoder, TextInTiles(text, whole), ditching.tile_rows, recomputes)
@@ -414,15 +415,10 @@ def _each_row_alone(decoder: Decoder, tokens: int, replace: Replace) -> Iterator
         yield
 
 
-@contextmanager
-def _each_alone(decoder: Decoder, lengths: list[int], replace: Replace) -> Iterator[None]:
+def _each_alone(decoder: Decoder, lengths: list[int], replace: Replace) -> AbstractContextManager[None]:
     """In the block, attention is `replace` of one in which examples of these lengths attend alone."""
     alone = every_example_alone(lengths)
-    with (
-        whole_masks(decoder, max(lengths), None, None),
-        attention_replaced(decoder.causal_lm, lambda original: replace(alone(original))),
-    ):
-        yield
+    return _each_row_alone(decoder, max(lengths), lambda original: replace(alone(original)))
 
 
 def _each_alone_on_ranks(
@@ -449,6 +445,7 @@ def _dealt(
     arguments: dict[str, Any],
     labels_BT: torch.Tensor,
     selection_keys: torch.Tensor,
+    is_right_padded: bool,
 ) -> DealtText:
     """The batch, of which each rank of a group runs some tokens in the first pass.
 
@@ -458,7 +455,7 @@ def _dealt(
     input_ids, mask, position_ids = (arguments.get(n) for n in ("input_ids", "attention_mask", "position_ids"))
     if input_ids is None:
         raise UserError("selection under sequence parallelism needs input_ids; inputs_embeds are not dealt to ranks.")
-    if mask is not None and not bool((mask[:, :-1] >= mask[:, 1:]).all()):
+    if not is_right_padded:
         raise UserError("selection under sequence parallelism needs padding on the right.")
     sequence.require_same(
         input_ids=input_ids,

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from tokenseek.decoder.head import next_token_labels
 from tokenseek.ditching.packing import reach_on_host
 from tokenseek.ditching.reach import PlainReach
-from tokenseek.ditching.rows import partition
+from tokenseek.ditching.rows import is_right_padded, partition
 from tokenseek.labels import IGNORED
 from tokenseek.selection.batched import Example, examples_of
 
@@ -97,11 +97,11 @@ class KnownBatch:
         labels_BT, keys_E = labels_BT.cpu(), keys_E.cpu()
         mask_BT = None if attention_mask_BT is None else attention_mask_BT.cpu()
         positions_BT = None if position_ids_BT is None else position_ids_BT.cpu()
-        is_right_padded = mask_BT is None or bool((mask_BT[:, :-1] >= mask_BT[:, 1:]).all())
+        behind = mask_BT is None or is_right_padded(mask_BT)
         examples = examples_of(mask_BT, positions_BT, labels_BT.shape)
         targets_BT = targets_of(labels_BT, mask_BT)
         supervised_R = targets_BT.flatten().ne(IGNORED).nonzero().squeeze(1)
-        return cls(mask_BT, positions_BT, is_right_padded, examples, targets_BT, keys_E, supervised_R)
+        return cls(mask_BT, positions_BT, behind, examples, targets_BT, keys_E, supervised_R)
 
     def planned(self, positions_BS: torch.Tensor, attention_is_ours: bool) -> PlannedRows | None:
         """The rows at `positions_BS`, which the host has selected; the others have run before."""

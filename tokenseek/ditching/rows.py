@@ -122,6 +122,11 @@ def _on_host(positions_BS: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[
     return joined[:, : positions_BS.shape[1]].contiguous(), joined[:, positions_BS.shape[1] :]
 
 
+def is_right_padded(mask_BT: torch.Tensor) -> bool:
+    """Whether padding, where the mask is 0, is behind the tokens of every example; the host waits for it."""
+    return bool((mask_BT[:, :-1] >= mask_BT[:, 1:]).all())
+
+
 def _partition(
     positions_BS: torch.Tensor, mask_BT: torch.Tensor | None, tokens: int, recorded: bool, given: str
 ) -> Partition:
@@ -137,7 +142,7 @@ def _partition(
     if mask_BT is not None:
         if not bool((is_token_BT.gather(1, positions_BS.clamp(min=0)) | ~chosen_BS).all()):
             raise UserError(f"{given} point at padding (attention_mask 0); select real tokens only.")
-        right_padded = bool((is_token_BT[:, :-1] >= is_token_BT[:, 1:]).all())
+        right_padded = is_right_padded(is_token_BT)
 
     # What comes behind the last selected token is seen by no selected token.
     is_unselected_BT = is_token_BT & (torch.arange(tokens) < positions_BS.amax(1, keepdim=True))
