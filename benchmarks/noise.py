@@ -15,9 +15,9 @@ No seconds are measured, so that the machine need not be idle.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,11 +25,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokenseek
-from benchmarks.evidence import MAX_CHARACTERS
-from tokenseek import SelectionRule
+from benchmarks.evidence import base_config
+from tokenseek import PaddingCollator, SelectionRule, TokenSeekCollator
 from tokenseek.ditching import Seeking
-from tokenseek.labels import IGNORED
-from tokenseek.selection.batched import draw_key
 from tokenseek.sweeps.sweep import append_row
 from tokenseek.sweeps.tables import markdown
 
@@ -94,24 +92,6 @@ def gradient_of(model: nn.Module, **batch: Any) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def batch_of(tokenizer: Any, problems: list[dict[str, str]]) -> dict[str, torch.Tensor]:
-    """Questions and answers, right-padded, with a loss on the answers."""
-    rows = []
-    for problem in problems:
-        question, answer = (
-            tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (problem["question"] + "\n", problem["answer"] + tokenizer.eos_token)
-        )
-        rows.append((question + answer, [IGNORED] * len(question) + answer))
-    longest = max(len(ids) for ids, _ in rows)
-    padded = lambda values, fill: torch.tensor([[*v, *[fill] * (longest - len(v))] for v in values])  # noqa: E731
-    return {
-        "input_ids": padded([ids for ids, _ in rows], 0),
-        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
-        "labels": padded([labels for _, labels in rows], IGNORED),
-    }
-
-
 def trained_a_little(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
     """Ordinary steps of AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
@@ -123,7 +103,7 @@ def trained_a_little(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k_train.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--ratio", type=float, default=0.1)
     parser.add_argument("--draws", type=int, default=16)
@@ -137,31 +117,26 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    lines = (args.data / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
-    problems = [each for each in map(json.loads, lines) if sum(map(len, each.values())) <= MAX_CHARACTERS]
-    batches = [
-        batch_of(tokenizer, problems[first : first + args.batch])
-        for first in range(0, args.batch * (args.steps + 1), args.batch)
-    ]
+    count = args.batch * (args.steps + 1)
+    with TemporaryDirectory() as folder:
+        args.output, args.regime = Path(folder), "short-4"
+        examples = list(tokenseek.prepare_dataset(base_config(args, count).data, tokenizer).dataset)
+    pad = PaddingCollator(tokenizer.pad_token_id)
+    *before, deciding = (examples[first : first + args.batch] for first in range(0, count, args.batch))
     adapters = LoraConfig(r=8, lora_alpha=16, target_modules=["gate_proj", "up_proj", "down_proj"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), adapters)
-    *before, batch = batches
-    trained_a_little(model, before)
-    full = gradient_of(model, **batch)
+    trained_a_little(model, [pad(few) for few in before])
+    full = gradient_of(model, **pad(deciding))
     table = []
     for name in args.ways:
         way = WAYS[name]
         tokenseek.enable_token_ditching(model, seeking=Seeking(**way.seeking))
         rule = way.selection(args.ratio)
-        draws = [
-            gradient_of(
-                model,
-                **batch,
-                selection=rule,
-                selection_keys=torch.tensor([draw_key(example, visit) for example in range(args.batch)]),
-            )
-            for visit in range(args.draws if rule.rule == "sampled" else 1)
-        ]
+        select = TokenSeekCollator(None, rule=rule, online=True, pad_token_id=tokenizer.pad_token_id)
+        draws = []
+        for visit in range(args.draws if rule.rule == "sampled" else 1):
+            select.set_epoch(visit)
+            draws.append(gradient_of(model, **select(deciding)))
         # What is not drawn has no variance.
         noise = measure(full, draws if len(draws) > 1 else draws * 2)
         row = {"way": name, "ratio": args.ratio, "batch": args.batch, "steps": args.steps, "draws": len(draws)}

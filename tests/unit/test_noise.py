@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.noise import WAYS, Noise, batch_of, measure
+from benchmarks.noise import WAYS, Noise, measure
 from tokenseek.ditching import Seeking
 
 
@@ -27,17 +27,3 @@ def test_the_same_too_short_gradient_every_time_is_bias_alone():
 def test_every_way_is_a_rule_and_its_scores(name):
     assert WAYS[name].selection(0.1).ratio == 0.1
     Seeking(**WAYS[name].seeking)
-
-
-class _Letters:
-    eos_token = "."
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": [ord(letter) for letter in text]}
-
-
-def test_losses_are_on_answers():
-    batch = batch_of(_Letters(), [{"question": "ab", "answer": "c"}, {"question": "a", "answer": "b"}])
-    assert batch["input_ids"].tolist() == [[97, 98, 10, 99, 46], [97, 10, 98, 46, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, -100, 99, 46], [-100, -100, 98, 46, -100]]
-    assert batch["attention_mask"].sum(1).tolist() == [5, 4]
