@@ -42,6 +42,7 @@ class Regime:
         steps: of a run.
         solved: problems with their answers in front of each question.
         epochs: about so many times a run sees the training examples; more than once all that there are.
+        max_characters: of question and answer.
     """
 
     title: str
@@ -51,11 +52,13 @@ class Regime:
     solved: int = 0
     max_length: int = 512
     epochs: int = 1
+    max_characters: int = 250
 
 
 REGIMES = {
     "short-4": Regime("short prompts, steps of 4 examples", 4, 20, 4),
     "short-32": Regime("short prompts, steps of 32 examples", 32, 20, 8, epochs=2),
+    "once-32": Regime("short prompts, steps of 32 examples, each seen once", 32, 16, 8, max_characters=300),
     "long-4": Regime("five solved problems before each question, steps of 4", 4, 20, 4, solved=5, max_length=1024),
 }
 
@@ -105,11 +108,18 @@ METHODS = {
     "exact-1-explore-0.1": Method(
         "the same, explore 0.1", {**_ONLINE, "selection.exact_layers": 1, "selection.explore": 0.1}
     ),
+    "exact-1-beta1-0.95": Method(
+        "drawn by gradient, online, 1 exact layer, AdamW's beta1 0.95",
+        {**_ONLINE, "selection.exact_layers": 1, "training.extra.adam_beta1": 0.95},
+    ),
+    "exact-1-beta2-0.99": Method(
+        "drawn by gradient, online, 1 exact layer, AdamW's beta2 0.99",
+        {**_ONLINE, "selection.exact_layers": 1, "training.extra.adam_beta2": 0.99},
+    ),
     "exact-4": Method("drawn by gradient, online, 4 exact layers", {**_ONLINE, "selection.exact_layers": 4}),
     "exact-8": Method("drawn by gradient, online, 8 exact layers", {**_ONLINE, "selection.exact_layers": 8}),
 }
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-MAX_CHARACTERS = 250  # of question and answer
 HELD_OUT = 24
 
 
@@ -161,13 +171,15 @@ def base_config(args: argparse.Namespace, new_examples: int | None = None, held_
     """
     regime = REGIMES[args.regime]
     args.output.mkdir(parents=True, exist_ok=True)
-    train, test = (_short_problems(args.data / f"gsm8k_{split}.jsonl") for split in ("train", "test"))
+    train, test = (
+        _short_problems(args.data / f"gsm8k_{split}.jsonl", regime.max_characters) for split in ("train", "test")
+    )
     usual = regime.examples * regime.steps if regime.epochs == 1 else len(train)
     count = new_examples or usual
     if len(train) < count:
         raise SystemExit(
-            f"{count} examples are asked for; {len(train)} have at most {MAX_CHARACTERS} characters. Longer runs can "
-            "see them in --epochs several."
+            f"{count} examples are asked for; {len(train)} have at most {regime.max_characters} characters. "
+            "Longer runs can see them in --epochs several."
         )
     # Solved problems are drawn for further examples at last, so that the others are the same in longer runs.
     parts = train[: min(usual, count)], test[:HELD_OUT], train[usual:count]
@@ -208,9 +220,9 @@ def base_config(args: argparse.Namespace, new_examples: int | None = None, held_
     )
 
 
-def _short_problems(path: Path) -> list[dict[str, str]]:
+def _short_problems(path: Path, max_characters: int) -> list[dict[str, str]]:
     problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [problem for problem in problems if sum(map(len, problem.values())) <= MAX_CHARACTERS]
+    return [problem for problem in problems if sum(map(len, problem.values())) <= max_characters]
 
 
 def _with_solved(problem: dict[str, str], solved: list[dict[str, str]]) -> dict[str, str]:
