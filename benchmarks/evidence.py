@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.pages import write_into
 from tokenseek.config import RunConfig, load_config
 from tokenseek.sweeps.sweep import Row, Sweep, Trial, append_row, read_rows
@@ -386,6 +387,7 @@ def main() -> None:
             write_into(args.into, text)
         return
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     if args.command == "seconds":
         measure_seconds(args)
         return

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.memory import LiveStorages, SavedActivations, storage_bytes
 from benchmarks.methods import DEFAULT_METHODS, Method, build, make_batch, make_ragged_batch
 from tokenseek.decoder.find import find_decoder
@@ -51,6 +52,8 @@ def measure(
     """
     if threads:
         torch.set_num_threads(threads)
+    if device == "cpu":
+        keep_freed_memory()
     model, loss_of = build(method, shape, DTYPES[dtype], device)
     vocab = find_decoder(model).causal_lm.config.vocab_size
     if isinstance(tokens, str):
