@@ -122,6 +122,7 @@ METHODS = {
 }
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 HELD_OUT = 24
+SECONDS_RESERVE = 10 * 2**30  # bytes, more than any method takes
 
 
 def trial(
@@ -387,7 +388,7 @@ def main() -> None:
             write_into(args.into, text)
         return
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    keep_freed_memory(at_once=SECONDS_RESERVE if args.command == "seconds" else 0)
     if args.command == "seconds":
         measure_seconds(args)
         return

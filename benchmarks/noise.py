@@ -15,19 +15,25 @@ No seconds are measured, so that the machine need not be idle.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokenseek
 from benchmarks.evidence import base_config
 from tokenseek import PaddingCollator, SelectionRule, TokenSeekCollator
-from tokenseek.ditching import Seeking
+from tokenseek.ditching import Seeking, online
+from tokenseek.selection.batched import Example, Selection, select_batch
 from tokenseek.sweeps.sweep import append_row
 from tokenseek.sweeps.tables import markdown
 
@@ -36,11 +42,16 @@ RATE = 4e-3
 
 @dataclass(frozen=True)
 class Way:
-    """A way to select: its name in the table, and what it changes in the default of the library's docs."""
+    """A way to select: its name in the table, and what it changes in the default of the library's docs.
+
+    Attributes:
+        of_batch: the ratio is of the whole batch, so that examples whose scores are large get more of it.
+    """
 
     title: str
     rule: dict[str, Any] = field(default_factory=dict)
     seeking: dict[str, Any] = field(default_factory=dict)
+    of_batch: bool = False
 
     def selection(self, ratio: float) -> SelectionRule:
         """The rule at a ratio."""
@@ -59,6 +70,9 @@ WAYS = {
     "exact-1": Way("1 exact layer", seeking={"reduction": "l2", "exact_layers": 1}),
     "exact-1-all": Way("the same, all tokens compete", {"scope": "all"}, {"reduction": "l2", "exact_layers": 1}),
     "exact-1-0.1": Way("the same, explore 0.1", {"explore": 0.1}, {"reduction": "l2", "exact_layers": 1}),
+    "exact-1-batch": Way(
+        "1 exact layer, one budget for the batch", seeking={"reduction": "l2", "exact_layers": 1}, of_batch=True
+    ),
     "exact-4": Way("4 exact layers", seeking={"reduction": "l2", "exact_layers": 4}),
     "exact-8": Way("8 exact layers", seeking={"reduction": "l2", "exact_layers": 8}),
     "response": Way("all response tokens", {"rule": "all", **_UNSCORED}),
@@ -90,6 +104,26 @@ def gradient_of(model: nn.Module, **batch: Any) -> torch.Tensor:
     model.zero_grad()
     model(**batch).loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def select_of_whole_batch(
+    rule: SelectionRule,
+    examples: Sequence[Example],
+    keys_E: torch.Tensor,
+    context_BT: torch.Tensor | None,
+    gradient_BT: torch.Tensor | None,
+    supervised_BT: torch.Tensor,
+) -> Selection:
+    """As :func:`select_batch`, with all tokens of the batch as one example's, whose key is that of the first."""
+    rows, tokens = supervised_BT.shape
+    every = np.concatenate([example.row * tokens + example.positions for example in examples])
+    in_one_row = [None if given is None else given.reshape(1, -1) for given in (context_BT, gradient_BT)]
+    chosen, weights = select_batch(rule, [Example(0, every)], keys_E[:1], *in_one_row, supervised_BT.reshape(1, -1))
+    of_row = [chosen[0] // tokens == row for row in range(rows)]
+    return Selection(
+        pad_sequence([chosen[0][own] % tokens for own in of_row], batch_first=True, padding_value=-1),
+        pad_sequence([weights[0][own] for own in of_row], batch_first=True),
+    )
 
 
 def trained_a_little(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
@@ -134,9 +168,11 @@ def main() -> None:
         rule = way.selection(args.ratio)
         select = TokenSeekCollator(None, rule=rule, online=True, pad_token_id=tokenizer.pad_token_id)
         draws = []
-        for visit in range(args.draws if rule.rule == "sampled" else 1):
-            select.set_epoch(visit)
-            draws.append(gradient_of(model, **select(deciding)))
+        selecting = patch.object(online, "select_batch", select_of_whole_batch) if way.of_batch else nullcontext()
+        with selecting:
+            for visit in range(args.draws if rule.rule == "sampled" else 1):
+                select.set_epoch(visit)
+                draws.append(gradient_of(model, **select(deciding)))
         # What is not drawn has no variance.
         noise = measure(full, draws if len(draws) > 1 else draws * 2)
         row = {"way": name, "ratio": args.ratio, "batch": args.batch, "steps": args.steps, "draws": len(draws)}
