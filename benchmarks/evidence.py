@@ -240,9 +240,11 @@ def planned(args: argparse.Namespace, rows: list[Row]) -> list[Trial]:
         if same and args.stage != "longer":
             continue
         if args.stage == "scan":
-            found += [trial(args.regime, method, ratio, rate, args.seeds[0]) for rate in args.rates]
-        elif (rate := best_rate(rows, args.regime, same or method, ratio)) is not None:
-            more = (args.steps, args.epochs) if args.stage == "longer" else ()
+            found += [trial(args.regime, method, ratio, rate, args.seeds[0]) for rate in args.rates or RATES]
+            continue
+        best = best_rate(rows, args.regime, same or method, ratio)
+        more = (args.steps, args.epochs) if args.stage == "longer" else ()
+        for rate in args.rates or ([] if best is None else [best]):
             found += [trial(args.regime, method, ratio, rate, seed, *more) for seed in args.seeds]
     return found
 
@@ -278,7 +280,8 @@ def table(rows: list[Row]) -> str:
         measured = [row for row in own if "seconds_a_step" in row]
         runs = [row for row in own if "loss_after" in row]
         steps = [row for row in runs if "epochs" not in row]
-        parts.append(_at_equal_steps(regime, steps))
+        if {row["method"] for row in steps} != {"ordinary"}:
+            parts.append(_at_equal_steps(regime, steps))
         for epochs in ("one", "several"):
             longer = [row for row in runs if row.get("epochs") == epochs]
             if longer and measured:
@@ -333,7 +336,7 @@ def _at_equal_seconds(regime: str, epochs: str, steps: list[Row], longer: list[R
     titles = ["method", "r", "steps", "seconds", "held-out loss", "of ordinary training's gain"]
     examples = "each example seen once" if epochs == "one" else "the same examples, in several epochs"
     threads = f"{(count := measured[0]['threads'])} thread{'s' * (count > 1)}"
-    head = f"**{REGIMES[regime].title}, at equal seconds**, {examples} ({threads})"
+    head = f"**{REGIMES[regime].title}, at equal seconds**, {examples} ({threads}, from {before:.3f} nats per token)"
     return f"{head}\n\n{markdown(titles, lines)}"
 
 
@@ -370,7 +373,9 @@ def main() -> None:
     shared.add_argument("--threads", type=int, default=1)
     run = commands.add_parser("run", parents=[shared])
     run.add_argument("--stage", choices=("scan", "confirm", "longer"), required=True)
-    run.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    run.add_argument(
+        "--rates", type=float, nargs="+", help="default: four to scan, and the best of these in the other stages"
+    )
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--steps", type=int, help="of stage longer")
     run.add_argument("--epochs", choices=("one", "several"), default="one", help="of stage longer")

@@ -33,7 +33,7 @@ ROWS = [
 
 
 def test_scan_runs_every_rate_and_confirm_the_best_one_with_all_seeds():
-    args = Namespace(regime="short-4", methods=["ordinary", "online"], ratios=[0.1, 0.3], rates=RATES, seeds=[0, 1, 2])
+    args = Namespace(regime="short-4", methods=["ordinary", "online"], ratios=[0.1, 0.3], rates=None, seeds=[0, 1, 2])
     args.stage = "scan"
     scanned = planned(args, [])
     assert len(scanned) == len({t.name for t in scanned}) == 3 * len(RATES)
@@ -80,7 +80,8 @@ def test_table(tmp_path):
         "0.004: 1.250 |"
     ]
     assert "| ordinary training |  | 0.004 | 1.100 (1.000 to 1.200) | 100.0% (2 seeds) |" in text
-    assert "**five solved problems before each question" in text
+    assert "**five solved problems before each question" not in text  # ordinary training alone
+    assert "**five solved problems before each question" in table([*ROWS, row("online", 0.1, 4e-3, 0, 0.6, "long-4")])
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- table -->\nold\n<!-- end of table -->\nb\n")
     write_into(page, text)
@@ -96,6 +97,7 @@ def test_longer_runs_see_new_examples_or_the_same_ones_again(tmp_path):
         (tmp_path / f"gsm8k_{split}.jsonl").write_text(problem * 1000)
     args = Namespace(regime="short-4", output=tmp_path / "out", data=tmp_path, model="model", stage="longer")
     args = Namespace(**vars(args), methods=["online"], ratios=[0.1], seeds=[0, 1], steps=35, epochs="one")
+    args.rates = None
     usual, more = base_config(args), base_config(args, 35 * 4)
     lengths = [len(Path(config.data.sources[0].path).read_text().splitlines()) for config in (usual, more)]
     assert lengths == [80, 140]
@@ -106,6 +108,8 @@ def test_longer_runs_see_new_examples_or_the_same_ones_again(tmp_path):
         (35, 4e-3, "one"),
         (35, 4e-3, "one"),
     ]
+    args.rates = [8e-3]  # what another regime found
+    assert [one.labels["rate"] for one in planned(args, [])] == [8e-3, 8e-3]
     assert not {one.name for one in longer} & {trial("short-4", "online", 0.1, 4e-3, seed).name for seed in (0, 1)}
 
 
@@ -143,7 +147,8 @@ def test_table_at_equal_seconds():
     text = table([*ROWS, *longer, scored, *measured])
     assert table(ROWS).split("\n\n")[1] in text  # longer runs are in tables of their own
     of_one, of_several = (part for part in text.split("\n\n**") if "at equal seconds" in part)
-    assert "each example seen once (2 threads)" in of_one and "in several epochs (2 threads)" in of_several
+    assert "each example seen once (2 threads, from 2.000 nats" in of_one
+    assert "in several epochs (2 threads, from 2.000 nats" in of_several
     assert "| ordinary training |  | 20 | 60 | 1.100 (1.000 to 1.200) | 100.0% (2 seeds) |" in of_one
     assert "| drawn by gradient, online | 0.1 | 30 | 60 | 0.900 (0.900 to 0.900) | 122.2% (2 seeds) |" in of_one
     assert "| drawn by gradient, index | 0.1 | 40 | 60 | 1.500 | 50.0% (1 seed) |" in of_one
