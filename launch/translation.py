@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-DOMAINS = ("medical", "law", "it", "subtitles")
+from tokenseek.data.translation import DOMAINS, as_completion
 
 
 def read_pairs(folder: Path, split: str) -> list[tuple[str, str]]:
@@ -32,16 +32,11 @@ def read_pairs(folder: Path, split: str) -> list[tuple[str, str]]:
     return list(zip(*texts, strict=True))
 
 
-def training_rows(pairs: list[tuple[str, str]]) -> Iterator[dict[str, str]]:
-    for german, english in pairs:
-        yield {"prompt": f"German phrase: {german}\nEnglish phrase:", "completion": f" {english}"}
-
-
 def convert(source: Path, output: Path, tests: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     asked = []
     for domain in DOMAINS:
-        write_jsonl(output / f"{domain}.jsonl", training_rows(read_pairs(source / domain, "train")))
+        write_jsonl(output / f"{domain}.jsonl", (as_completion(*pair) for pair in read_pairs(source / domain, "train")))
         pairs = read_pairs(source / domain, "test")
         asked += random.Random(0).sample(pairs, min(tests, len(pairs)))
     languages = {"source_language": "German", "target_language": "English"}

@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 from tokenseek.cli import main
 from tokenseek.config import load_config
 from tokenseek.config.resources import list_resources
+from tokenseek.data.translation import DOMAINS, make_sentences
 from tokenseek.errors import UserError
 from tokenseek.sweeps.paper import NOT_HERE, load_table
 from tokenseek.sweeps.reproduce_claims import CLAIMS, HELD, NOT_HELD, NOT_RUN, PARTLY, Measured
@@ -25,7 +26,7 @@ from tokenseek.sweeps.reproduce_here import (
     tables_here,
 )
 from tokenseek.sweeps.reproduce_page import as_html, as_markdown, page_blocks, page_of_file
-from tokenseek.sweeps.sweep import read_rows
+from tokenseek.sweeps.sweep import Sweep, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 JUDGE = {claim.title: claim.judge for claim in CLAIMS}
@@ -84,10 +85,30 @@ def test_a_run_goes_on_and_ends_in_a_page(config, tmp_path, caplog):
     assert all(len(row["losses"]) == 2 and row["examples"] == 8 and row["average_memory_bytes"] for row in rows)
     page, html = page_of_file(file, tmp_path / "page")
     text = page.read_text()
-    assert "8 examples (made-up word problems), 2 optimizer steps, 2 held-out problems" in text
+    assert "8 examples (made-up word problems), 2 optimizer steps, 2 held out" in text
     assert "| Misjudged tokens cost little |" in text and "Not run: all rows." in text
     assert "Training seconds" not in text
     assert "<h1>The paper, and what was measured on this machine</h1>" in html.read_text()
+
+
+def test_more_texts_and_sentences_are_made_up(config, tmp_path):
+    pytest.importorskip("lm_eval")
+    file = run_here(config, HereOptions(limit=8, hold_out=4, seeds=1, steps=2, tables=["S6", "S7"]))
+    rows = {row["row"]: row for row in read_rows(file)}
+    more = rows["qlora-tokenseek-more"]  # of 100,000 texts beside 21,221 examples as many as belong to 8
+    assert (more["examples"], rows["qlora"]["examples"]) == (8 + 38, 8)
+    assert more["data"] == "made-up word problems and made-up texts"
+    assert more["held_out"] == rows["lora"]["held_out"] == 4 and rows["lora"]["examples"] == 8
+    assert all(0 <= rows[name]["scores"]["BLEU"] <= 100 for name in ("untrained", "lora", "lora-tokenseek"))
+    assert "scores" not in more and rows["untrained"]["loss_after"] == rows["untrained"]["loss_before"]
+    page, _ = page_of_file(file, tmp_path / "page")
+    assert "| Better translations |" in page.read_text() and "| LoRA with TokenSeek | 41.63 |" in page.read_text()
+
+
+def test_rows_that_are_the_same_run_in_several_tables_are_run_once(config):
+    sweep = Sweep(Path(config.output_dir), config, here_trials(config, 1, ["1", "S4", "S10"]))
+    keys = {(one.labels["table"], one.labels["row"]): sweep.key(one) for one in sweep.trials}
+    assert all(key == keys["1", row] for (_, row), key in keys.items())
 
 
 def row(table, name, loss, seed=0, **values):
@@ -134,6 +155,13 @@ ALL, FULL = row("1", "qlora", 1.0), row("1", "full", 1.0)
         ("r from a budget", [row("2", "r-50", 1), row("2", "r-10", 1, average_memory_bytes=2**31)], PARTLY),
         ("Scoring takes 13 %", [FULL, row("S12", "scoring", 1, scoring_average_memory_bytes=2**27)], HELD),
         ("Scoring takes 13 %", [FULL, row("S12", "scoring", 1, scoring_average_memory_bytes=2**28)], NOT_HELD),
+        ("More data helps", [row("S6", "qlora-tokenseek", 1.2), row("S6", "qlora-tokenseek-more", 1.1)], HELD),
+        ("More data helps", [row("S6", "qlora-tokenseek", 1.2), row("S6", "qlora-tokenseek-more", 1.3)], NOT_HELD),
+        ("Better translations",
+         [row("S7", name, 1, scores={"BLEU": bleu})
+          for name, bleu in (("untrained", 5), ("lora", 40), ("lora-tokenseek", 30))],
+         PARTLY),
+        ("Better translations", [row("S7", "lora", 1, scores={"BLEU": 40})], NOT_RUN),
         ("More tokens, lower training loss", [row("2", "r-10", 1.2), row("2", "r-50", 1.1)], HELD),
     ],
 )  # fmt: skip
@@ -188,6 +216,16 @@ def test_planned_memory_is_judged_by_the_paper_s_shares():
     assert JUDGE["Memory at 10 %"](Measured([])).held == NOT_RUN
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_sentences_are_made_up_for_each_domain(domain):
+    pairs = make_sentences(domain, 2000)
+    assert len(dict(pairs)) == 2000 and pairs[:50] == make_sentences(domain, 50)
+    assert pairs[:50] != make_sentences(domain, 50, seed=1)
+    assert all(text[0].isupper() and text.endswith(".") and "  " not in text for pair in pairs for text in pair)
+    with pytest.raises(UserError, match="n is 2001; accepted is 0 to 2000"):
+        make_sentences(domain, 2001)
+
+
 def test_the_page_shows_the_committed_rows():
     measured = Measured.of_rows(read_rows(ROOT / "benchmarks/results/here.jsonl"))
     page = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
@@ -208,7 +246,7 @@ def test_html_takes_nothing_for_markup():
         ([], "give a table, or --here for all"),
         (["1", "--here"], "give --tables 1"),
         (["1", "--no-run"], "--no-run goes with --here"),
-        (["--here", "--tables", "S7"], "--here does not run it, as it needs German and English"),
+        (["--here", "--tables", "S3"], "--here does not run it, as it needs hours of training"),
         (["--here", "--rows", "full"], "go with a table"),
         (["--here", "--measured", "none.jsonl"], "there is no such file"),
         (["--here", "--data", "nowhere"], "there is no such folder"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,15 @@ from tokenseek.config import RunConfig, load_config
 from tokenseek.config.resources import list_resources
 from tokenseek.errors import UserError
 from tokenseek.evaluation.benchmarks import runnable_tasks
-from tokenseek.sweeps.paper import PaperTable, TableRow, load_table, require_here, row_settings, table_config
+from tokenseek.sweeps.paper import (
+    TRANSLATION,
+    PaperTable,
+    TableRow,
+    load_table,
+    require_here,
+    row_settings,
+    table_config,
+)
 
 HELP = "run a table or figure of the paper for a model and data set, or all of them on what is here"
 DESCRIPTION = f"{HELP}; the processes of `accelerate launch` take runs of their own"
@@ -131,7 +140,13 @@ def _check_whole_paper(args: argparse.Namespace) -> WholePaper:
             raise UserError(f"--data {folder}: there is no such folder")
     if args.list or args.no_run or args.measured:
         args.here = True  # no process is needed
-    elif args.preset is None and not Path(config.model.name_or_path).is_dir():
+        return WholePaper(config, names)
+    if TRANSLATION in (names or [TRANSLATION]) and find_spec("lm_eval") is None:
+        raise UserError(
+            f"table {TRANSLATION} is judged by BLEU, which lm-eval measures: pip install 'tokenseek[eval]', or name "
+            "the other tables with --tables"
+        )
+    if args.preset is None and not Path(config.model.name_or_path).is_dir():
         raise UserError(
             f"model.name_or_path: there is no folder {config.model.name_or_path}; make it with `python "
             "launch/quickstart.py prepare quickstart`, or name another model with --set model.name_or_path=FOLDER"

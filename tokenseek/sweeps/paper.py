@@ -16,17 +16,13 @@ from tokenseek.errors import UserError
 from tokenseek.spelling import did_you_mean
 
 # Rows of Open-Platypus that the paper trains on: shares of other data are kept when fewer are used.
-_PAPER_EXAMPLES = 21_221
+PAPER_EXAMPLES = 21_221
 
 
-# What `--here` leaves out, and what each needs: another model, other data, leave to run programs or an idle machine.
-NOT_HERE = {
-    "S3": "hours of training: `tokenseek reproduce S3`, on a machine that does nothing else",
-    "S4": "Llama-2 7B; its rows are those of Table 1 here",
-    "S6": "100,000 texts of MiniPile: `tokenseek reproduce S6 --extra-data FILE`",
-    "S7": "German and English texts of four domains: `tokenseek reproduce S7`",
-    "S10": "programs that the model writes are run: `tokenseek reproduce S10`",
-}
+# The table whose rows translate.
+TRANSLATION = "S7"
+# What `--here` leaves out, and what it needs.
+NOT_HERE = {"S3": "hours of training: `tokenseek reproduce S3`, on a machine that does nothing else"}
 
 
 class TableRow(BaseModel):
@@ -165,6 +161,6 @@ def row_settings(row: TableRow, config: RunConfig, extra_data: Path | None = Non
         if extra_data:
             source = {**source, "name": None, "path": str(extra_data)}
         if (limit := config.data.sources[0].rows) is not None:
-            source = {**source, "rows": max(1, round(limit * source["rows"] / _PAPER_EXAMPLES))}
+            source = {**source, "rows": max(1, round(limit * source["rows"] / PAPER_EXAMPLES))}
         settings[f"data.sources.{len(config.data.sources)}"] = source
     return settings | row.settings

@@ -14,18 +14,21 @@ from typing import Any
 
 from tokenseek.config import RunConfig, override_config
 from tokenseek.config.resources import list_resources
-from tokenseek.data.toy import make_word_problems
-from tokenseek.errors import UserError
 from tokenseek.launching.processes import leave_launch
 from tokenseek.planning import method_of, plan_memory
 from tokenseek.runs.summary import TrainingSummary
-from tokenseek.sweeps.paper import NOT_HERE, load_table, row_settings, table_config
+from tokenseek.sweeps.here_data import (
+    count_rows,
+    data_settings,
+    write_problems,
+    write_sentences,
+    write_texts,
+)
+from tokenseek.sweeps.paper import NOT_HERE, TRANSLATION, load_table, row_settings, table_config
 from tokenseek.sweeps.reproduce import evaluation, training_losses
 from tokenseek.sweeps.sweep import Row, Sweep, Trial, append_row, read_rows
 from tokenseek.sweeps.tune import short_runs
 
-GSM8K = {"train": "gsm8k_train.jsonl", "heldout": "gsm8k_test.jsonl"}
-MOST_CHARACTERS = 250  # of question and answer
 # Rows that answer the paper's claims, the most needed first, and whether with every seed; all others follow.
 FIRST = (
     ("1", ("qlora", "qlora-tokenseek", "qlora-random", "full", "full-tokenseek"), False),
@@ -77,20 +80,13 @@ def here_config(config: RunConfig, options: HereOptions) -> tuple[RunConfig, str
     Raises:
         UserError: there are too few problems.
     """
-    folder = Path(config.output_dir) / "data"
-    counts = {"train": options.limit, "heldout": options.hold_out}
-    files = {split: _find(options.folders, name) for split, name in GSM8K.items()}
-    if None in files.values():
-        told = "made-up word problems"
-        problems = make_word_problems(sum(counts.values()))
-        chosen = {"train": problems[: options.limit], "heldout": problems[options.limit :]}
-    else:
-        told = f"GSM8K's problems of at most {MOST_CHARACTERS} characters"
-        chosen = {split: _short_problems(path)[: counts[split]] for split, path in files.items() if path}
-    for split, problems in chosen.items():
-        if len(problems) < counts[split]:
-            raise UserError(f"{files[split]} has {len(problems)} short problems; give --limit or --hold-out up to that")
-        _write(folder / f"{split}.jsonl", problems)
+    folder = _data_folder(config)
+    told = write_problems(folder, options.folders, options.limit, options.hold_out)
+    tables = options.tables or tables_here()
+    if "S6" in tables:
+        write_texts(folder, options.limit)
+    if TRANSLATION in tables:
+        write_sentences(folder, options.limit, options.hold_out)
     settings = {
         "data.sources.0.path": str(folder / "train.jsonl"),
         "eval_data.sources.0.path": str(folder / "heldout.jsonl"),
@@ -109,9 +105,15 @@ def here_trials(config: RunConfig, seeds: int, tables: Sequence[str]) -> list[Tr
     return [_trial(config, *place) for place in order if place[0] in tables]
 
 
+def _data_folder(config: RunConfig) -> Path:
+    return Path(config.output_dir) / "data"
+
+
 def _trial(config: RunConfig, table: str, name: str, seed: int) -> Trial:
     (row,) = (row for row in load_table(table).rows if row.name == name)
-    settings = {**row_settings(row, config), **_WHOLE_WEIGHTS, "seed": seed, "selection.seed": seed}
+    data = data_settings(table, row.extra_data, _data_folder(config))
+    row = row.model_copy(update={"extra_data": None})
+    settings = {**row_settings(row, config), **_WHOLE_WEIGHTS, **data, "seed": seed, "selection.seed": seed}
     if row.method == "full":
         settings["training.learning_rate"] = config.training.learning_rate / 10
     return Trial(f"{table}-{name}-seed-{seed}", settings, {"table": table, "row": name, "seed": seed})
@@ -135,10 +137,17 @@ def run_here(config: RunConfig, options: HereOptions, run: bool = True) -> Path 
     number = leave_launch()
     base, told = here_config(config, options)
     scores = evaluation(options.tasks, options.folders, options.eval_limit) if options.tasks else None
+    bleu = evaluation("translation", [_data_folder(base)], None)
 
     def measure(run: RunConfig, summary: TrainingSummary) -> dict[str, Any]:
-        size = {"examples": options.limit, "held_out": options.hold_out, "data": told}
-        return {**(scores(run, summary) if scores else {}), "losses": training_losses(run), **size}
+        translates, sources = run.eval_data != base.eval_data, run.data.sources
+        judge = bleu if translates else scores
+        size = {
+            "examples": count_rows(source.path for source in sources),
+            "held_out": count_rows(source.path for source in run.eval_data.sources) if run.eval_data else 0,
+            "data": "made-up sentences" if translates else told + " and made-up texts" * (len(sources) > 1),
+        }
+        return {**(judge(run, summary) if judge else {}), "losses": training_losses(run), **size}
 
     folder = Path(config.output_dir)
     tables = options.tables or tables_here()
@@ -188,20 +197,3 @@ def _slim(rows: Sequence[Row]) -> Iterator[Row]:
     """Rows as they are kept beside the page: without what a run's own folder is needed for."""
     for row in rows:
         yield {name: value for name, value in row.items() if name not in ("before", "key", "trial", "train_loss")}
-
-
-def _find(folders: Sequence[Path], name: str) -> Path | None:
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
-
-
-def _short_problems(path: Path) -> list[dict[str, str]]:
-    problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [problem for problem in problems if len(problem["question"] + problem["answer"]) <= MOST_CHARACTERS]
-
-
-def _write(path: Path, problems: Sequence[dict[str, str]]) -> None:
-    """Unless it is there: another process may be reading it."""
-    text = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")

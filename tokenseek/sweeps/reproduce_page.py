@@ -93,7 +93,9 @@ def page_blocks(measured: Measured, figures: Sequence[Path] = ()) -> list[Block]
     if plans:
         blocks += _planned(plans)
     blocks.append(Heading("Not run here"))
-    blocks.append(Table(["table", "needs"], [[_name(name), reason] for name, reason in NOT_HERE.items()], words=True))
+    left_out = [[_name(name), reason] for name, reason in NOT_HERE.items()]
+    left_out.append(["HumanEval of Table S10", "leave to run the model's programs: `tokenseek reproduce S10`"])
+    blocks.append(Table(["table", "needs"], left_out, words=True))
     return blocks
 
 
@@ -102,13 +104,13 @@ def _size(rows: Sequence[Row]) -> str:
         return "Nothing has been run yet."
     sizes = {(row["examples"], row["steps"], row["held_out"], row["data"]) for row in rows if "error" not in row}
     told = [
-        f"{examples} examples ({data}), {steps} optimizer steps, {held_out} held-out problems"
+        f"{examples} examples ({data}), {steps} optimizer step{'s' * (steps > 1)}, {held_out} held out"
         for examples, steps, held_out, data in sorted(sizes)
     ]
     seeds = len({row["seed"] for row in rows})
     runs = len({(str(row["settings"]), row["seed"]) for row in rows})
     return (
-        f"Size: {'; '.join(told)}; {runs} runs, up to {seeds} seed{'s' * (seeds > 1)} a row. QLoRA is LoRA on float32 "
+        f"Size: {'; '.join(told)}. {runs} runs, up to {seeds} seed{'s' * (seeds > 1)} a row. QLoRA is LoRA on float32 "
         "weights here. Memory is what is allocated in traced steps, relative to full tuning; times are left out, since "
         "the machine was not idle."
     )
