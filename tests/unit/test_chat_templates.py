@@ -9,7 +9,8 @@ from helpers import tiny_tokenizer, write_jsonl
 
 from tokenseek.config import DataConfig
 from tokenseek.data import prepare_dataset
-from tokenseek.data.chat import ChatRenderer, read_messages, read_tools
+from tokenseek.data.chat import ChatRenderer
+from tokenseek.data.messages import read_messages, read_tools
 from tokenseek.errors import UserError
 
 

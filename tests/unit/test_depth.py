@@ -93,7 +93,7 @@ def test_a_few_chunks_of_the_head_tell_of_all(monkeypatch):
     method = Method(recompute=True, chunked_loss=True)
     monkeypatch.setattr("tokenseek.decoder.head.MOST_CHUNK_BYTES", 4 * 500 * 8)  # 8 of 96 rows
     quick = plan_memory(config, method, model_config=LLAMA)
-    monkeypatch.setattr("tokenseek.planning.fake._FewChunks", lambda work: EveryChunk())
+    monkeypatch.setattr("tokenseek.planning.fake.FewChunks", lambda work: EveryChunk())
     whole = plan_memory(config, method, model_config=LLAMA)
     assert quick.work.flops == whole.work.flops
     assert quick.peak == pytest.approx(whole.peak, rel=1e-4)
@@ -107,7 +107,7 @@ def test_some_spans_and_tiles_tell_of_all(monkeypatch):
     shape = model_config("llama", hidden=64, layers=2, vocab=500, tokens=8192)
     method = Method(0.3, recompute=True)
     some = plan_memory(config, method, model_config=shape, tokens=8192)
-    monkeypatch.setattr("tokenseek.planning.fake._some", lambda work, parts: iter(parts))
+    monkeypatch.setattr("tokenseek.planning.fake.some_of", lambda work, parts: iter(parts))
     every = plan_memory(config, method, model_config=shape, tokens=8192)
     assert some.peak == pytest.approx(every.peak, rel=1e-3)
     assert some.work.flops == pytest.approx(every.work.flops, rel=1e-3)

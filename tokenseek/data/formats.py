@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenseek.config import Columns, SourceConfig
-from tokenseek.data.chat import read_messages
+from tokenseek.data.messages import read_messages
 from tokenseek.data.reading import parse_row
 from tokenseek.data.sources import LoadedSource, load_source
 from tokenseek.errors import UserError

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tokenseek.config import NEEDED_COLUMNS, DataConfig, SourceConfig
-from tokenseek.data.chat import ChatRenderer, read_messages, read_tools
+from tokenseek.data.chat import ChatRenderer
 from tokenseek.data.formats import hint
+from tokenseek.data.messages import read_messages, read_tools
 from tokenseek.data.reading import parse_row
 from tokenseek.data.sources import LoadedSource, require_column
 from tokenseek.data.templates import Ends, Rendered, render_completion, render_instruction, render_text

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Trainer, masking_utils
+from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
 from tokenseek.config import RunConfig
@@ -27,7 +25,7 @@ from tokenseek.decoder.find import Decoder, find_decoder
 from tokenseek.decoder.head import next_token_labels
 from tokenseek.decoder.names import enable_checkpointing
 from tokenseek.ditching import enable_token_ditching, storage, tiles
-from tokenseek.ditching.loss import EveryChunk, chunks_run_by, selected_loss
+from tokenseek.ditching.loss import chunks_run_by, selected_loss
 from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.rows import partition
 from tokenseek.ditching.state import require_ditching
@@ -35,15 +33,16 @@ from tokenseek.errors import UserError
 from tokenseek.launching.engine import Engine
 from tokenseek.models.adapters import add_adapter
 from tokenseek.parallel import measured
-from tokenseek.planning.ledger import HOST, Ledger, Stretch
+from tokenseek.planning.few import FewChunks, some_of
+from tokenseek.planning.ledger import HOST, Ledger, Stretch, nbytes_of
 from tokenseek.planning.method import Method
 from tokenseek.planning.online import decided, is_online, seeking_of
+from tokenseek.planning.optimizer import count_as_one, is_fused, optimizer_of
 from tokenseek.planning.packed import pack_linear_layers
 from tokenseek.planning.sequence import plan_as_first_rank
 from tokenseek.planning.sharding import ShardedState
 from tokenseek.planning.work import Work
 from tokenseek.tiling.visits import visited_by
-from tokenseek.training.arguments import training_arguments
 
 _CPU = torch.device("cpu")
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,7 +93,7 @@ def take_step(
     Raises:
         UserError: the run cannot be planned.
     """
-    make_optimizer = _optimizer(config, engine)
+    make_optimizer = optimizer_of(config, engine)
     # Which rows are selected is decided on real positions: the sizes of what follows depend on them.
     positions_BS = None
     if method.ratio is not None:
@@ -125,8 +124,8 @@ def take_step(
             _LargestBatch(ledger),
             _masks_as_of_real_tensors(),
             storage.copies_watched(partial(_track_stored, ledger)),
-            visited_by(partial(_some, work)),
-            chunks_run_by(_FewChunks(work)),
+            visited_by(partial(some_of, work)),
+            chunks_run_by(FewChunks(work)),
         ):
             _materialise(model)
             state = ShardedState(model, decoder, engine, ledger, config.training.mixed_precision, make_optimizer)
@@ -141,8 +140,8 @@ def take_step(
                 _train_pass(model, decoder, state, ledger, config, method, engine, shape, positions_BS)
             micro_batch = Done(work.flops, work.operations)
             work.reset()
-            if not engine.on_cpu and _is_fused(config):
-                _count_as_one(state.optimizer, work)
+            if not engine.on_cpu and is_fused(config):
+                count_as_one(state.optimizer, work)
             ledger.region = "workspace"
             ledger.mark("optimizer")
             state.step()
@@ -157,20 +156,16 @@ def take_step(
         ledger.host_peak,
         micro_batch,
         Done(work.flops, work.operations),
-        _nbytes(state.parameters),
-        _nbytes(state.trained),
-        _nbytes(model.buffers()),
+        nbytes_of(state.parameters),
+        nbytes_of(state.trained),
+        nbytes_of(model.buffers()),
         sum([*traffic.forward.values(), *traffic.backward.values()]),
-        _nbytes(state.parameters) + state.gathered_again if online else 0,
+        nbytes_of(state.parameters) + state.gathered_again if online else 0,
     )
 
 
 def kv_storage_of(config: RunConfig, method: Method) -> str:
     return method.kv_storage or config.training.kv_storage
-
-
-def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _spread_positions(ratio: float, batch: int, tokens: int) -> torch.Tensor:
@@ -279,24 +274,6 @@ def _track_stored(ledger: Ledger, kind: str, copies: tuple[torch.Tensor, ...]) -
     ledger.track(copies, {"host": HOST, "hidden": "activations"}.get(kind, "keys_values"))
 
 
-def _some(work: Work, parts: Sequence[Any]) -> Iterator[Any]:
-    """Of a layer's tiles, or of the spans of its attention, the first and the last, each of which stands for half of
-    them, and of an odd number the one in the middle for itself.
-
-    Arithmetic grows evenly from one to the next, so that the sum is that of all; the first or the last holds the most.
-    """
-    outside, count = work.times, len(parts)
-    standing_for = (
-        {0: count // 2, count // 2: 1, count - 1: count // 2} if count % 2 else {0: count // 2, -1: count // 2}
-    )
-    if count == 1:
-        standing_for = {0: 1}
-    for number, times in standing_for.items() if count else ():
-        work.times = outside * times
-        yield parts[number]
-    work.times = outside
-
-
 @contextmanager
 def _masks_as_of_real_tensors() -> Iterator[None]:
     """Transformers asks nothing of tensors without data, and builds the largest masks then, which no real batch has."""
@@ -306,48 +283,6 @@ def _masks_as_of_real_tensors() -> Iterator[None]:
         yield
     finally:
         masking_utils.is_tracing = before
-
-
-class _FewChunks(EveryChunk):
-    """Of the head's chunks the first, which stands for those that follow it, and the last two, which hold the most."""
-
-    def __init__(self, work: Work):
-        self.work = work
-        self._rows, self._flops, self._operations, self._seconds = 0, 0, Counter[tuple[float, int, bool]](), 0.0
-
-    def borders(self, *borders: int) -> tuple[int, ...]:
-        self._rows = 0
-        return borders if len(borders) < 6 else (*borders[:2], *borders[-3:])
-
-    def __call__(self, run: Callable[..., torch.Tensor], *chunk: Any) -> torch.Tensor:
-        chunk_loss, hidden_CD, *more = chunk
-        work, rows = self.work, len(hidden_CD)
-        if self._rows and rows > self._rows:  # many of them
-            times = rows // self._rows
-            work.flops += times * self._flops
-            work.operations.update({key: times * count for key, count in self._operations.items()})
-            work.seconds += times * self._seconds
-            return _SkippedChunk.apply(hidden_CD)
-        flops, operations, seconds = work.flops, Counter(work.operations), work.seconds
-        total = run(chunk_loss, hidden_CD, *more)
-        if not self._rows:
-            self._rows, self._flops, self._seconds = rows, work.flops - flops, work.seconds - seconds
-            self._operations = work.operations - operations
-        return total
-
-
-class _SkippedChunk(torch.autograd.Function):
-    """Keeps what a chunk keeps, the gradient of its hidden states."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_CD: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(torch.empty_like(hidden_CD))
-        return torch.empty((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        (gradient_CD,) = ctx.saved_tensors
-        return gradient_CD * gradient
 
 
 def _mark_layers(decoder: Decoder, ledger: Ledger) -> None:
@@ -429,48 +364,6 @@ class _HostCheckpoints:
         copy = torch.empty_like(tensor)
         self.ledger.track([copy], HOST)
         return lambda: torch.empty_like(copy)
-
-
-def _optimizer(config: RunConfig, engine: Engine) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """The optimizer that Trainer would make, as a function of its parameters."""
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(config.training.model_copy(update={"mixed_precision": "no"}), Path(folder), 0)
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    if not kind.__module__.startswith(("torch.", "transformers.")):
-        raise UserError(
-            f"training.optim: {config.training.optim} cannot be planned, since its kernels need their device; plan "
-            "with adamw_torch, whose states take 8 bytes per trained weight, and correct for yours."
-        )
-    if not engine.on_cpu and not _is_fused(config) and "foreach" in kind.__init__.__code__.co_varnames:
-        options["foreach"] = True  # what torch chooses on a GPU; it needs the memory of the gradients once more
-    return lambda parameters: kind(parameters, **options)
-
-
-def _is_fused(config: RunConfig) -> bool:
-    """Whether the optimizer's step is one operation on a GPU: `training_arguments` has adamw_torch fused there."""
-    return config.training.optim in ("adamw_torch", "adamw_torch_fused")
-
-
-def _count_as_one(optimizer: torch.optim.Optimizer, work: Work) -> None:
-    """Have `work` count each step of an optimizer as the one operation that it is when it is fused.
-
-    It reads gradients, and reads and writes weights and states.
-    """
-    counted: list[tuple[int, Counter[tuple[float, int, bool]]]] = []
-
-    def before(*_: Any) -> None:
-        counted.append((work.flops, Counter(work.operations)))
-
-    def behind(*_: Any) -> None:
-        work.flops, work.operations = counted.pop()
-        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-        states = [x for weight in weights for x in optimizer.state[weight].values() if torch.is_tensor(x)]
-        nbytes = 2 * _nbytes([*weights, *states]) + _nbytes(weight.grad for weight in weights)
-        work.operations[0, nbytes, True] += 1
-
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(behind)
 
 
 class _LargestBatch(TorchDispatchMode):

@@ -182,3 +182,7 @@ class Ledger(TorchDispatchMode):
         _, nbytes, category = self._storages.pop(key)
         if category:
             self.add(category, -nbytes)
+
+
+def nbytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
