@@ -50,9 +50,16 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def steps_for_seconds(ordinary: Path, probe: Path) -> int:
-    """How many steps of the probe's kind take as long as the ordinary run did."""
-    whole, few = (read_summary(run) for run in (ordinary, probe))
-    return max(1, round(whole["seconds"] / (few["seconds"] / few["steps"])))
+    """How many steps of the probe's kind take as long as the ordinary run did.
+
+    The first step pays for memory and code that later ones find at hand, in every run once.
+    """
+    whole, few = (read_summary(run)["seconds"] for run in (ordinary, probe))
+    lines = (probe / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ends = [line["seconds"] for line in map(json.loads, lines) if line["step"]]
+    later = (ends[-1] - ends[0]) / (len(ends) - 1)
+    first = few - (len(ends) - 1) * later
+    return max(1, 1 + round((whole - first) / later))
 
 
 def read_summary(run: Path) -> dict:

@@ -24,10 +24,20 @@ def write_run(folder, **values):
     return folder
 
 
-def test_as_many_steps_as_fit_into_the_seconds(quickstart, tmp_path):
+@pytest.mark.parametrize(
+    "seconds,ends,steps",
+    [
+        (12.0, [4.0, 8.0, 12.0], 25),
+        (16.0, [11.0, 15.0, 19.0], 24),  # the first step took 8 s; models had been loaded before it
+        (900.0, [300.0, 600.0, 900.0], 1),
+    ],
+)
+def test_as_many_steps_as_fit_into_the_seconds(quickstart, tmp_path, seconds, ends, steps):
     ordinary = write_run(tmp_path / "ordinary", seconds=100.0)
-    assert quickstart.steps_for_seconds(ordinary, write_run(tmp_path / "probe", seconds=9.0, steps=2)) == 22
-    assert quickstart.steps_for_seconds(ordinary, write_run(tmp_path / "slow", seconds=900.0, steps=2)) == 1
+    probe = write_run(tmp_path / "probe", seconds=seconds, steps=3)
+    lines = [{"step": 0, "seconds": 1.0}, *({"step": n, "seconds": end} for n, end in enumerate(ends, 1))]
+    (probe / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert quickstart.steps_for_seconds(ordinary, probe) == steps
 
 
 @pytest.mark.parametrize("loss,learned", [(0.8, "more than"), (1.2, "less than"), (1.005, "as much as")])
