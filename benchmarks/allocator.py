@@ -12,8 +12,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_freed_memory(at_once: int = 0) -> None:
     """Have the C library keep freed memory, from now on, for this process.
 
-    It otherwise gives large tensors back to the system, and every new one is paid for by the page: in a sandbox such as
-    gVisor at ten times the price of writing it. What holds most memory, ordinary training, pays most, so that a
+    It otherwise gives large tensors back to the system, and every new one is paid for by the page: in a small virtual
+    machine at ten times the price of writing it. What holds most memory, ordinary training, pays most, so that a
     comparison of seconds would say more of the system than of the methods. Libraries other than glibc are left as they
     are.
 
