@@ -105,6 +105,12 @@ def test_more_texts_and_sentences_are_made_up(config, tmp_path):
     assert "| Better translations |" in page.read_text() and "| LoRA with TokenSeek | 41.63 |" in page.read_text()
 
 
+def test_more_texts_than_can_be_made_up_are_refused(config):
+    with pytest.raises(UserError, match="--limit 1062: Table S6 adds 5004 texts .* give --limit 1061 at most, or name"):
+        here_config(config, HereOptions(limit=1062, tables=["S6"]))
+    here_config(config, HereOptions(limit=1062, tables=["1"]))
+
+
 def test_rows_that_are_the_same_run_in_several_tables_are_run_once(config):
     sweep = Sweep(Path(config.output_dir), config, here_trials(config, 1, ["1", "S4", "S10"]))
     keys = {(one.labels["table"], one.labels["row"]): sweep.key(one) for one in sweep.trials}

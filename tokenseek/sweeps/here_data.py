@@ -17,6 +17,7 @@ from tokenseek.sweeps.paper import PAPER_EXAMPLES, TRANSLATION
 
 GSM8K = {"train": "gsm8k_train.jsonl", "heldout": "gsm8k_test.jsonl"}
 MOST_CHARACTERS = 250  # of question and answer
+_PAPER_TEXTS = 100_000  # that Table S6 adds
 _MOST_TEXTS = 5000  # that can be made up
 
 
@@ -47,15 +48,25 @@ def write_problems(folder: Path, searched: Sequence[Path], limit: int, hold_out:
 
 
 def write_texts(folder: Path, limit: int) -> None:
-    """Write ``texts.jsonl``, as many made-up texts beside `limit` examples as Table S6 has beside the paper's."""
-    count = min(_MOST_TEXTS, round(limit * 100_000 / PAPER_EXAMPLES))
+    """Write ``texts.jsonl``, as many made-up texts beside `limit` examples as Table S6 has beside the paper's.
+
+    Raises:
+        UserError: so many cannot be made up.
+    """
+    count = round(limit * _PAPER_TEXTS / PAPER_EXAMPLES)
+    if count > _MOST_TEXTS:
+        most = _MOST_TEXTS * PAPER_EXAMPLES // _PAPER_TEXTS
+        raise UserError(
+            f"--limit {limit}: Table S6 adds {count} texts to so many examples, and {_MOST_TEXTS} can be made up; give "
+            f"--limit {most} at most, or name the other tables with --tables"
+        )
     problems = make_word_problems(count, seed=1)
     _write(folder / "texts.jsonl", [{"text": f"{each['question']} {each['answer']}"} for each in problems])
 
 
 def write_sentences(folder: Path, limit: int, hold_out: int) -> None:
     """Write a file of sentences for each domain of Table S7, and ``translation.jsonl``, which the harness reads."""
-    trained, tested = limit // len(DOMAINS), hold_out // len(DOMAINS)
+    trained, tested = (max(1, count // len(DOMAINS)) for count in (limit, hold_out))
     asked = []
     for domain in DOMAINS:
         pairs = make_sentences(domain, trained + tested)
