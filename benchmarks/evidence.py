@@ -261,7 +261,7 @@ def measure_seconds(args: argparse.Namespace) -> None:
             one = trial(args.regime, method, ratio, 1e-3, 0, args.steps)
             (row,) = Sweep(folder, base, [one]).run(lambda line: None)
             labels = {name: row[name] for name in ("regime", "method", "ratio")}
-            measured = {"seconds_a_step": row["seconds"] / args.steps, "peak": row["peak_memory_bytes"]}
+            measured = {"seconds_a_step": row["seconds"] / args.steps, "peak": row["step_peak_bytes"]}
             if "scoring_seconds" in row:
                 measured["scoring_seconds"] = row["scoring_seconds"]
             append_row(args.output / "seconds.jsonl", {**labels, **measured, "repeat": repeat, "threads": args.threads})

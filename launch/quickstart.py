@@ -52,14 +52,14 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def steps_for_seconds(ordinary: Path, probe: Path) -> int:
     """How many steps of the probe's kind take as long as the ordinary run did.
 
-    The first step pays for memory and code that later ones find at hand, in every run once.
+    What later steps take is told by the last: in the first, memory and code are new, and in the second, as in the fourth
+    and eighth, storages are followed. Both are in every run.
     """
-    whole, few = (read_summary(run)["seconds"] for run in (ordinary, probe))
+    whole, few = (read_summary(run) for run in (ordinary, probe))
     lines = (probe / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ends = [line["seconds"] for line in map(json.loads, lines) if line["step"]]
-    later = (ends[-1] - ends[0]) / (len(ends) - 1)
-    first = few - (len(ends) - 1) * later
-    return max(1, 1 + round((whole - first) / later))
+    ends = [line["seconds"] for line in map(json.loads, lines) if "loss" in line]
+    later = ends[-1] - ends[-2]
+    return max(1, few["steps"] + round((whole["seconds"] - few["seconds"]) / later))
 
 
 def read_summary(run: Path) -> dict:

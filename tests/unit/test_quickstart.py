@@ -28,14 +28,15 @@ def write_run(folder, **values):
     "seconds,ends,steps",
     [
         (12.0, [4.0, 8.0, 12.0], 25),
-        (16.0, [11.0, 15.0, 19.0], 24),  # the first step took 8 s; models had been loaded before it
+        (16.0, [10.0, 17.0, 21.0], 24),  # 84 s are left for steps of 4 s
         (900.0, [300.0, 600.0, 900.0], 1),
     ],
 )
 def test_as_many_steps_as_fit_into_the_seconds(quickstart, tmp_path, seconds, ends, steps):
     ordinary = write_run(tmp_path / "ordinary", seconds=100.0)
     probe = write_run(tmp_path / "probe", seconds=seconds, steps=3)
-    lines = [{"step": 0, "seconds": 1.0}, *({"step": n, "seconds": end} for n, end in enumerate(ends, 1))]
+    lines = [{"step": n, "seconds": end, "loss": 1.0} for n, end in enumerate(ends, 1)]
+    lines = [{"step": 0, "seconds": 1.0}, *lines, {"step": 3, "seconds": ends[-1]}]  # as a run writes them
     (probe / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert quickstart.steps_for_seconds(ordinary, probe) == steps
 
