@@ -59,7 +59,7 @@ class Regime:
 REGIMES = {
     "short-4": Regime("short prompts, steps of 4 examples", 4, 20, 4),
     "short-32": Regime("short prompts, steps of 32 examples", 32, 20, 8, epochs=2),
-    "once-32": Regime("short prompts, steps of 32 examples, each seen once", 32, 16, 8, max_characters=300),
+    "once-32": Regime("problems of up to 300 characters, steps of 32 examples", 32, 16, 8, max_characters=300),
     "long-4": Regime("five solved problems before each question, steps of 4", 4, 20, 4, solved=5, max_length=1024),
 }
 

@@ -52,8 +52,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def steps_for_seconds(ordinary: Path, probe: Path) -> int:
     """How many steps of the probe's kind take as long as the ordinary run did.
 
-    What later steps take is told by the last: in the first, memory and code are new, and in the second, as in the fourth
-    and eighth, storages are followed. Both are in every run.
+    The last tells what later steps take: in the first, memory and code are new, and in the second, as in the fourth and
+    eighth, storages are followed. Both are in every run.
     """
     whole, few = (read_summary(run) for run in (ordinary, probe))
     lines = (probe / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
