@@ -161,12 +161,14 @@ ALL, FULL = row("1", "qlora", 1.0), row("1", "full", 1.0)
         ("r from a budget", [row("2", "r-50", 1), row("2", "r-10", 1, average_memory_bytes=2**31)], PARTLY),
         ("Scoring takes 13 %", [FULL, row("S12", "scoring", 1, scoring_average_memory_bytes=2**27)], HELD),
         ("Scoring takes 13 %", [FULL, row("S12", "scoring", 1, scoring_average_memory_bytes=2**28)], NOT_HELD),
-        ("More data helps", [row("S6", "qlora-tokenseek", 1.2), row("S6", "qlora-tokenseek-more", 1.1)], HELD),
-        ("More data helps", [row("S6", "qlora-tokenseek", 1.2), row("S6", "qlora-tokenseek-more", 1.3)], NOT_HELD),
-        ("Better translations",
-         [row("S7", name, 1, scores={"BLEU": bleu})
-          for name, bleu in (("untrained", 5), ("lora", 40), ("lora-tokenseek", 30))],
-         PARTLY),
+        *[("More data helps",
+           [row("S6", "qlora", 1.0), row("S6", "qlora-tokenseek", 1.2), row("S6", "qlora-tokenseek-more", loss)], held)
+          for loss, held in ((1.1, HELD), (1.17, PARTLY), (1.3, NOT_HELD))],
+        *[("Better translations",
+           [row("S7", name, 1, scores={"BLEU": bleu})
+            for name, bleu in (("untrained", 5), ("lora", 40), ("lora-tokenseek", ours))],
+           held)
+          for ours, held in ((40, HELD), (30, PARTLY), (6, NOT_HELD))],
         ("Better translations", [row("S7", "lora", 1, scores={"BLEU": 40})], NOT_RUN),
         ("More tokens, lower training loss", [row("2", "r-10", 1.2), row("2", "r-50", 1.1)], HELD),
     ],

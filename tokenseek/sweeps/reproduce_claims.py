@@ -133,6 +133,12 @@ def _stable(measured: Measured) -> Verdict:
             f"{spreads[0]:.3f} and {spreads[1]:.3f}"
         )
         held += [spreads[0] < spreads[1], statistics.mean(ours) < statistics.mean(random)]
+    by_share = {r: measured.losses(("Fig3", f"random-{r}"), ("Fig3", f"tokenseek-{r}")) for r in RATIOS}
+    if all(ours for _, ours in by_share.values()):
+        drawn, sought = ([statistics.mean(pair[of]) for pair in by_share.values()] for of in (0, 1))
+        shares = ", ".join(map(str, by_share))
+        told.append(f"LoRA, r = {shares} %: TokenSeek {_listed(sought, 3)}, random {_listed(drawn, 3)}")
+        held += [ours < other for ours, other in zip(sought, drawn, strict=True)]
     return _verdict(told, held)
 
 
@@ -262,10 +268,11 @@ def _more_tokens(measured: Measured) -> Verdict:
 
 def _more_data(measured: Measured) -> Verdict:
     few, more = measured.losses(("S6", "qlora-tokenseek"), ("S6", "qlora-tokenseek-more"))
-    if not more:
+    if not more or not measured.of("S6", "qlora"):
         return Verdict("", NOT_RUN)
-    told = f"{_mean(more)} with made-up texts beside the examples, {_mean(few)} without"
-    return _verdict([told], [statistics.mean(more) < statistics.mean(few)])
+    share = (statistics.mean(few) - statistics.mean(more)) / measured.gain("S6", "qlora", seeds=len(few))
+    told = f"{_mean(more)} with made-up texts, {_mean(few)} without: {share:.0%} of the gain of all tokens apart"
+    return _verdict([told], [share > 0, share > SAME])
 
 
 def _translation(measured: Measured) -> Verdict:
@@ -274,7 +281,7 @@ def _translation(measured: Measured) -> Verdict:
         return Verdict("", NOT_RUN)
     untrained, everything, ours = (row["scores"]["BLEU"] for row in rows if row)
     told = f"BLEU {everything:.1f} with LoRA, {ours:.1f} with TokenSeek, {untrained:.1f} untrained; made-up sentences"
-    return _verdict([told], [ours > untrained, ours >= everything])
+    return _verdict([told], [ours - untrained > SAME * (everything - untrained), ours >= everything])
 
 
 def _mean(losses: Sequence[float]) -> str:

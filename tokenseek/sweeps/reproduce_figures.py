@@ -5,15 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenseek.reporting.figures import BLUE, GREEN, GREY, ORANGE, Figure, save_figure
 from tokenseek.sweeps.paper import PaperTable
 from tokenseek.sweeps.sweep import Row
 from tokenseek.sweeps.tables import Group, grouped
-
-if TYPE_CHECKING:  # matplotlib is an extra, whose absence `reporting` tells
-    from matplotlib.axes import Axes
 
 _COLOURS = {"full": BLUE, "loha": GREEN, "qlora": ORANGE}
 
@@ -49,12 +45,14 @@ def _by_ratio(table: PaperTable, rows: Sequence[Row]) -> Figure:
         title=table.title,
     )
     axes.set_xlim(5, 55)
-    return _finish(figure, axes)
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def _curves(table: PaperTable, rows: Sequence[Row]) -> Figure:
     """Fig. 5: training loss by step; a colour for each method, lighter for fewer tokens."""
-    figure = Figure(figsize=(7.2, 4), layout="constrained")
+    figure = Figure(figsize=(9.4, 4), layout="constrained")
     axes = figure.subplots()
     for row in table.rows:
         found = next((each for each in rows if each["row"] == row.name), None)
@@ -63,7 +61,9 @@ def _curves(table: PaperTable, rows: Sequence[Row]) -> Figure:
             alpha = 0.45 if row.settings["selection.ratio"] < 0.5 else 1.0
             axes.plot(steps, losses, color=_COLOURS[row.method], alpha=alpha, lw=1.5, label=row.label)
     axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title=table.title)
-    return _finish(figure, axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)  # curves fill the axes
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def _memory(table: PaperTable, rows: Sequence[Row]) -> Figure:
@@ -89,9 +89,3 @@ def _memory(table: PaperTable, rows: Sequence[Row]) -> Figure:
 
 def _mebibytes(group: Group, column: str) -> float:
     return (group.mean(column) or 0) / 2**20
-
-
-def _finish(figure: Figure, axes: Axes) -> Figure:
-    axes.legend(frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
