@@ -17,7 +17,6 @@ not depend on the machine's load; seconds do, and are therefore measured by `sec
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ import torch
 from benchmarks.allocator import keep_freed_memory
 from benchmarks.pages import write_into
 from tokenseek.config import RunConfig, load_config
+from tokenseek.sweeps.here_data import short_problems, write_rows
 from tokenseek.sweeps.sweep import Row, Sweep, Trial, append_row, read_rows
 from tokenseek.sweeps.tables import Group, grouped, markdown
 
@@ -72,6 +72,7 @@ _DRAWN = {
     "selection.beta": 1,
 }
 _ONLINE = {**_DRAWN, "scoring.mode": "online"}
+_EXACT = {**_ONLINE, "selection.exact_layers": 1}
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,15 @@ METHODS = {
     "index": Method("drawn by gradient, index", _DRAWN),
     "online": Method("drawn by gradient, online", _ONLINE),
     "online-error": Method("drawn by error, online", {**_ONLINE, "scoring.reduction": "error"}),
-    "exact-1": Method("drawn by gradient, online, 1 exact layer", {**_ONLINE, "selection.exact_layers": 1}),
-    "exact-1-explore-0.1": Method(
-        "the same, explore 0.1", {**_ONLINE, "selection.exact_layers": 1, "selection.explore": 0.1}
-    ),
+    "exact-1": Method("drawn by gradient, online, 1 exact layer", _EXACT),
+    "exact-1-explore-0.1": Method("the same, explore 0.1", {**_EXACT, "selection.explore": 0.1}),
     "exact-1-beta1-0.95": Method(
         "drawn by gradient, online, 1 exact layer, AdamW's beta1 0.95",
-        {**_ONLINE, "selection.exact_layers": 1, "training.extra.adam_beta1": 0.95},
+        {**_EXACT, "training.extra.adam_beta1": 0.95},
     ),
     "exact-1-beta2-0.99": Method(
         "drawn by gradient, online, 1 exact layer, AdamW's beta2 0.99",
-        {**_ONLINE, "selection.exact_layers": 1, "training.extra.adam_beta2": 0.99},
+        {**_EXACT, "training.extra.adam_beta2": 0.99},
     ),
     "exact-4": Method("drawn by gradient, online, 4 exact layers", {**_ONLINE, "selection.exact_layers": 4}),
     "exact-8": Method("drawn by gradient, online, 8 exact layers", {**_ONLINE, "selection.exact_layers": 8}),
@@ -172,9 +171,8 @@ def base_config(args: argparse.Namespace, new_examples: int | None = None, held_
         SystemExit: there are fewer short problems than that takes.
     """
     regime = REGIMES[args.regime]
-    args.output.mkdir(parents=True, exist_ok=True)
     train, test = (
-        _short_problems(args.data / f"gsm8k_{split}.jsonl", regime.max_characters) for split in ("train", "test")
+        short_problems(args.data / f"gsm8k_{split}.jsonl", regime.max_characters) for split in ("train", "test")
     )
     usual = regime.examples * regime.steps if regime.epochs == 1 else len(train)
     count = new_examples or usual
@@ -193,9 +191,7 @@ def base_config(args: argparse.Namespace, new_examples: int | None = None, held_
     files = {}
     for split, name, problems in zip(("train", "test"), names, (first + further, deciding[:held_out]), strict=True):
         files[split] = args.output / f"{name}.jsonl"
-        text = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-        if not files[split].exists() or files[split].read_text(encoding="utf-8") != text:  # others may be reading it
-            files[split].write_text(text, encoding="utf-8")
+        write_rows(files[split], problems)
     columns = "columns={instruction: question, response: answer}"
     return load_config(
         "gsm8k",
@@ -220,11 +216,6 @@ def base_config(args: argparse.Namespace, new_examples: int | None = None, held_
             f"output_dir={args.output}",
         ],
     )
-
-
-def _short_problems(path: Path, max_characters: int) -> list[dict[str, str]]:
-    problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [problem for problem in problems if sum(map(len, problem.values())) <= max_characters]
 
 
 def _with_solved(problem: dict[str, str], solved: list[dict[str, str]]) -> dict[str, str]:

@@ -266,6 +266,15 @@ def test_mistakes_are_named(words, message, capsys):
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_bleu_needs_the_harness(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["reproduce", "--here", "--tables", "S7"]) == 2
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "table S7 is judged by BLEU; name other tables with --tables" in told and "tokenseek[eval]" in told
+    assert main(["reproduce", "--here", "--tables", "S14", "--set", "model.name_or_path=nowhere"]) == 2
+    assert "judged by BLEU" not in capsys.readouterr().err
+
+
 def test_here_lists_its_runs(capsys):
     assert main(["reproduce", "--here", "--tables", "S14", "--seeds", "1", "--list"]) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from tokenseek.commands.arguments import add_config_arguments, positive
 from tokenseek.config import RunConfig, load_config
 from tokenseek.config.resources import list_resources
 from tokenseek.errors import UserError
-from tokenseek.evaluation.benchmarks import runnable_tasks
+from tokenseek.evaluation.benchmarks import require_harness, runnable_tasks
 from tokenseek.sweeps.paper import (
     TRANSLATION,
     PaperTable,
@@ -141,11 +140,8 @@ def _check_whole_paper(args: argparse.Namespace) -> WholePaper:
     if args.list or args.no_run or args.measured:
         args.here = True  # no process is needed
         return WholePaper(config, names)
-    if TRANSLATION in (names or [TRANSLATION]) and find_spec("lm_eval") is None:
-        raise UserError(
-            f"table {TRANSLATION} is judged by BLEU, which lm-eval measures: pip install 'tokenseek[eval]', or name "
-            "the other tables with --tables"
-        )
+    if TRANSLATION in (names or [TRANSLATION]):
+        require_harness(f"table {TRANSLATION} is judged by BLEU; name other tables with --tables, or install lm-eval")
     if args.preset is None and not Path(config.model.name_or_path).is_dir():
         raise UserError(
             f"model.name_or_path: there is no folder {config.model.name_or_path}; make it with `python "

@@ -105,6 +105,12 @@ def split_tasks(tasks: str | Sequence[str]) -> tuple[list[Chosen], bool]:
     return choose(name for name in names if name != HELD_OUT_LOSS), HELD_OUT_LOSS in names
 
 
+def require_harness(need: str) -> None:
+    """Raise UserError, which begins with `need`, where the harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"{need}: pip install 'tokenseek[eval]'")
+
+
 def runnable_tasks(
     tasks: str | Sequence[str], folders: Sequence[Path], held_out: DataConfig | None, allow_code_execution: bool
 ) -> tuple[list[Chosen], bool]:
@@ -120,8 +126,8 @@ def runnable_tasks(
             f"{HELD_OUT_LOSS} needs an eval_data section: evaluate a run that has one, or give it with --set "
             "eval_data.sources.0.path=FILE"
         )
-    if chosen and importlib.util.find_spec("lm_eval") is None:
-        raise UserError("benchmarks need lm-evaluation-harness: pip install 'tokenseek[eval]'")
+    if chosen:
+        require_harness("benchmarks need lm-evaluation-harness")
     for item in chosen:
         if item.benchmark.runs_code and not allow_code_execution:
             raise UserError(

@@ -39,11 +39,13 @@ def write_problems(folder: Path, searched: Sequence[Path], limit: int, hold_out:
         chosen = {"train": problems[:limit], "heldout": problems[limit:]}
     else:
         told = f"GSM8K's problems of at most {MOST_CHARACTERS} characters"
-        chosen = {split: _short_problems(path)[: counts[split]] for split, path in files.items() if path}
+        chosen = {
+            split: short_problems(path, MOST_CHARACTERS)[: counts[split]] for split, path in files.items() if path
+        }
     for split, problems in chosen.items():
         if len(problems) < counts[split]:
             raise UserError(f"{files[split]} has {len(problems)} short problems; give --limit or --hold-out up to that")
-        _write(folder / f"{split}.jsonl", problems)
+        write_rows(folder / f"{split}.jsonl", problems)
     return told
 
 
@@ -61,7 +63,7 @@ def write_texts(folder: Path, limit: int) -> None:
             f"--limit {most} at most, or name the other tables with --tables"
         )
     problems = make_word_problems(count, seed=1)
-    _write(folder / "texts.jsonl", [{"text": f"{each['question']} {each['answer']}"} for each in problems])
+    write_rows(folder / "texts.jsonl", [{"text": f"{each['question']} {each['answer']}"} for each in problems])
 
 
 def write_sentences(folder: Path, limit: int, hold_out: int) -> None:
@@ -70,11 +72,11 @@ def write_sentences(folder: Path, limit: int, hold_out: int) -> None:
     asked = []
     for domain in DOMAINS:
         pairs = make_sentences(domain, trained + tested)
-        _write(folder / f"{domain}.jsonl", [as_completion(*pair) for pair in pairs[:trained]])
+        write_rows(folder / f"{domain}.jsonl", [as_completion(*pair) for pair in pairs[:trained]])
         asked += pairs[trained:]
-    _write(folder / "sentences.jsonl", [as_completion(*pair) for pair in asked])
+    write_rows(folder / "sentences.jsonl", [as_completion(*pair) for pair in asked])
     languages = {"source_language": "German", "target_language": "English"}
-    _write(folder / "translation.jsonl", [{"source": de, "target": en, **languages} for de, en in asked])
+    write_rows(folder / "translation.jsonl", [{"source": de, "target": en, **languages} for de, en in asked])
 
 
 def data_settings(table: str, extra_data: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
@@ -105,12 +107,13 @@ def _find(folders: Sequence[Path], name: str) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def _short_problems(path: Path) -> list[dict[str, str]]:
+def short_problems(path: Path, most_characters: int) -> list[dict[str, str]]:
+    """Those of a file of GSM8K whose question and answer have so many characters at most."""
     problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [problem for problem in problems if len(problem["question"] + problem["answer"]) <= MOST_CHARACTERS]
+    return [problem for problem in problems if len(problem["question"] + problem["answer"]) <= most_characters]
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Unless it is there: another process may be reading it."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not path.exists() or path.read_text(encoding="utf-8") != text:

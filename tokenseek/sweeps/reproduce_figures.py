@@ -19,7 +19,10 @@ def draw_table(table: PaperTable, rows: Sequence[Row], path: Path) -> Path | Non
     rows = [row for row in rows if "error" not in row]
     if not rows:
         return None
-    save_figure({"ratio": _by_ratio, "curves": _curves, "memory": _memory}[table.shows](table, rows), path)
+    figure = {"ratio": _by_ratio, "curves": _curves, "memory": _memory}[table.shows](table, rows)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
     return path
 
 
@@ -46,7 +49,6 @@ def _by_ratio(table: PaperTable, rows: Sequence[Row]) -> Figure:
     )
     axes.set_xlim(5, 55)
     axes.legend(frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -62,7 +64,6 @@ def _curves(table: PaperTable, rows: Sequence[Row]) -> Figure:
             axes.plot(steps, losses, color=_COLOURS[row.method], alpha=alpha, lw=1.5, label=row.label)
     axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title=table.title)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)  # curves fill the axes
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -83,7 +84,6 @@ def _memory(table: PaperTable, rows: Sequence[Row]) -> Figure:
     axes.invert_yaxis()
     axes.set(xlabel="memory (MiB): bars the average, dashed lines the peak", title=table.title)
     axes.margins(x=0.04)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -68,6 +68,11 @@ class HereOptions:
     eval_limit: int | None = None
     tables: Sequence[str] = ()
 
+    @property
+    def chosen(self) -> Sequence[str]:
+        """Names of the tables to run."""
+        return self.tables or tables_here()
+
 
 def tables_here() -> list[str]:
     """Names of the tables and figures that can be run here."""
@@ -82,10 +87,9 @@ def here_config(config: RunConfig, options: HereOptions) -> tuple[RunConfig, str
     """
     folder = _data_folder(config)
     told = write_problems(folder, options.folders, options.limit, options.hold_out)
-    tables = options.tables or tables_here()
-    if "S6" in tables:
+    if "S6" in options.chosen:
         write_texts(folder, options.limit)
-    if TRANSLATION in tables:
+    if TRANSLATION in options.chosen:
         write_sentences(folder, options.limit, options.hold_out)
     settings = {
         "data.sources.0.path": str(folder / "train.jsonl"),
@@ -112,7 +116,7 @@ def _data_folder(config: RunConfig) -> Path:
 def _trial(config: RunConfig, table: str, name: str, seed: int) -> Trial:
     (row,) = (row for row in load_table(table).rows if row.name == name)
     data = data_settings(table, row.extra_data, _data_folder(config))
-    row = row.model_copy(update={"extra_data": None})
+    # `data` comes behind the row's own source of extra data, in whose place it stands.
     settings = {**row_settings(row, config), **_WHOLE_WEIGHTS, **data, "seed": seed, "selection.seed": seed}
     if row.method == "full":
         settings["training.learning_rate"] = config.training.learning_rate / 10
@@ -121,7 +125,7 @@ def _trial(config: RunConfig, table: str, name: str, seed: int) -> Trial:
 
 def list_here(config: RunConfig, options: HereOptions) -> list[str]:
     """A line for each run, in order."""
-    trials = here_trials(config, options.seeds, options.tables or tables_here())
+    trials = here_trials(config, options.seeds, options.chosen)
     return [f"{trial.name}: {dict(trial.settings)}" for trial in trials]
 
 
@@ -150,14 +154,13 @@ def run_here(config: RunConfig, options: HereOptions, run: bool = True) -> Path 
         return {**(judge(run, summary) if judge else {}), "losses": training_losses(run), **size}
 
     folder = Path(config.output_dir)
-    tables = options.tables or tables_here()
-    sweep = Sweep(folder, base, here_trials(base, options.seeds, tables), measure)
+    sweep = Sweep(folder, base, here_trials(base, options.seeds, options.chosen), measure)
     if run:
         sweep.run()
     if number:
         return None
     planned = folder / "plans.jsonl"
-    plans = plan_memory_of_paper(planned) if run and "1" in tables else read_rows(planned)
+    plans = plan_memory_of_paper(planned) if run and "1" in options.chosen else read_rows(planned)
     file = folder / "here.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*_slim(sweep.rows()), *plans]), encoding="utf-8")
     return file
