@@ -13,15 +13,14 @@ from tokenseek.config.loading import (
 from tokenseek.config.one_line import OneLine, list_methods, load_one_line
 from tokenseek.config.schema import (
     DataOfModel,
-    DitchingSettings,
     EvaluatedConfig,
     ModelConfig,
     PeftSettings,
     RunConfig,
     ScoringConfig,
     SelectionConfig,
-    TrainingConfig,
 )
+from tokenseek.config.training import DitchingSettings, TrainingConfig
 
 __all__ = [
     "Columns",
