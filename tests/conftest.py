@@ -1,7 +1,14 @@
+import gc
+
 import pytest
 import torch
 
 from tokenseek.commands.terminal import log_to_terminal
+
+
+def pytest_collection_finish():
+    """The million objects of imported libraries stay: no collection of garbage looks at them again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
