@@ -91,8 +91,9 @@ def test_settings_win_over_words_and_defaults(words):
     "overrides,ratio,recompute",
     [
         (["training.ditching=false"], 0.1, False),
-        (["scoring.mode=index", "selection.exact_layers=0"], 0.1, "auto"),
-        (["selection.rule=all", "selection.exact_layers=0", "selection.explore=0"], 0.1, "auto"),
+        (["scoring.mode=index"], 0.1, "auto"),
+        (["selection.rule=all"], 0.1, "auto"),
+        (["selection={rule: all}"], 0.1, "auto"),
         (["training.recompute=true", "training.per_device_train_batch_size=2"], "auto", True),
         (["training={learning_rate: 1e-3}"], "auto", False),
     ],
@@ -100,6 +101,42 @@ def test_settings_win_over_words_and_defaults(words):
 def test_what_the_planner_chooses_is_what_nobody_set(words, overrides, ratio, recompute):
     config = load_one_line(words(), None, overrides)
     assert (config.selection.ratio, config.training.recompute) == (ratio, recompute)
+
+
+@pytest.mark.parametrize(
+    "overrides, mode, explore, exact_layers",
+    [
+        ([], "online", 0.3, "auto"),
+        (["selection.rule=all"], "index", 0, 0),
+        (["selection.rule=random"], "index", 0, 0),
+        (["selection.rule=top"], "online", 0, 0),
+        (["selection.rule=top_random"], "online", 0.3, 0),
+        (["selection.alpha=5"], "online", 0.3, 0),
+        (["scoring.reduction=error"], "online", 0.3, 0),
+        (["scoring.mode=index"], "index", 0.3, 0),
+        (["selection.rule=random", "scoring.mode=online"], "online", 0, 0),
+    ],
+)
+def test_another_rule_takes_what_it_reads(words, overrides, mode, explore, exact_layers):
+    config = load_one_line(words(), None, overrides)
+    assert config.selection.scope == "supervised"
+    assert config.scoring.mode == mode
+    assert (config.selection.explore, config.selection.exact_layers) == (explore, exact_layers)
+
+
+@pytest.mark.parametrize(
+    "ratio, overrides, message",
+    [
+        (0.3, ["selection.rule=all"], "selection.rule: all takes no ratio, got 0.3; leave out --ratio, or the rule"),
+        (None, ["selection.rule=top", "selection.explore=0.3"], "selection.explore is 0.3; accepted is 0 for 'top'"),
+        (None, ["selection={rule: all, explore: 0.3}"], "selection.explore is 0.3; accepted is 0 for 'all'"),
+        (None, ["scoring.mode=index", "selection.exact_layers=1"], "selection.exact_layers needs scoring.mode: online"),
+        (None, ["selection.rule=tops"], "selection.rule.*tops"),
+    ],
+)
+def test_what_a_rule_does_not_take_is_refused_where_it_was_said(words, ratio, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_one_line(words(ratio=ratio), None, overrides)
 
 
 def test_auto_that_was_said_is_refused_where_it_has_no_meaning(words):

@@ -18,7 +18,7 @@ from tokenseek.config.model_files import without_model
 from tokenseek.config.resources import folder_of
 from tokenseek.config.schema import ModelConfig, RunConfig
 from tokenseek.errors import UserError, first_line
-from tokenseek.selection import rule_named
+from tokenseek.selection import SelectionRule, rule_named
 from tokenseek.spelling import did_you_mean
 
 DEFAULT_METHOD = "lora"
@@ -137,28 +137,46 @@ def _with_words(values: dict[str, Any], words: OneLine, method: str | None) -> d
 
 
 def _drop_unread(values: dict[str, Any], said: Collection[str], is_planned: bool) -> None:
-    """Drop each `auto` that nobody said and that has no meaning beside what was said; in place.
+    """Drop what `_base/one-line.yaml` sets, nobody said, and has no meaning beside what was said; in place.
 
-    Without ditching, or by a rule without a share, there is nothing to fit; with an index a share is a number. A plan
-    has rows for several shares, with and without recomputation, and fits nothing to this machine's memory.
+    A rule without scores needs no pass that takes them, and one that does not explore no share for it. Exact layers go
+    with draws by the gradient that are weighed. Without ditching, or by a rule without a share, there is nothing to
+    fit; with an index a share is a number. A plan has rows for several shares, with and without recomputation, and
+    fits nothing to this machine's memory.
+
+    Raises:
+        UserError: a share was said, and a rule that takes none.
     """
     sections = [values.get(name) for name in ("selection", "training", "scoring")]
     if not all(isinstance(section, dict) for section in sections):
         return  # a mistake, which the schema tells
     selection, training, scoring = cast(list[dict[str, Any]], sections)
-    ditching = training.get("ditching", True)
-    fits_share = ditching and scoring.get("mode") == "online" and _has_share(selection.get("rule"))
-    if selection.get("ratio") == "auto" and (is_planned or not fits_share) and "selection.ratio" not in said:
-        del selection["ratio"]
-    if training.get("recompute") == "auto" and (is_planned or not ditching) and "training.recompute" not in said:
-        del training["recompute"]
-
-
-def _has_share(rule: Any) -> bool:
     try:
-        return "ratio" in rule_named(rule).reads
+        rule = rule_named(selection.get("rule", SelectionRule.rule))
     except UserError:
-        return True  # which the schema tells, among all else that is wrong
+        return  # which the schema tells, among all else that is wrong
+
+    def drop(section: str, name: str) -> None:
+        if section not in said and f"{section}.{name}" not in said:
+            values[section].pop(name, None)
+
+    if not rule.needs_scores:
+        drop("scoring", "mode")
+    if "explore" not in rule.reads:
+        drop("selection", "explore")
+    ditching, is_online = training.get("ditching", True), scoring.get("mode") == "online"
+    by_gradient = selection.get("alpha") == 0 and scoring.get("reduction") != "error"
+    if not (is_online and rule.weighs and by_gradient):
+        drop("selection", "exact_layers")
+    has_share = "ratio" in rule.reads
+    if not has_share and selection.get("ratio", "auto") != "auto":
+        raise UserError(
+            f"selection.rule: {rule.name} takes no ratio, got {selection['ratio']}; leave out --ratio, or the rule."
+        )
+    if selection.get("ratio") == "auto" and (is_planned or not (ditching and is_online and has_share)):
+        drop("selection", "ratio")
+    if training.get("recompute") == "auto" and (is_planned or not ditching):
+        drop("training", "recompute")
 
 
 def _method(name: str) -> dict[str, Any]:
