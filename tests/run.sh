@@ -37,9 +37,6 @@ mypy
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Tests that start processes of their own take turns. (Not one run with `--dist loadgroup`, which does this by groups:
-# with pytest 9.2, pytest-xdist 3.8 takes no notice of them.)
-status=0
-python -m pytest -m "not slow" -n 2 --dist loadfile tests/unit tests/numerics tests/gpu || status=1
-python -m pytest -m "not slow" tests/distributed tests/launch || status=1
-exit $status
+# File after file to two processes, also those whose tests start processes of their own: these import libraries most of
+# the time, one after the other.
+exec python -m pytest -m "not slow" -n 2 --dist loadfile

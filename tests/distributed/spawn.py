@@ -21,7 +21,7 @@ class RankFailed(AssertionError):
     """A process of the group failed, or did not end in time."""
 
 
-def spawn(ranks: int, function: Callable, *args, timeout: float = 100, check: bool = True) -> list:
+def spawn(ranks: int, function: Callable, *args, timeout: float = 200, check: bool = True) -> list:
     """``function(rank, *args)`` in each of `ranks` processes of one gloo group; returns what each returned.
 
     `function` has to be importable, and its result picklable. When one process fails the others get a few seconds to

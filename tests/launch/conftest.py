@@ -26,7 +26,7 @@ from tokenseek import cli
 from tokenseek.data.toy import make_word_problems
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 240  # seconds; a launch takes about ten
+TIMEOUT = 480  # seconds; a launch takes about ten, and several when two files are tested at once
 NUM_EXAMPLES = 240
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
