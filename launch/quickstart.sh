@@ -35,7 +35,7 @@ echo "== How long a step of TokenSeek takes, by three of them"
 tokenseek train "${processes[@]}" --preset quickstart --set training.max_steps=3 --set training.warmup_steps=0 \
     --set training.save_strategy=no --set eval_data=null --set output_dir=runs/quickstart-probe
 steps=$(python launch/quickstart.py steps runs/quickstart-ordinary runs/quickstart-probe)
-echo "== 2 of 2: TokenSeek for as many seconds: $steps steps, each on the three tenths of the tokens that it selects"
+echo "== 2 of 2: TokenSeek for as many seconds: $steps steps, each on the tokens that it selects"
 tokenseek train "${processes[@]}" --preset quickstart --set training.max_steps="$steps"
 
 python launch/quickstart.py report runs/quickstart-ordinary runs/quickstart
