@@ -155,7 +155,7 @@ PRECISION = {loop: torch.float32 if loop is by_sft_trainer else torch.float64 fo
 @pytest.mark.parametrize("build", [plain_model, lora_model])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_loop_takes_the_same_steps(loop, build, checkpointing, dataset, index, tmp_path):
-    model, collator = build(), TokenSeekCollator(index, ratio=0.3)
+    model, collator = build(), TokenSeekCollator(index, 0.3, "top")
     before = trainable(model)
     expected_losses, expected = dense_training(copy.deepcopy(model), dataset, collator)
     calls = []
@@ -173,10 +173,10 @@ def test_every_loop_takes_the_same_steps(loop, build, checkpointing, dataset, in
 def test_packed_batches_take_the_same_steps(loop, dataset, index, tmp_path):
     model = lora_model()
     before = trainable(model)
-    expected_losses, expected = dense_training(copy.deepcopy(model), dataset, TokenSeekCollator(index, ratio=0.3))
+    expected_losses, expected = dense_training(copy.deepcopy(model), dataset, TokenSeekCollator(index, 0.3, "top"))
     shapes = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, args, __: shapes.append(args[0].shape))
-    losses = loop(model, dataset, TokenSeekCollator(index, ratio=0.3, packing=True), tmp_path)
+    losses = loop(model, dataset, TokenSeekCollator(index, 0.3, "top", packing=True), tmp_path)
     hook.remove()
     assert sorted(shapes) == sorted((1, len(a) + len(b)) for a, b in chunks(dataset["input_ids"], BATCH))
     assert_close(losses, expected_losses, torch.float32)
@@ -186,19 +186,27 @@ def test_packed_batches_take_the_same_steps(loop, dataset, index, tmp_path):
 @pytest.mark.parametrize("loop", [by_plain_trainer, by_sft_trainer])
 def test_row_30_label_smoothing_is_refused_by_name(loop, dataset, index, tmp_path):
     with pytest.raises(UserError, match="label_smoothing_factor and compute_loss_func are incompatible with a selec"):
-        loop(plain_model(), dataset, TokenSeekCollator(index, ratio=0.3), tmp_path, label_smoothing_factor=0.1)
+        loop(plain_model(), dataset, TokenSeekCollator(index, 0.3, "top"), tmp_path, label_smoothing_factor=0.1)
 
 
 @pytest.mark.parametrize("loop", [by_plain_trainer, by_sft_trainer])
 def test_label_smoothing_is_refused_where_the_model_selects(loop, dataset, tmp_path):
-    collator = TokenSeekCollator(None, ratio=0.3, online=True)
+    collator = TokenSeekCollator(ratio=0.3)
     with pytest.raises(UserError, match="label_smoothing_factor and compute_loss_func take the labels away"):
         loop(plain_model(), dataset, collator, tmp_path, label_smoothing_factor=0.1)
 
 
+@pytest.mark.parametrize("by", ["selection", "selected_weights"])
+def test_a_trainer_that_computes_the_loss_itself_is_refused_what_it_would_ignore(by, dataset, index, tmp_path):
+    """It would train on all tokens, or on tokens without their weights."""
+    collator = TokenSeekCollator() if by == "selection" else TokenSeekCollator(index)
+    with pytest.raises(UserError, match=f"{by} came to the model's body.*compute_loss = transformers.Trainer"):
+        by_sft_trainer(plain_model(), dataset, collator, tmp_path)
+
+
 def test_a_mean_of_means_is_another_step(dataset, index):
     """What the tests above would miss if the micro batches happened to hold equal numbers of losses."""
-    model, collator = plain_model(), TokenSeekCollator(index, ratio=0.3)
+    model, collator = plain_model(), TokenSeekCollator(index, 0.3, "top")
     before = trainable(model)
     _, expected = dense_training(copy.deepcopy(model), dataset, collator)
     dense_training(model, dataset, collator, mean_of_means=True)
@@ -206,7 +214,7 @@ def test_a_mean_of_means_is_another_step(dataset, index):
 
 
 def test_bfloat16_autocast(dataset, index, tmp_path):
-    collator = TokenSeekCollator(index, ratio=0.3)
+    collator = TokenSeekCollator(index, 0.3, "top")
     before = trainable(plain_model(torch.float32))
     exact = plain_model(torch.float32)
     _, expected = dense_training(exact, dataset, collator)
@@ -220,7 +228,7 @@ def test_bfloat16_autocast(dataset, index, tmp_path):
 
 
 def test_sft_trainer_wraps_the_model_in_an_adapter_itself(dataset, index, tmp_path):
-    collator, truth = TokenSeekCollator(index, ratio=0.3), lora_model()
+    collator, truth = TokenSeekCollator(index, 0.3, "top"), lora_model()
     before = trainable(truth)
     model = plain_model()
     torch.manual_seed(0)
@@ -235,7 +243,7 @@ def test_sft_trainer_wraps_the_model_in_an_adapter_itself(dataset, index, tmp_pa
 
 def test_metrics_of_sft_trainer_are_those_of_the_selected_tokens(index, dataset, tmp_path):
     """Entropy and accuracy of the first step, from the logits of the model before it."""
-    model, collator = plain_model(), TokenSeekCollator(index, ratio=0.3)
+    model, collator = plain_model(), TokenSeekCollator(index, 0.3, "top")
     rows = list(dataset)[: BATCH * ACCUMULATION]
     for example in rows[::2]:  # labels that the model gets right, in half of the examples
         with torch.no_grad():
@@ -270,7 +278,7 @@ def rows_as_dataset(like, rows):
 
 def test_sft_trainer_trains_experts_without_their_auxiliary_loss_only(dataset, index, tmp_path):
     """The auxiliary loss balances all tokens over the experts; there are no router logits of the unselected ones."""
-    collator = TokenSeekCollator(index, ratio=0.3)
+    collator = TokenSeekCollator(index, 0.3, "top")
     with pytest.raises(UserError, match="output_router_logits"):
         by_sft_trainer(tiny_model("qwen3_moe"), dataset, collator, tmp_path)
     losses = by_sft_trainer(tiny_model("qwen3_moe"), dataset, collator, tmp_path, router_aux_loss_coef=0.0)

@@ -41,9 +41,21 @@ def reach_of(
     return PlainReach(partition(selected_positions, mask, tokens.shape[1], recorded))
 
 
+def _require_loss_of_model(kwargs: dict[str, Any]) -> None:
+    """Refuse what only the causal LM reads, which most models' bodies would ignore and train on something else."""
+    for name in ("selection", "selected_weights"):
+        if kwargs.get(name) is not None:
+            raise UserError(
+                f"{name} came to the model's body, past the causal LM, which weighs and selects: a trainer computes "
+                "the loss itself. In a subclass of TRL's SFTTrainer set compute_loss = "
+                "transformers.Trainer.compute_loss (docs/trainers.md), or use a TokenSeekTrainer."
+            )
+
+
 def body_forward(self: Any, *args: Any, selected_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
     """The body's output with hidden states of the selected rows, [B, S, D]; of all rows, [B, T, D], without them."""
     ditching: Ditching = self._token_ditching
+    _require_loss_of_model(kwargs)
     if selected_positions is None and ditching.handed is None:
         return original_forward(self)(*args, **kwargs)
     arguments = dict(zip(argument_names(self), args, strict=False)) | kwargs
