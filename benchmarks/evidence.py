@@ -20,105 +20,20 @@ import argparse
 import random
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.allocator import keep_freed_memory
+from benchmarks.evidence_methods import METHODS, REGIMES
 from benchmarks.pages import write_into
 from tokenseek.config import RunConfig, load_config
+from tokenseek.config.loading import override_config
 from tokenseek.sweeps.here_data import short_problems, write_rows
 from tokenseek.sweeps.sweep import Row, Sweep, Trial, append_row, read_rows
 from tokenseek.sweeps.tables import Group, grouped, markdown
 
-
-@dataclass(frozen=True)
-class Regime:
-    """What is trained on.
-
-    Attributes:
-        examples: in an optimizer step.
-        steps: of a run.
-        solved: problems with their answers in front of each question.
-        epochs: about so many times a run sees the training examples; more than once all that there are.
-        max_characters: of question and answer.
-    """
-
-    title: str
-    examples: int
-    steps: int
-    micro_batch: int
-    solved: int = 0
-    max_length: int = 512
-    epochs: int = 1
-    max_characters: int = 250
-
-
-REGIMES = {
-    "short-4": Regime("short prompts, steps of 4 examples", 4, 20, 4),
-    "short-32": Regime("short prompts, steps of 32 examples", 32, 20, 8, epochs=2),
-    "once-32": Regime("problems of up to 300 characters, steps of 32 examples", 32, 16, 8, max_characters=300),
-    "long-4": Regime("five solved problems before each question, steps of 4", 4, 20, 4, solved=5, max_length=1024),
-}
-
-_SUPERVISED = {"selection.scope": "supervised"}
-_DRAWN = {
-    **_SUPERVISED,
-    "selection.rule": "sampled",
-    "selection.explore": 0.3,
-    "selection.alpha": 0,
-    "selection.beta": 1,
-}
-_ONLINE = {**_DRAWN, "scoring.mode": "online"}
-_EXACT = {**_ONLINE, "selection.exact_layers": 1}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train: its title in the table and its settings.
-
-    Attributes:
-        takes_ratio: one is among the settings.
-        steps_of: another method, whose steps it takes, in another time; so are its rate and its losses at equal steps.
-    """
-
-    title: str
-    settings: dict[str, Any]
-    takes_ratio: bool = True
-    steps_of: str | None = None
-
-
-METHODS = {
-    "ordinary": Method("ordinary training", {"training.ditching": False}, takes_ratio=False),
-    "checkpointing": Method(
-        "the same with gradient checkpointing",
-        {"training.ditching": False, "training.recompute": True},
-        takes_ratio=False,
-        steps_of="ordinary",
-    ),
-    "response": Method(
-        "all response tokens, prompts ditched", {"selection.rule": "all", **_SUPERVISED}, takes_ratio=False
-    ),
-    "random": Method("random tokens", {"selection.rule": "random"}),
-    "paper": Method("the paper's rule: top, alpha = beta = 5, index", {"selection.rule": "top"}),
-    "index": Method("drawn by gradient, index", _DRAWN),
-    "online": Method("drawn by gradient, online", _ONLINE),
-    "online-error": Method("drawn by error, online", {**_ONLINE, "scoring.reduction": "error"}),
-    "exact-1": Method("drawn by gradient, online, 1 exact layer", _EXACT),
-    "exact-1-explore-0.1": Method("the same, explore 0.1", {**_EXACT, "selection.explore": 0.1}),
-    "exact-1-beta1-0.95": Method(
-        "drawn by gradient, online, 1 exact layer, AdamW's beta1 0.95",
-        {**_EXACT, "training.extra.adam_beta1": 0.95},
-    ),
-    "exact-1-beta2-0.99": Method(
-        "drawn by gradient, online, 1 exact layer, AdamW's beta2 0.99",
-        {**_EXACT, "training.extra.adam_beta2": 0.99},
-    ),
-    "exact-4": Method("drawn by gradient, online, 4 exact layers", {**_ONLINE, "selection.exact_layers": 4}),
-    "exact-8": Method("drawn by gradient, online, 8 exact layers", {**_ONLINE, "selection.exact_layers": 8}),
-}
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 HELD_OUT = 24
 SECONDS_RESERVE = 10 * 2**30  # bytes, more than any method takes
@@ -243,19 +158,28 @@ def planned(args: argparse.Namespace, rows: list[Row]) -> list[Trial]:
 def measure_seconds(args: argparse.Namespace) -> None:
     """Seconds of a step of every method, in turns, `args.repeats` times; rows are added to ``seconds.jsonl``.
 
-    Scoring for an index, of the examples of the regime, is counted apart from the steps.
+    Those that it has are kept. Scoring for an index, of the examples of the regime, is counted apart from the steps.
     """
-    base = base_config(args, held_out=1)  # what is learned is of no interest
+    base, regime = base_config(args, held_out=1), REGIMES[args.regime]  # what is learned is of no interest
+    rows = args.micro_batch or regime.micro_batch
+    settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": regime.examples // rows}
+    base = override_config(base, {f"training.{name}": value for name, value in settings.items()})
+    told = ("method", "ratio", "repeat", "micro_batch")
+    known = {tuple(row.get(name) for name in told) for row in read_rows(args.output / "seconds.jsonl")}
     for repeat in range(args.repeats):
         for method, ratio in _with_ratios(args.methods, args.ratios):
-            folder = args.output / "seconds" / f"{repeat}"
+            if (method, ratio, repeat, args.micro_batch) in known:
+                continue
+            folder = args.output / "seconds" / f"{repeat}-{rows}"
             one = trial(args.regime, method, ratio, 1e-3, 0, args.steps)
             (row,) = Sweep(folder, base, [one]).run(lambda line: None)
             labels = {name: row[name] for name in ("regime", "method", "ratio")}
             measured = {"seconds_a_step": row["seconds"] / args.steps, "peak": row["step_peak_bytes"]}
             if "scoring_seconds" in row:
                 measured["scoring_seconds"] = row["scoring_seconds"]
-            append_row(args.output / "seconds.jsonl", {**labels, **measured, "repeat": repeat, "threads": args.threads})
+            labels |= {"repeat": repeat, "threads": args.threads}
+            labels |= {"micro_batch": rows} if args.micro_batch else {}
+            append_row(args.output / "seconds.jsonl", {**labels, **measured})
             print(f"{one.name}: {measured['seconds_a_step']:.2f} s a step", flush=True)
 
 
@@ -268,7 +192,7 @@ def table(rows: list[Row]) -> str:
     parts = []
     for regime in [name for name in REGIMES if any(row["regime"] == name for row in rows)]:
         own = [row for row in rows if row["regime"] == regime]
-        measured = [row for row in own if "seconds_a_step" in row]
+        measured = [row for row in own if "seconds_a_step" in row and "micro_batch" not in row]
         runs = [row for row in own if "loss_after" in row]
         steps = [row for row in runs if "epochs" not in row]
         if {row["method"] for row in steps} != {"ordinary"}:
@@ -373,6 +297,7 @@ def main() -> None:
     seconds = commands.add_parser("seconds", parents=[shared])
     seconds.add_argument("--steps", type=int, default=4)
     seconds.add_argument("--repeats", type=int, default=3)
+    seconds.add_argument("--micro-batch", type=int, help="rows at once; a step has as many. Default: the regime's")
     show = commands.add_parser("table")
     show.add_argument("rows", type=Path, nargs="+")
     show.add_argument("--into", type=Path, metavar="PAGE", help="write it into a page, between its marks")
