@@ -42,7 +42,7 @@ RATE = 4e-3
 
 @dataclass(frozen=True)
 class Way:
-    """A way to select: its name in the table, and what it changes in the default of the library's docs.
+    """A way to select: its name in the table, and what it changes in the library's default.
 
     Attributes:
         of_batch: the ratio is of the whole batch, so that examples whose scores are large get more of it.
@@ -55,11 +55,9 @@ class Way:
 
     def selection(self, ratio: float) -> SelectionRule:
         """The rule at a ratio."""
-        default = {"rule": "sampled", "alpha": 0, "beta": 1, "explore": 0.3, "scope": "supervised"}
-        return SelectionRule(**{**default, "ratio": ratio, **self.rule})
+        return SelectionRule(**{"ratio": ratio, "scope": "supervised", **self.rule})
 
 
-_UNSCORED = {"alpha": 5, "beta": 5, "explore": 0.0}
 WAYS = {
     "uniform": Way("drawn uniformly, weighted", {"explore": 1.0}),
     "error": Way("by the error", seeking={"reduction": "error"}),
@@ -75,7 +73,7 @@ WAYS = {
     ),
     "exact-4": Way("4 exact layers", seeking={"reduction": "l2", "exact_layers": 4}),
     "exact-8": Way("8 exact layers", seeking={"reduction": "l2", "exact_layers": 8}),
-    "response": Way("all response tokens", {"rule": "all", **_UNSCORED}),
+    "response": Way("all response tokens", {"rule": "all"}),
 }
 
 

@@ -34,7 +34,7 @@ STEPS_OF_A_GROUP = 3
 LORA = ("peft.method=lora", "peft.r=8")
 ACCUMULATED, BF16 = "training.gradient_accumulation_steps=2", "training.mixed_precision=bf16"
 TILES = "training.tile_rows=48"
-DRAWN = ("selection.rule=sampled", "selection.alpha=0", "selection.explore=0.3", "selection.ratio=0.2")
+DRAWN = ("selection.rule=sampled", "selection.scope=all", "selection.ratio=0.2", "selection.exact_layers=0")
 ONLINE = ("scoring.mode=online", *DRAWN)
 # name -> (model_type, method, settings)
 CASES: dict[str, tuple[str, Method, tuple[str, ...]]] = {
@@ -71,7 +71,7 @@ def model_config(kind: str, *, hidden: int, layers: int, vocab: int, tokens: int
 
 def run_config(tokens: int, *settings: str) -> RunConfig:
     needed = ["model.name_or_path=none", "model.dtype=float32", "data.sources.0.path=none", "output_dir=none"]
-    return load_config(None, [*needed, f"data.max_length={tokens}", *settings])
+    return load_config(None, [*needed, "selection.rule=top", f"data.max_length={tokens}", *settings])
 
 
 def measured_peak(

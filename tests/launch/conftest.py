@@ -80,6 +80,7 @@ class Workspace:
             "model": {"name_or_path": str(self.model)},
             "data": {"sources": [{"path": str(self.data), **sources}], "max_length": 512},
             "scoring": {"tokens_per_batch": 512, "tokens_per_shard": 512},  # two or three examples
+            "selection": {"rule": "top"},
             "peft": {"dropout": 0.0},
             "output_dir": str(folder / "unused"),
         }
@@ -90,7 +91,7 @@ class Workspace:
             "data": {"sources": [{"path": str(cut_file), **sources}], "max_length": 256},
             "eval_data": {"sources": [{"path": str(held_out), **sources}], "max_length": 256},
             # Selects some responses, of other examples none: a model of random weights does not tell them from prompts.
-            "selection": {"ratio": 0.2, "alpha": 2.0},
+            "selection": {"rule": "top", "ratio": 0.2, "alpha": 2.0},
             "training": {
                 "num_train_epochs": 2,
                 "gradient_accumulation_steps": 2,

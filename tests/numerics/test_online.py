@@ -298,7 +298,17 @@ def test_bad_settings():
         model(**make_batch(), selection=DRAWN, selection_keys=KEYS)
     model = enabled(tiny_model("llama"), seeking=Seeking(exact_layers=1))
     with pytest.raises(UserError, match="exact_layers is 1 with rule 'top'"):
-        model(**make_batch(), selection=SelectionRule(), selection_keys=KEYS)
+        model(**make_batch(), selection=SelectionRule("top"), selection_keys=KEYS)
+
+
+@pytest.mark.parametrize("rule, exact_layers", [(SelectionRule(), 1), (SelectionRule("top", ratio=0.3), 0)], ids=str)
+def test_where_nobody_says_how_one_layer_is_exact_if_the_rule_allows_it(rule, exact_layers):
+    model = enabled(tiny_model("llama", dtype=torch.float64))
+    assert_same(model, make_batch(), rule, exact_layers=exact_layers)
+
+
+def test_nor_is_one_where_layers_share_keys_and_values():
+    assert_same(enabled(tiny_model("gemma4")), make_batch(), SelectionRule())
 
 
 def test_scores_that_are_not_finite_name_the_example():

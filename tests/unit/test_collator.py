@@ -32,7 +32,7 @@ def valid(row):
 
 def test_a_batch_holds_every_example_and_its_selected_positions(dataset, path):
     examples = list(dataset)[2:5]
-    batch = TokenSeekCollator(path, ratio=0.3, pad_token_id=9)(examples)
+    batch = TokenSeekCollator(path, 0.3, "top", pad_token_id=9)(examples)
     assert batch.keys() == {"input_ids", "attention_mask", "labels", "selected_positions", "shift_labels"}
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     index = TokenIndex.open(path)
@@ -40,7 +40,7 @@ def test_a_batch_holds_every_example_and_its_selected_positions(dataset, path):
         length = len(example["input_ids"])
         assert batch["input_ids"][row].tolist() == example["input_ids"] + [9] * (17 - length)
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (17 - length)
-        expected = select_positions(SelectionRule(ratio=0.3), *index.scores(row + 2), row=row + 2)
+        expected = select_positions(SelectionRule("top", ratio=0.3), *index.scores(row + 2), row=row + 2)
         assert valid(batch["selected_positions"][row]) == expected.tolist()
     assert batch["selected_positions"].shape == (3, 5)  # 14, 6 and 17 tokens
     assert batch["selected_positions"][1].tolist()[2:] == [-1] * 3
@@ -48,7 +48,7 @@ def test_a_batch_holds_every_example_and_its_selected_positions(dataset, path):
 
 def test_labels_are_left_where_a_selected_position_predicts_them_and_nowhere_else(dataset, path):
     examples = list(dataset)
-    batch = TokenSeekCollator(path, ratio=0.3)(examples)
+    batch = TokenSeekCollator(path, 0.3, "top")(examples)
     left = 0
     for row, example in enumerate(examples):
         predicted = {position + 1 for position in valid(batch["selected_positions"][row])}
@@ -73,7 +73,7 @@ def test_an_example_of_one_token():
 
 
 def test_shift_labels_are_the_labels_that_selected_positions_predict(dataset, path):
-    batch = TokenSeekCollator(path, ratio=0.3)(list(dataset))
+    batch = TokenSeekCollator(path, 0.3, "top")(list(dataset))
     shifted, positions, labels = batch["shift_labels"], batch["selected_positions"], batch["labels"]
     assert shifted.shape == positions.shape
     following = torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], dim=1)
@@ -86,7 +86,7 @@ def test_shift_labels_are_the_labels_that_selected_positions_predict(dataset, pa
 @pytest.mark.parametrize("multiple,tokens", [(1, 21), (8, 24), (21, 21), (64, 64)])
 def test_pad_to_multiple_of(dataset, path, multiple, tokens):
     examples = list(dataset)[:2]
-    batch = TokenSeekCollator(path, ratio=0.3, pad_to_multiple_of=multiple)(examples)
+    batch = TokenSeekCollator(path, 0.3, "top", pad_to_multiple_of=multiple)(examples)
     assert [batch[name].shape[1] for name in ("input_ids", "attention_mask", "labels")] == [tokens] * 3
     assert batch["attention_mask"].sum() == 9 + 21
     assert (batch["labels"][:, 21:] == -100).all() and batch["selected_positions"].shape[1] == 6
@@ -94,7 +94,7 @@ def test_pad_to_multiple_of(dataset, path, multiple, tokens):
 
 def test_packed_examples_stand_one_behind_the_other(dataset, path):
     examples = list(dataset)[2:5]
-    padded, packed = (TokenSeekCollator(path, ratio=0.3, packing=packing)(examples) for packing in (False, True))
+    padded, packed = (TokenSeekCollator(path, 0.3, "top", packing=packing)(examples) for packing in (False, True))
     assert packed.keys() == {"input_ids", "position_ids", "labels", "selected_positions", "shift_labels"}
     is_token, is_chosen = padded["attention_mask"].bool(), padded["selected_positions"] >= 0
     for name, kept in (("input_ids", is_token), ("labels", is_token), ("shift_labels", is_chosen)):
@@ -110,13 +110,13 @@ def test_packed_examples_stand_one_behind_the_other(dataset, path):
 
 def test_packing_pads_nothing(path):
     with pytest.raises(UserError, match="pad_to_multiple_of=8, but packing=True"):
-        TokenSeekCollator(path, packing=True, pad_to_multiple_of=8)
+        TokenSeekCollator(path, rule="top", packing=True, pad_to_multiple_of=8)
 
 
 def test_evaluation_sees_all_labels(dataset, path):
-    collator = TokenSeekCollator(path, ratio=0.3, pad_token_id=9, pad_to_multiple_of=8).without_selection()
+    collator = TokenSeekCollator(path, 0.3, "top", pad_token_id=9, pad_to_multiple_of=8).without_selection()
     batch = collator(list(dataset)[:2])
-    packing = TokenSeekCollator(path, packing=True).without_selection()
+    packing = TokenSeekCollator(path, rule="top", packing=True).without_selection()
     assert packing(list(dataset)[:2]).keys() == batch.keys()
     assert type(collator) is PaddingCollator and batch.keys() == {"input_ids", "attention_mask", "labels"}
     assert batch["labels"][0].tolist() == dataset[0]["labels"] + [-100] * 15
@@ -129,32 +129,39 @@ def test_a_rule_and_its_options(path):
     assert TokenSeekCollator(path, rule=rule).rule == rule
     assert TokenSeekCollator(path, rule="bands", bands=[[0, 0.1]]).rule.bands == ((0.0, 0.1),)
     with pytest.raises(UserError, match=r"ratio is 0; accepted is a share in \(0, 1\]"):
-        TokenSeekCollator(path, ratio=0)
+        TokenSeekCollator(path, 0, "top")
 
 
 @pytest.mark.parametrize("rule", ["top", "bands", "top_random"])
 def test_rules_that_need_scores_need_an_index(rule):
     options = {"bands": {"bands": [[0, 0.1]]}, "top_random": {"explore": 0.5}}.get(rule, {})
     with pytest.raises(UserError, match=f"{rule}.*needs an index"):
-        TokenSeekCollator(None, rule=rule, **options)
+        TokenSeekCollator(None, rule=rule, online=False, **options)
+    assert TokenSeekCollator(None, rule=rule, **options).online  # the model scores where nothing is said
+
+
+def test_two_words_less_than_the_papers_rule(path):
+    by_the_model, by_an_index = TokenSeekCollator(), TokenSeekCollator(path)
+    assert by_the_model.rule == by_an_index.rule == SelectionRule("sampled", 0.3, alpha=0, beta=1, explore=0.3)
+    assert by_the_model.online and not by_an_index.online and not TokenSeekCollator(rule="random").online
 
 
 def test_an_example_that_was_not_scored_is_refused(dataset, path):
     with pytest.raises(UserError, match="has no example 'new'"):
-        TokenSeekCollator(path)([{**dataset[0], "example_id": "new"}])
+        TokenSeekCollator(path, rule="top")([{**dataset[0], "example_id": "new"}])
 
 
 @pytest.mark.parametrize("tokens", [lambda ids: [*ids[:-1], ids[-1] + 1], lambda ids: ids[:-1], lambda ids: [*ids, 7]])
 def test_an_example_with_other_tokens_than_those_scored_is_refused(dataset, path, tokens):
     ids = tokens(dataset[0]["input_ids"])
     with pytest.raises(UserError, match="other tokens.*Score it again"):
-        TokenSeekCollator(path)([{**dataset[0], "input_ids": ids, "labels": ids}])
+        TokenSeekCollator(path, rule="top")([{**dataset[0], "input_ids": ids, "labels": ids}])
 
 
 @pytest.mark.parametrize("index", [True, False])
 def test_an_example_without_its_id_is_refused(dataset, path, index):
     """Which is what remains of it under Trainer's default `remove_unused_columns=True`."""
-    collator = TokenSeekCollator(path) if index else TokenSeekCollator(None, rule="random")
+    collator = TokenSeekCollator(path, rule="top") if index else TokenSeekCollator(None, rule="random")
     with pytest.raises(UserError, match="remove_unused_columns=False"):
         collator([{"input_ids": dataset[0]["input_ids"], "labels": dataset[0]["labels"]}])
 
@@ -176,7 +183,7 @@ def test_random_draws_change_with_the_epoch_and_the_seed_and_with_nothing_else(d
 
 
 def test_top_selections_do_not_change_with_the_epoch(dataset, path):
-    collator = TokenSeekCollator(path, 0.3)
+    collator = TokenSeekCollator(path, 0.3, "top")
     first = selections(collator, dataset)
     collator.set_epoch(1)
     assert selections(collator, dataset) == first
@@ -203,7 +210,7 @@ def test_workers_see_a_new_epoch(dataset, path, persistent):
 
 def test_columns_of_numbers_in_any_form_do(dataset, path):
     """Data sets in the formats of NumPy and torch give arrays and tensors."""
-    collator = TokenSeekCollator(path, 0.3)
+    collator = TokenSeekCollator(path, 0.3, "top")
     expected = collator(list(dataset))
     for form in ("numpy", "torch"):
         batch = collator(list(dataset.with_format(form)))

@@ -6,8 +6,10 @@ import sys
 import pytest
 
 from tokenseek.config import DataConfig, RunConfig, load_config, save_resolved
+from tokenseek.config.loading import override_config
 from tokenseek.config.strict_yaml import parse_yaml
 from tokenseek.errors import UserError
+from tokenseek.selection import SelectionRule
 
 MINIMAL = ["model.name_or_path=m", "data.sources.0.path=d.jsonl", "output_dir=out"]
 
@@ -23,10 +25,33 @@ def test_minimal_config_has_the_documented_defaults():
     assert config.training.per_device_train_batch_size == 1
     assert config.training.report_to == ["tensorboard"]
     assert (config.scoring.gradient_layer, config.scoring.reduction) == (1, "abs")
-    assert (config.selection.rule, config.selection.ratio) == ("top", 0.1)
+    assert (config.selection.rule, config.selection.ratio, config.selection.explore) == ("sampled", 0.3, 0.3)
+    assert (config.selection.scope, config.selection.exact_layers, config.scoring.mode) == (
+        "supervised",
+        "auto",
+        "online",
+    )
     assert (config.data.template, config.data.labels, config.data.append_eos) == ("alpaca", "response", True)
     assert config.model.trust_remote_code is False
     assert config.peft is None and config.eval_data is None
+
+
+def test_another_rule_brings_its_own_defaults_but_for_what_was_said():
+    said = load_config(None, [*MINIMAL, "selection.ratio=0.2", "selection.exact_layers=auto"])
+    top = override_config(said, {"selection.rule": "top"})
+    assert top.selection.to_rule() == SelectionRule("top", ratio=0.2) and top.selection.exact_layers == 0
+    assert (top.scoring.mode, said.scoring.mode) == ("index", "online")
+    assert override_config(top, {"selection.rule": "sampled"}) == said
+    assert override_config(said, {"scoring.mode": "index"}).selection.exact_layers == 0
+    with pytest.raises(UserError, match="selection.explore is 0.5; accepted is 0 for 'top'"):
+        override_config(said, {"selection.rule": "top", "selection.explore": 0.5})
+
+
+def test_a_saved_run_keeps_what_it_had(tmp_path):
+    config = load_config(None, MINIMAL)
+    save_resolved(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert "mode: online" in (tmp_path / "config.yaml").read_text()
 
 
 def test_configurations_are_checked_without_heavy_imports():

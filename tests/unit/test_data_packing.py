@@ -81,7 +81,7 @@ def test_a_row_is_collated_as_its_examples_are(dataset, index, online):
 
 def test_blanks_of_packed_rows_carry_no_loss(dataset, index):
     rows = WithBlanks(PackedDataset(dataset, 40), 1)
-    batch = TokenSeekCollator(str(index), ratio=0.3, packing=True)([rows[len(rows) - 1]])
+    batch = TokenSeekCollator(str(index), 0.3, "top", packing=True)([rows[len(rows) - 1]])
     assert (batch["labels"] == -100).all() and batch["input_ids"].shape[1] == len(rows[0]["examples"][0]["input_ids"])
 
 
@@ -113,7 +113,7 @@ def test_the_loss_of_a_row_is_that_of_its_examples_padded(dataset, index, tmp_pa
     enable_token_ditching(model)
     losses = []
     for packing, batch in ((True, [rows[0]]), (False, rows[0]["examples"])):
-        inputs = TokenSeekCollator(str(index), ratio=0.3, packing=packing)(batch)
+        inputs = TokenSeekCollator(str(index), 0.3, "top", packing=packing)(batch)
         losses.append(model(**inputs, num_items_in_batch=1).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 

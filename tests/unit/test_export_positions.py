@@ -25,6 +25,7 @@ def scored(tmp_path_factory):
         f"model.name_or_path={folder / 'model'}",
         f"data.sources.0.path={folder / 'train.jsonl'}",
         f"output_dir={folder / 'run'}",
+        "selection.rule=top",
     ]
     config = tokenseek.load_config("gsm8k", settings)
     prepared = tokenseek.prepare_dataset(config.data, tokenizer)
@@ -38,7 +39,7 @@ def test_the_file_has_what_training_selects(scored, tmp_path, capsys):
     words, dataset, index = scored
     assert main([*words, "--ratio", "0.5", "--output", str(tmp_path / "half.npz")]) == 0
     read = SelectedPositions.load(tmp_path / "half.npz")
-    collator = tokenseek.TokenSeekCollator(index, ratio=0.5)
+    collator = tokenseek.TokenSeekCollator(index, 0.5, "top")
     assert len(read) == len(dataset) == 8
     for row, example in enumerate(dataset):
         np.testing.assert_array_equal(read[row], collator.select(example))

@@ -28,7 +28,7 @@ def make_trainer(kind, dataset, index, folder, **options):
     on_nan = options.pop("on_nan", "stop")
     arguments = tiny_arguments(folder, **options)
     if kind == "ditching":
-        collator, cls = TokenSeekCollator(index, 0.5), TokenSeekTrainer
+        collator, cls = TokenSeekCollator(index, 0.5, "top"), TokenSeekTrainer
     else:
         collator, cls = PaddingCollator(), GroupTrainer
     return cls(tiny_model("llama"), arguments, data_collator=collator, train_dataset=dataset, on_nan=on_nan)

@@ -106,7 +106,7 @@ def test_a_run_trains_with_it_and_goes_on(tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("expected", [(12, False, 0.1), (2, False, 0.1), (1, True, 0.1)])
+@pytest.mark.parametrize("expected", [(12, False, 0.3), (2, False, 0.3), (1, True, 0.3)])
 def test_first_the_usual_share_then_recomputing(tmp_path, capsys, expected):
     tiny_preset(tmp_path)
     file = tmp_path / "model" / "config.json"  # deep enough for what is kept of each layer to matter
@@ -119,8 +119,8 @@ def test_first_the_usual_share_then_recomputing(tmp_path, capsys, expected):
     size, recompute, _ = expected
     told = f"auto: training.per_device_train_batch_size={size} (x {12 // size} a step), training.recompute="
     printed = capsys.readouterr().out
-    assert f"{told}{str(recompute).lower()}, selection.ratio=0.1. " in printed
-    assert ("1 x 512 tokens with r = 0.1, not recomputed, would need" in printed) == recompute
+    assert f"{told}{str(recompute).lower()}, selection.ratio=0.3. " in printed
+    assert ("1 x 512 tokens with r = 0.3, not recomputed, would need" in printed) == recompute
     assert ("12 rows at once would need" in printed) == (size == 2)
 
 
@@ -139,8 +139,8 @@ def test_then_fewer_tokens(tmp_path, monkeypatch, capsys):
     assert chosen(settled) == (1, True, 0.04)
     printed = capsys.readouterr().out
     assert "selection.ratio=0.04. 28.0 MiB planned at the peak of a step with 64 tokens in a row" in printed
-    assert "1 x 64 tokens with r = 0.1, not recomputed, would need 100.0 MiB." in printed
-    assert "1 x 64 tokens with r = 0.1, recomputed, would need 55.0 MiB." in printed
+    assert "1 x 64 tokens with r = 0.3, not recomputed, would need 280.0 MiB." in printed
+    assert "1 x 64 tokens with r = 0.3, recomputed, would need 145.0 MiB." in printed
 
 
 def test_a_share_that_is_given_stays(tmp_path):
@@ -175,7 +175,7 @@ def test_what_cannot_be_planned_is_trained_unless_there_is_a_budget(tmp_path, mo
 
     monkeypatch.setattr(fit, "plan_memory", unplanned)
     settled, plan = settle(tiny_preset(tmp_path, *ALL_AUTO))
-    assert chosen(settled) == (1, False, 0.1) and plan is None
+    assert chosen(settled) == (1, False, 0.3) and plan is None
     assert "The memory of a step cannot be planned (its sizes depend on the data.)." in capsys.readouterr().out
     with pytest.raises(UserError, match=r"memory_budget: 1GiB cannot be kept to.*depend on the data\.\. Leave it out"):
         settle(tiny_preset(tmp_path, *ALL_AUTO, "training.memory_budget=1GiB"))

@@ -127,7 +127,7 @@ def test_no_wait_before_the_look_at_the_losses(tmp_path, monkeypatch, packing, k
         tiny_arguments(
             tmp_path, max_steps=2, max_grad_norm=1.0, include_num_input_tokens_seen="all" if packing else "non_padding"
         ),
-        data_collator=TokenSeekCollator(write_index(tmp_path / "index.arrow", dataset), 0.5, packing=packing),
+        data_collator=TokenSeekCollator(write_index(tmp_path / "index.arrow", dataset), 0.5, "top", packing=packing),
         train_dataset=dataset,
         callbacks=[waits],
     )

@@ -34,11 +34,9 @@ def words(folder, monkeypatch):
 
 def test_two_words_are_enough(words):
     config = load_one_line(words())
-    online = load_config(
-        None, ["model.name_or_path=m", "data.sources.0.path=d", "output_dir=o", *_sets("selection"), *_sets("scoring")]
-    )
-    assert config.selection == online.selection.model_copy(update={"ratio": "auto"})
-    assert config.scoring == online.scoring
+    default = load_config(None, ["model.name_or_path=m", "data.sources.0.path=d", "output_dir=o"])
+    assert config.selection == default.selection.model_copy(update={"ratio": "auto"})
+    assert config.scoring == default.scoring
     assert config.peft and config.peft.method == "lora" and config.model.quantization is None
     assert (config.output_dir, config.training.learning_rate) == ("runs/tiny-problems", 2e-4)
     assert (config.model.dtype, config.training.mixed_precision) == ("float32", "no")
@@ -47,12 +45,6 @@ def test_two_words_are_enough(words):
     assert (data.max_length, data.rewritten_turns) == (512, "separate")  # the model has 512 positions
     batch = config.training.per_device_train_batch_size, config.training.gradient_accumulation_steps
     assert batch == (1, 16) and config.training.recompute == "auto"
-
-
-def _sets(section):
-    from tokenseek.config.loading import read_preset
-
-    return [f"{section}.{key}={value}" for key, value in read_preset("_base/online.yaml")[section].items()]
 
 
 def test_every_method_of_the_folder_is_a_word(words):
@@ -90,12 +82,12 @@ def test_settings_win_over_words_and_defaults(words):
 @pytest.mark.parametrize(
     "overrides,ratio,recompute",
     [
-        (["training.ditching=false"], 0.1, False),
-        (["scoring.mode=index"], 0.1, "auto"),
+        (["training.ditching=false"], 0.3, False),
+        (["scoring.mode=index"], 0.3, "auto"),
         (["selection.rule=all"], 0.1, "auto"),
         (["selection={rule: all}"], 0.1, "auto"),
         (["training.recompute=true", "training.per_device_train_batch_size=2"], "auto", True),
-        (["training={learning_rate: 1e-3}"], "auto", False),
+        (["training={learning_rate: 1e-3}"], "auto", "auto"),
     ],
 )
 def test_what_the_planner_chooses_is_what_nobody_set(words, overrides, ratio, recompute):
@@ -109,17 +101,19 @@ def test_what_the_planner_chooses_is_what_nobody_set(words, overrides, ratio, re
         ([], "online", 0.3, "auto"),
         (["selection.rule=all"], "index", 0, 0),
         (["selection.rule=random"], "index", 0, 0),
-        (["selection.rule=top"], "online", 0, 0),
-        (["selection.rule=top_random"], "online", 0.3, 0),
+        (["selection.rule=top"], "index", 0, 0),
+        (["selection.rule=top", "scoring.mode=online"], "online", 0, 0),
         (["selection.alpha=5"], "online", 0.3, 0),
         (["scoring.reduction=error"], "online", 0.3, 0),
         (["scoring.mode=index"], "index", 0.3, 0),
+        (["scoring.index=scores.arrow"], "index", 0.3, 0),
+        (["scoring.loss_scope=sequence"], "index", 0.3, 0),
         (["selection.rule=random", "scoring.mode=online"], "online", 0, 0),
     ],
 )
 def test_another_rule_takes_what_it_reads(words, overrides, mode, explore, exact_layers):
     config = load_one_line(words(), None, overrides)
-    assert config.selection.scope == "supervised"
+    assert config.selection.scope == ("supervised" if config.selection.rule == "sampled" else "all")
     assert config.scoring.mode == mode
     assert (config.selection.explore, config.selection.exact_layers) == (explore, exact_layers)
 
@@ -273,7 +267,7 @@ def test_a_model_of_the_home_folder_is_planned(words, folder, tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(folder))
     settings = {"training.max_steps": 1, "training.report_to": []}
     tokenseek.finetune("~/tiny", "~/problems.jsonl", output=tmp_path / "run", settings=settings)
-    assert re.search(r"selection.ratio=0.1\. [\d.]+ MiB planned at the peak", capsys.readouterr().out)
+    assert re.search(r"selection.ratio=0.3\. [\d.]+ MiB planned at the peak", capsys.readouterr().out)
 
 
 def test_a_model_that_cannot_be_planned_is_trained(words, tmp_path, capsys, monkeypatch):
@@ -285,6 +279,6 @@ def test_a_model_that_cannot_be_planned_is_trained(words, tmp_path, capsys, monk
     settings = {"training.max_steps": 1, "training.gradient_accumulation_steps": 1, "training.report_to": []}
     tokenseek.finetune("tiny", "problems.jsonl", method="full", output=tmp_path / "run", settings=settings)
     printed = capsys.readouterr().out
-    assert "selection.ratio=0.1. The memory of a step cannot be planned (its sizes depend on the data.).\n" in printed
+    assert "selection.ratio=0.3. The memory of a step cannot be planned (its sizes depend on the data.).\n" in printed
     assert "memory: not planned (its sizes depend on the data.)\n" in printed
     assert re.search(r"trains: all weights, ([\d,]+) of \1 parameters \(100.00%\)", printed)

@@ -47,7 +47,7 @@ def test_no_index_is_made_and_the_loss_of_all_tokens_is_logged(tmp_path, setting
     if "selection.exact_layers=1" in settings:
         assert first["loss"] == pytest.approx(expected, rel=1e-5)
     assert summary.steps == ordinary.steps == 2
-    assert 0 < summary.selected_share < 0.15 and summary.supervised_share == 1
+    assert 0 < summary.selected_share < 0.35 and summary.supervised_share == 1
     assert summary.tokens == ordinary.tokens
 
 
@@ -73,7 +73,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, packing):
     [
         (("scoring.mode=online", "scoring.index=a.arrow"), "scoring.index is for scoring.mode: index"),
         (("scoring.mode=online", "scoring.loss_scope=sequence"), "loss_scope: sequence is for scoring.mode: index"),
-        (("scoring.reduction=error",), "error is for scoring.mode: online"),
+        (("scoring.reduction=error", "scoring.mode=index"), "error is for scoring.mode: online"),
         (("selection.exact_layers=1",), "exact_layers needs scoring.mode: online"),
         (("selection.exact_layers=1", "scoring.mode=online"), "set selection.rule: sampled"),
     ],
@@ -129,7 +129,7 @@ def test_gemma_4_whose_layers_share_keys_and_values(tmp_path, capsys):
     assert "selection.exact_layers: auto: 0, since Gemma4ForCausalLM has layers that share keys and values" in printed
     assert "memory: not planned" not in printed and "cannot be planned" not in printed
     assert load_config(run / "config.yaml").selection.exact_layers == 0
-    assert summary.steps == 3 and 0 < summary.selected_share < 0.15
+    assert summary.steps == 3 and 0 < summary.selected_share < 0.35
     assert summary.loss_after < summary.loss_before
     first = lines(run)[1]
     assert first["loss_all"] == pytest.approx(first["loss"], rel=0.5) and first["grad_norm"] > 0

@@ -416,6 +416,8 @@ def test_the_command(tmp_path, capsys):
     assert main([*command, "--budget", "1MiB"]) == 1
     assert "nothing fits" in capsys.readouterr().out
     assert main([*command, "--budget", "8 elephants"]) == 2
+    assert main([*command, "--set", "selection.rule=all", "--budget", "1GiB"]) == 2
+    assert "--budget fits the share r of the tokens, and selection.rule: all takes none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -60,8 +60,8 @@ class Tags(HTMLParser):
 
 
 def test_page_is_self_contained_and_takes_no_text_for_markup():
-    page = render_page([example(HOSTILE)], SelectionRule(ratio=0.5), subtitle=HOSTILE[0])
-    harmless = render_page([example(["a"] * len(HOSTILE))], SelectionRule(ratio=0.5))
+    page = render_page([example(HOSTILE)], SelectionRule("top", ratio=0.5), subtitle=HOSTILE[0])
+    harmless = render_page([example(["a"] * len(HOSTILE))], SelectionRule("top", ratio=0.5))
     # The same elements whatever the text is, none of which fetches anything.
     assert Tags(page).seen == Tags(harmless).seen
     addresses = {given.get(name) for _, given in Tags(page).seen for name in ("src", "href")}
@@ -74,7 +74,7 @@ def test_page_is_self_contained_and_takes_no_text_for_markup():
 
 def test_scores_survive_to_the_last_bit():
     shown = example(count=50)
-    values = data_of(render_page([shown], SelectionRule()))["examples"][0]
+    values = data_of(render_page([shown], SelectionRule("top")))["examples"][0]
     assert np.array_equal(np.array(values["context"], np.float32), shown.context)
     assert np.array_equal(np.array(values["gradient"], np.float64), shown.gradient.astype(np.float64))
 
@@ -91,7 +91,9 @@ def test_the_page_selects_what_training_selects(tmp_path):
         supervised = generator.random(count) < generator.choice([0, 0.3, 1])
         alpha, beta = [(1, 0), (0, 1), (5, 5), (7, 3), (0.3, 9.9)][number % 5]
         ratio, scope = float(generator.choice([0.01, 0.1, 0.125, 0.5, 1])), ["all", "supervised"][number % 2]
-        rule = SelectionRule(ratio=ratio, alpha=alpha, beta=beta, scope=scope, log_offset=[1e-6, 0.0][number % 4 == 0])
+        rule = SelectionRule(
+            "top", ratio=ratio, alpha=alpha, beta=beta, scope=scope, log_offset=[1e-6, 0.0][number % 4 == 0]
+        )
         options = dict(ratio=ratio, alpha=alpha, beta=beta, logOffset=rule.log_offset, scope=scope)
         cases.append([context.astype(float).tolist(), gradient.astype(float).tolist(), supervised.tolist(), options])
         scores = combine_scores(context, gradient, alpha, beta, rule.log_offset)
@@ -115,7 +117,7 @@ def test_the_page_selects_what_training_selects(tmp_path):
 def test_the_page_in_a_browser(tmp_path):
     """Runs the page, moves its sliders, and looks whether hostile text ran."""
     shown = example(HOSTILE * 3, seed=3)
-    rule = SelectionRule(ratio=0.2, alpha=2, beta=5)
+    rule = SelectionRule("top", ratio=0.2, alpha=2, beta=5)
     driver = """<script>addEventListener("load", () => {
       const marked = () => [...document.querySelectorAll("#examples .token.selected")];
       const selected = () => marked().map((s) => Number(s.dataset.position));
@@ -160,7 +162,7 @@ def test_the_page_in_a_browser(tmp_path):
     result = json.loads(parser.text)
     options = dict(row=0, supervised=shown.supervised)
     assert result["before"] == select_positions(rule, shown.context, shown.gradient, **options).tolist()
-    changed = SelectionRule(ratio=0.5, alpha=0, beta=1, scope="supervised")
+    changed = SelectionRule("top", ratio=0.5, alpha=0, beta=1, scope="supervised")
     assert result["after"] == select_positions(changed, shown.context, shown.gradient, **options).tolist()
     assert result["hacked"] is None
     assert result["texts"][:2] == HOSTILE[:2]

@@ -23,7 +23,7 @@ RULES = {
     "all": SelectionRule("all"),
     "bands": SelectionRule("bands", bands=((0, 0.1), (0.4, 0.5))),
     "top_random": SelectionRule("top_random", explore=0.3),
-    "sampled": SelectionRule("sampled", explore=0.3),
+    "sampled": SelectionRule("sampled", alpha=5, beta=5, scope="all"),
 }
 
 
@@ -68,7 +68,7 @@ def test_zero_context_is_finite_with_the_offset_and_last_without():
     combined = combine_scores(context, gradient, alpha=1, log_offset=1e-6)
     assert combined[0] == math.log(1e-6)
     assert np.isneginf(combine_scores(context, gradient, log_offset=0)[0])
-    rule = SelectionRule(ratio=0.6, log_offset=0)
+    rule = SelectionRule("top", ratio=0.6, log_offset=0)
     np.testing.assert_array_equal(select_positions(rule, context, gradient, row=0), [1, 2])
 
 
@@ -146,25 +146,29 @@ def test_rules_say_whether_they_need_scores(name):
 
 
 def test_top_takes_the_best_in_ascending_order():
-    assert select_positions(SelectionRule(ratio=0.5), *ranked([4, 1, 5, 0, 2, 3]), row=0).tolist() == [1, 4, 5]
+    assert select_positions(SelectionRule("top", ratio=0.5), *ranked([4, 1, 5, 0, 2, 3]), row=0).tolist() == [1, 4, 5]
 
 
 def test_top_weighs_context_against_gradient():
     context, gradient = np.array([9.0, 1.0, 1.0]), np.array([0.0, 0.0, 1.0])
     for alpha, beta, best in ((5, 0.1, 0), (0.1, 5, 2)):
-        rule = SelectionRule(ratio=0.1, alpha=alpha, beta=beta)
+        rule = SelectionRule("top", ratio=0.1, alpha=alpha, beta=beta)
         assert select_positions(rule, context, gradient, row=0).tolist() == [best]
 
 
 def test_of_tied_tokens_the_earlier_ones_are_taken():
     context = np.array([1, 2, 1, 2, 1, 2], np.float32)
-    assert select_positions(SelectionRule(ratio=0.5), context, np.zeros(6), row=0).tolist() == [1, 3, 5]
-    assert select_positions(SelectionRule(ratio=4 / 6), context, np.zeros(6), row=0).tolist() == [0, 1, 3, 5]
-    assert select_positions(SelectionRule(ratio=0.3), np.ones(100), np.ones(100), row=0).tolist() == list(range(30))
+    assert select_positions(SelectionRule("top", ratio=0.5), context, np.zeros(6), row=0).tolist() == [1, 3, 5]
+    assert select_positions(SelectionRule("top", ratio=4 / 6), context, np.zeros(6), row=0).tolist() == [0, 1, 3, 5]
+    assert select_positions(SelectionRule("top", ratio=0.3), np.ones(100), np.ones(100), row=0).tolist() == list(
+        range(30)
+    )
 
 
 def test_top_does_not_depend_on_the_visit():
-    np.testing.assert_array_equal(*(select_positions(SelectionRule(), *scores(90), row=2, visit=v) for v in (0, 1)))
+    np.testing.assert_array_equal(
+        *(select_positions(SelectionRule("top"), *scores(90), row=2, visit=v) for v in (0, 1))
+    )
 
 
 # bands (Table S11)
@@ -282,15 +286,15 @@ def test_supervised_scope_selects_supervised_positions_only(name):
 
 
 def test_supervised_scope_takes_no_more_than_there_is():
-    rule = SelectionRule(ratio=0.5, scope="supervised")
+    rule = SelectionRule("top", ratio=0.5, scope="supervised")
     supervised = np.isin(np.arange(10), [2, 8])
     assert select_positions(rule, *scores(10), row=0, supervised=supervised).tolist() == [2, 8]
 
 
 def test_supervised_scope_of_an_example_without_a_loss_is_all():
     nothing = np.zeros(30, bool)
-    expected = select_positions(SelectionRule(), *scores(30), row=0)
-    positions = select_positions(SelectionRule(scope="supervised"), *scores(30), row=0, supervised=nothing)
+    expected = select_positions(SelectionRule("top"), *scores(30), row=0)
+    positions = select_positions(SelectionRule("top", scope="supervised"), *scores(30), row=0, supervised=nothing)
     np.testing.assert_array_equal(positions, expected)
 
 
@@ -307,7 +311,7 @@ def test_supervised_scope_of_an_example_without_a_loss_is_all():
         ({"beta": math.inf}, "selection.beta"),
         ({"alpha": 0, "beta": 0}, "both 0"),
         ({"log_offset": -1e-6}, "selection.log_offset"),
-        ({"explore": 0.1}, "only 'top_random' and 'sampled' explore"),
+        ({"rule": "top", "explore": 0.1}, "only 'top_random' and 'sampled' explore"),
         ({"rule": "top_random"}, "selection.explore is 0.0"),
         ({"rule": "top_random", "explore": 1.5}, "selection.explore is 1.5"),
         ({"seed": -1}, "selection.seed"),
@@ -336,14 +340,18 @@ def test_bad_rules_are_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("rule", "arguments", "message"),
     [
-        (SelectionRule(), {"context": None, "gradient": None}, "num_tokens or scores"),
-        (SelectionRule(), {"context": None, "gradient": None, "num_tokens": 3}, "'context' of row 5 is not given"),
-        (SelectionRule(), {"context": np.ones(3), "gradient": np.ones(2)}, "'gradient' of row 5 is of length 2"),
-        (SelectionRule(), {"context": np.ones(3), "gradient": np.ones(3), "num_tokens": 4}, "'context' .*length 3"),
-        (SelectionRule(), {"context": np.ones(0), "gradient": np.ones(0)}, "row 5 has 0 tokens"),
+        (SelectionRule("top"), {"context": None, "gradient": None}, "num_tokens or scores"),
+        (SelectionRule("top"), {"context": None, "gradient": None, "num_tokens": 3}, "'context' of row 5 is not given"),
+        (SelectionRule("top"), {"context": np.ones(3), "gradient": np.ones(2)}, "'gradient' of row 5 is of length 2"),
+        (
+            SelectionRule("top"),
+            {"context": np.ones(3), "gradient": np.ones(3), "num_tokens": 4},
+            "'context' .*length 3",
+        ),
+        (SelectionRule("top"), {"context": np.ones(0), "gradient": np.ones(0)}, "row 5 has 0 tokens"),
         (RULES["all"], {"context": None, "gradient": None, "num_tokens": 0}, "row 5 has 0 tokens"),
         (
-            SelectionRule(scope="supervised"),
+            SelectionRule("top", scope="supervised"),
             {"context": np.ones(3), "gradient": np.ones(3)},
             "'supervised' .*not given",
         ),
@@ -374,7 +382,7 @@ def test_sampled_weights_make_sums_unbiased():
 
 
 def test_sampled_takes_all_where_the_budget_is_all():
-    rule = SelectionRule("sampled", ratio=1.0, explore=0.5)
+    rule = SelectionRule("sampled", ratio=1.0, scope="all")
     positions, weights = select_weighted(rule, np.ones(6), np.arange(6.0), row=0)
     assert positions.tolist() == list(range(6)) and weights.tolist() == [1.0] * 6
 
@@ -382,7 +390,7 @@ def test_sampled_takes_all_where_the_budget_is_all():
 def test_sampled_never_draws_above_certainty():
     # One score dwarfs the others: it is certain, and the rest of the budget is spread over the others.
     gradient = np.array([1e6, 1, 1, 1, 1, 1, 1, 1])
-    rule = SelectionRule("sampled", ratio=0.5, alpha=0, beta=1, explore=0.1)
+    rule = SelectionRule("sampled", ratio=0.5, explore=0.1, scope="all")
     for visit in range(50):
         positions, weights = select_weighted(rule, np.ones(8), gradient, row=1, visit=visit)
         assert positions[0] == 0 and weights[0] == 1 and len(positions) == 4

@@ -27,6 +27,12 @@ class Luck:
         weights = np.full(drawn.sum(), 1 / settings.explore)
         return candidates.positions[drawn][::-1], weights
 
+class OwnDefaults(Luck):
+    defaults = {"explore": 0.25, "ratio": 0.2}
+
+class WrongDefaults(Luck):
+    defaults = {"rule": "top"}
+
 best = type("Best", (), {"pick": lambda self, c, settings: c.positions[[c.scores.argmax()]]})()
 
 class NeedsAnArgument:
@@ -68,6 +74,16 @@ def test_a_function_is_a_rule():
     rule = SelectionRule("rules_from_outside:every_other", ratio=0.4)
     assert (rule.needs_scores, rule.has_weights, rule.share) == (True, False, 0.4)
     assert select_positions(rule, np.ones(10), np.arange(10.0), row=0).tolist() == [0, 2, 4, 6]
+
+
+def test_it_has_the_papers_defaults_or_its_own():
+    assert SelectionRule("rules_from_outside:every_other") == SelectionRule(
+        "rules_from_outside:every_other", ratio=0.1, alpha=5, beta=5, explore=0, scope="all"
+    )
+    rule = SelectionRule("rules_from_outside:OwnDefaults")
+    assert (rule.explore, rule.ratio, rule.alpha) == (0.25, 0.2, 5)
+    with pytest.raises(UserError, match="WrongDefaults: defaults is {'rule': 'top'}; it must be a dict with values of"):
+        SelectionRule("rules_from_outside:WrongDefaults")
 
 
 def test_a_class_says_of_itself_what_it_needs():

@@ -86,7 +86,7 @@ def evaluated(cls, model, dataset, folder, collator):
 
 
 def test_evaluation_is_that_of_the_model_without_ditching(dataset, path, tmp_path):
-    collator = TokenSeekCollator(path, 0.3)
+    collator = TokenSeekCollator(path, 0.3, "top")
     ours = evaluated(TokenSeekTrainer, tiny_model("llama"), dataset, tmp_path, collator)
     plain = evaluated(Trainer, tiny_model("llama"), dataset, tmp_path, PaddingCollator())
     expected = plain.evaluate()["eval_loss"]
@@ -98,7 +98,7 @@ def test_evaluation_is_that_of_the_model_without_ditching(dataset, path, tmp_pat
 
 def test_predictions_are_the_logits_of_all_tokens(dataset, path, tmp_path):
     model = tiny_model("llama")
-    trainer = evaluated(TokenSeekTrainer, model, dataset, tmp_path, TokenSeekCollator(path, 0.3))
+    trainer = evaluated(TokenSeekTrainer, model, dataset, tmp_path, TokenSeekCollator(path, 0.3, "top"))
     trainer.args.prediction_loss_only = False
     predictions = trainer.predict(dataset).predictions
     with torch.no_grad():
@@ -130,14 +130,18 @@ def test_other_losses_are_refused(where, path, dataset, tmp_path):
     options = {where: lambda *_: 0} if where == "compute_loss_func" else {}
     with pytest.raises(UserError, match="computes the loss itself"):
         TokenSeekTrainer(
-            tiny_model("llama"), arguments, data_collator=TokenSeekCollator(path), train_dataset=dataset, **options
+            tiny_model("llama"),
+            arguments,
+            data_collator=TokenSeekCollator(path, rule="top"),
+            train_dataset=dataset,
+            **options,
         )
 
 
 @pytest.mark.parametrize("given,found", [(None, False), (True, True)])
 def test_ddp_looks_for_parameters_without_gradient_where_it_is_told_to(given, found, path, dataset, tmp_path):
     arguments = tiny_arguments(tmp_path, ddp_find_unused_parameters=given)
-    trainer = TokenSeekTrainer(tiny_model("llama"), arguments, data_collator=TokenSeekCollator(path, 0.5))
+    trainer = TokenSeekTrainer(tiny_model("llama"), arguments, data_collator=TokenSeekCollator(path, 0.5, "top"))
     assert trainer.args.ddp_find_unused_parameters is found
 
 
@@ -153,11 +157,15 @@ def test_zero3_fetches_a_layer_ahead(monkeypatch, path, dataset, tmp_path):
     config = SimpleNamespace(config={"zero_optimization": zero})
     arguments.deepspeed_plugin = SimpleNamespace(hf_ds_config=config)
     with pytest.raises(Reached) as reached:
-        TokenSeekTrainer(tiny_model("llama"), arguments, data_collator=TokenSeekCollator(path), train_dataset=dataset)
+        TokenSeekTrainer(
+            tiny_model("llama"), arguments, data_collator=TokenSeekCollator(path, rule="top"), train_dataset=dataset
+        )
     assert reached.value.args == (4, zero)
 
 
 def test_ditching_that_is_enabled_already_is_kept(path, dataset, tmp_path):
     model = tokenseek.enable_token_ditching(tiny_model("llama"), recompute=True)
-    TokenSeekTrainer(model, tiny_arguments(tmp_path), data_collator=TokenSeekCollator(path), train_dataset=dataset)
+    TokenSeekTrainer(
+        model, tiny_arguments(tmp_path), data_collator=TokenSeekCollator(path, rule="top"), train_dataset=dataset
+    )
     assert ditching_of(model).recompute

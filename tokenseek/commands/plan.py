@@ -13,6 +13,7 @@ from tokenseek.config import OneLine, RunConfig, load_config, load_one_line
 from tokenseek.config.resources import list_resources
 from tokenseek.config.sizes import parse_size
 from tokenseek.errors import UserError
+from tokenseek.selection import rule_named
 
 if TYPE_CHECKING:
     from tokenseek.launching.engine import Engine
@@ -100,8 +101,19 @@ def check(args: argparse.Namespace) -> RunConfig:
         _check_longest(args, config)
     elif args.budget:
         parse_size(args.budget)
+        _require_share(config)
     split_ratios(args.ratios)
     return config
+
+
+def _require_share(config: RunConfig) -> None:
+    """Refuse to fit a share into a budget where the rule takes none."""
+    if config.training.ditching and "ratio" not in rule_named(config.selection.rule).reads:
+        raise UserError(
+            f"--budget fits the share r of the tokens, and selection.rule: {config.selection.rule} takes none. Plan "
+            "without it: --ratios R, with the share of the tokens that the rule selects (of those with a loss, "
+            "`tokenseek data` prints it), tells the memory."
+        )
 
 
 def _check_longest(args: argparse.Namespace, config: RunConfig) -> None:

@@ -66,7 +66,7 @@ def override_config(config: RunConfig, settings: Mapping[str, Any], origin: str 
     Raises:
         UserError: names every violation, as `load_config` does.
     """
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude_unset=True)  # what was left out may depend on what is changed
     for key, value in settings.items():
         _set_dotted(values, key, value, origin)
     return checked_values(RunConfig, values, origin)

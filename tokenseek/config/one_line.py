@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tokenseek.config.loading import change_values, checked_values, merge_values, read_preset, recognised_data
 from tokenseek.config.model_files import without_model
 from tokenseek.config.resources import folder_of
 from tokenseek.config.schema import ModelConfig, RunConfig
 from tokenseek.errors import UserError, first_line
-from tokenseek.selection import SelectionRule, rule_named
+from tokenseek.selection import rule_named
 from tokenseek.spelling import did_you_mean
 
 DEFAULT_METHOD = "lora"
@@ -98,12 +98,11 @@ def load_one_line(
         rate = _RATE_OF_FULL if values["peft"] is None else _RATE_OF_ADAPTER
         values = merge_values(values, {"training": {"learning_rate": rate}})
     values = change_values(values, overrides, settings or {})
-    if preset is None:
-        said = [*(override.partition("=")[0].strip() for override in overrides), *(settings or {})]
-        _drop_unread(values, said, is_planned)
     origin = "command line" if preset is None else str(preset)
     config = checked_values(RunConfig, {"output_dir": "runs", **values}, origin)
     config.require_trainable()
+    if preset is None:
+        _require_share(config, values.get("selection") or {})
     if words.data is not None or not is_planned:
         _require_files(config)
     if not is_planned:
@@ -115,6 +114,8 @@ def load_one_line(
     fitting = {"data": {"max_length": min(_MAX_LENGTH, positions or _MAX_LENGTH)}, **_of_machine(config, on_cpu())}
     if is_planned:  # settled by the memory of the machine that trains; one row is the least
         fitting["training"]["per_device_train_batch_size"] = 1
+    else:
+        fitting = merge_values(fitting, _planned_at_start(config))
     return checked_values(RunConfig, merge_values(fitting, values), origin)
 
 
@@ -136,47 +137,13 @@ def _with_words(values: dict[str, Any], words: OneLine, method: str | None) -> d
     return values
 
 
-def _drop_unread(values: dict[str, Any], said: Collection[str], is_planned: bool) -> None:
-    """Drop what `_base/one-line.yaml` sets, nobody said, and has no meaning beside what was said; in place.
-
-    A rule without scores needs no pass that takes them, and one that does not explore no share for it. Exact layers go
-    with draws by the gradient that are weighed. Without ditching, or by a rule without a share, there is nothing to
-    fit; with an index a share is a number. A plan has rows for several shares, with and without recomputation, and
-    fits nothing to this machine's memory.
-
-    Raises:
-        UserError: a share was said, and a rule that takes none.
-    """
-    sections = [values.get(name) for name in ("selection", "training", "scoring")]
-    if not all(isinstance(section, dict) for section in sections):
-        return  # a mistake, which the schema tells
-    selection, training, scoring = cast(list[dict[str, Any]], sections)
-    try:
-        rule = rule_named(selection.get("rule", SelectionRule.rule))
-    except UserError:
-        return  # which the schema tells, among all else that is wrong
-
-    def drop(section: str, name: str) -> None:
-        if section not in said and f"{section}.{name}" not in said:
-            values[section].pop(name, None)
-
-    if not rule.needs_scores:
-        drop("scoring", "mode")
-    if "explore" not in rule.reads:
-        drop("selection", "explore")
-    ditching, is_online = training.get("ditching", True), scoring.get("mode") == "online"
-    by_gradient = selection.get("alpha") == 0 and scoring.get("reduction") != "error"
-    if not (is_online and rule.weighs and by_gradient):
-        drop("selection", "exact_layers")
-    has_share = "ratio" in rule.reads
-    if not has_share and selection.get("ratio", "auto") != "auto":
+def _require_share(config: RunConfig, selection: Mapping[str, Any]) -> None:
+    """Refuse a share that was said beside a rule that takes none; `selection` is as it was said."""
+    if "ratio" in selection and "ratio" not in rule_named(config.selection.rule).reads:
         raise UserError(
-            f"selection.rule: {rule.name} takes no ratio, got {selection['ratio']}; leave out --ratio, or the rule."
+            f"selection.rule: {config.selection.rule} takes no ratio, got {selection['ratio']}; leave out --ratio, or "
+            "the rule."
         )
-    if selection.get("ratio") == "auto" and (is_planned or not (ditching and is_online and has_share)):
-        drop("selection", "ratio")
-    if training.get("recompute") == "auto" and (is_planned or not ditching):
-        drop("training", "recompute")
 
 
 def _method(name: str) -> dict[str, Any]:
@@ -260,6 +227,16 @@ def _config_file(model: ModelConfig) -> Path:
             f"model.name_or_path: {name!r} is no folder here and cannot be fetched from the hub ({reason}). Give an "
             "existing folder; for a gated model accept its terms and run `hf auth login`."
         ) from error
+
+
+def _planned_at_start(config: RunConfig) -> dict[str, Any]:
+    """What the planner fits to the memory of the device: recomputation and, where steps select by it, the share."""
+    if not config.training.ditching:
+        return {}
+    found: dict[str, Any] = {"training": {"recompute": "auto"}}
+    if config.scoring.mode == "online" and "ratio" in rule_named(config.selection.rule).reads:
+        found["selection"] = {"ratio": "auto"}
+    return found
 
 
 def _of_machine(config: RunConfig, on_cpu: bool) -> dict[str, Any]:

@@ -4,9 +4,10 @@ Nothing heavy is imported here (no torch, no transformers), so every mistake in 
 at once and each with its dotted path, before a model is loaded.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, create_model, field_validator, model_validator
 from typing_extensions import Self
@@ -17,6 +18,8 @@ from tokenseek.config.training import TrainingConfig
 from tokenseek.errors import UserError
 from tokenseek.selection import SelectionRule, rule_named
 from tokenseek.spelling import did_you_mean
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class ModelConfig(Section):
@@ -42,7 +45,9 @@ class ScoringConfig(Section):
 
     With `mode: index` all data is scored once, by the model as it is before training, and the scores are stored apart
     in an index. With `mode: online` every training step scores its own tokens with the present model; there is no stage
-    before training and no index.
+    before training and no index. `auto` is `online` for a rule that weighs what it draws (`sampled`, the default), and
+    for `reduction: error`; `index`, as in the paper, for the others, and where `index` or `loss_scope: sequence` is
+    set.
 
     `reduction: error` is the norm of p - y (predicted probabilities less the target) in place of Eq. 4's gradient; it
     comes from the forward pass alone, and only online.
@@ -52,7 +57,7 @@ class ScoringConfig(Section):
     """
 
     gradient_layer: Literal[1, 2, 3] = 1
-    mode: Literal["index", "online"] = "index"
+    mode: Literal["auto", "index", "online"] = "auto"
     reduction: Literal["abs", "signed", "l2", "error"] = "abs"
     loss_scope: Literal["response", "sequence"] = "response"
     tokens_per_batch: PositiveInt = 8192
@@ -78,23 +83,36 @@ _SelectionFields: Any = create_model("_SelectionFields", __base__=Section, **_fi
 class SelectionConfig(_SelectionFields):  # type: ignore[misc]  # made above of fields that are written once
     """The tokens that keep their gradient: the fields and defaults of `SelectionRule`, which checks the values.
 
-    `ratio: auto` is the largest share with which a training step fits into `training.memory_budget`; online, a tenth or
-    as much of it as fits. It is settled when training starts, and saved with the run.
+    `ratio: auto` is the largest share with which a training step fits into `training.memory_budget`; online, the rule's
+    default or as much of it as fits. It is settled when training starts, and saved with the run.
 
     `exact_layers` top layers and the head are trained on all tokens; below them, selected tokens are seeded with their
     gradient over their probability. It needs `scoring.mode: online` and rule `sampled` by the gradient alone. `auto` is
-    1.
+    1 with these, and 0 without.
     """
 
-    ratio: float | Literal["auto"] = SelectionRule.ratio
+    ratio: float | Literal["auto"] = None  # type: ignore[assignment]  # the rule's own, as all that is left out
     bands: list[list[float]] | None = None
-    exact_layers: NonNegativeInt | Literal["auto"] = 0
+    exact_layers: NonNegativeInt | Literal["auto"] = "auto"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _fill_in(cls, values: Any, handler: Callable[[Any], Self]) -> Self:
+        """What is left out is the rule's own, and remains unset, so that another rule can be put in its place."""
+        try:
+            defaults = rule_named(values.get("rule", SelectionRule.rule)).defaults
+        except (AttributeError, UserError):
+            return handler(values)  # no mapping, or no rule, which is told there
+        said = {name for name, value in values.items() if value is not None}
+        section = handler({**values, **{name: value for name, value in defaults.items() if name not in said}})
+        section.model_fields_set.intersection_update(said)
+        return section
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.ratio == "auto" and "ratio" not in rule_named(self.rule).reads:
             raise ValueError(f"selection.ratio is auto, but rule {self.rule!r} takes no ratio; leave one of them out")
-        self.model_copy(update={"ratio": SelectionRule.ratio if self.ratio == "auto" else self.ratio}).to_rule()
+        self.model_copy(update={"ratio": None if self.ratio == "auto" else self.ratio}).to_rule()
         return self
 
     def to_rule(self) -> SelectionRule:
@@ -172,6 +190,19 @@ class RunConfig(Section):
     def index_path(self) -> Path:
         """Where the token-position index is written and read."""
         return Path(self.scoring.index).expanduser() if self.scoring.index else Path(self.output_dir) / "index.arrow"
+
+    @model_validator(mode="after")
+    def _settle_auto(self) -> Self:
+        """What other settings decide; `selection.exact_layers: auto` stays where the model has a say."""
+        scoring, selection, rule = self.scoring, self.selection, rule_named(self.selection.rule)
+        if scoring.mode == "auto":
+            is_online = scoring.reduction == "error" or (rule.needs_scores and rule.weighs)
+            stored = scoring.index is not None or scoring.loss_scope == "sequence"
+            scoring = _with_unset(scoring, mode="online" if is_online and not stored else "index")
+        by_gradient = rule.weighs and rule.needs_scores and selection.alpha == 0 and scoring.reduction != "error"
+        if selection.exact_layers == "auto" and not (scoring.mode == "online" and by_gradient):
+            selection = _with_unset(selection, exact_layers=0)
+        return self.model_copy(update={"scoring": scoring, "selection": selection})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -255,6 +286,13 @@ class RunConfig(Section):
                 "model.dtype: float16 weights cannot be trained under training.mixed_precision: fp16; set model.dtype "
                 "to float32"
             )
+
+
+def _with_unset(section: SectionT, **values: Any) -> SectionT:
+    """`section` with values that nobody has set, so that they are settled anew where others are changed."""
+    settled = section.model_copy(update=values)
+    settled.model_fields_set.difference_update(values)
+    return settled
 
 
 class EvaluatedConfig(Section):

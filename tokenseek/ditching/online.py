@@ -122,7 +122,8 @@ def see_all_tokens(
         all_tokens_loss: of the rows of this process, with a graph, for exact layers.
         known: of the batch; the host asks the device for it otherwise.
     """
-    ditching.seeking.require_servable(ditching.decoder, rule)
+    seeking = ditching.seeking or Seeking.usual(ditching.decoder, rule)
+    seeking.require_servable(ditching.decoder, rule)
     if selection_keys is None:
         raise UserError("selection is given without selection_keys: one int64 for each example, which keys its draws.")
     if ditching.decided is None:
@@ -130,9 +131,9 @@ def see_all_tokens(
         known = known or KnownBatch.of(labels_BT, selection_keys, *given)
         known = known.to(labels_BT.device, non_blocking=True)
     batch = batch_of(ditching, arguments, labels_BT, selection_keys, known)
-    wanted, is_split = _Wanted.by(rule, ditching.seeking), _is_split(ditching)
-    recording = _recording(ditching, wanted, batch, is_split)
-    scored = _score(ditching, batch, wanted, recording, is_split, all_tokens_loss)
+    wanted, is_split = _Wanted.by(rule, seeking), _is_split(ditching)
+    recording = _recording(ditching, seeking, wanted, batch, is_split)
+    scored = _score(ditching, seeking, batch, wanted, recording, is_split, all_tokens_loss)
     if batch.text is not None:
         scored = scored.of_all_ranks(batch.text)
     selection, planned = _select(ditching, batch, rule, scored, known)
@@ -173,6 +174,7 @@ class _Scored(NamedTuple):
 
 def _score(
     ditching: Ditching,
+    seeking: Seeking,
     batch: Batch,
     wanted: _Wanted,
     recording: Recording,
@@ -180,7 +182,7 @@ def _score(
     all_tokens_loss: AllTokensLoss,
 ) -> _Scored:
     """Run the pass, whose keys and values go to `recording`."""
-    decoder, seeking = ditching.decoder, ditching.seeking
+    decoder = ditching.decoder
     exact: ExactTop | None = None
     scores_BR: torch.Tensor | None
     attention = batch.attention
@@ -196,7 +198,7 @@ def _score(
             exact, border_gradient = _exact_top(output, batch, leaves[0], all_tokens_loss)
             loss_sum, scores_BR = exact.loss_sum.detach().clone(), REDUCTIONS[seeking.reduction](border_gradient)
         else:
-            loss_sum, scores_BR = _head_scores(ditching, output, batch, wanted, recording, leaves)
+            loss_sum, scores_BR = _head_scores(decoder, seeking, output, batch, wanted, recording, leaves)
     return _Scored(loss_sum, received[0] if received else None, scores_BR, exact)
 
 
@@ -222,14 +224,14 @@ def _is_split(ditching: Ditching) -> bool:
     return is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
 
 
-def _recording(ditching: Ditching, wanted: _Wanted, batch: Batch, is_split: bool) -> Recording:
+def _recording(ditching: Ditching, seeking: Seeking, wanted: _Wanted, batch: Batch, is_split: bool) -> Recording:
     """Where the first pass leaves keys and values: of all layers but the exact ones, and with a graph of the scored."""
-    decoder, exact, text = ditching.decoder, ditching.seeking.exact_layers, batch.text
+    decoder, exact, text = ditching.decoder, seeking.exact_layers, batch.text
     layers = decoder.layers
     top = None
     if exact and is_split:
         top = Top(decoder, batch.own_targets_BR, None if text is None else text.gathered)
-    scored = ditching.seeking.gradient_layer if wanted.gradient else int(wanted.context)
+    scored = seeking.gradient_layer if wanted.gradient else int(wanted.context)
     if exact:
         scored = 0 if top is None else exact
     return Recording(
@@ -301,7 +303,8 @@ def _exact_top(
 
 
 def _head_scores(
-    ditching: Ditching,
+    decoder: Decoder,
+    seeking: Seeking,
     output: BodyOutput,
     batch: Batch,
     wanted: _Wanted,
@@ -309,7 +312,6 @@ def _head_scores(
     leaves: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sum of the losses of this process's rows, and their scores by Eq. 4 or by error, if they are wanted."""
-    decoder = ditching.decoder
     head = head_scores(
         decoder,
         output,
@@ -327,4 +329,4 @@ def _head_scores(
         decoder.body.unshard()
     if leaves:  # what comes after the layers has a graph of its own
         (gradient_BTD,) = torch.autograd.grad(output.last_hidden_state, leaves[0], gradient_BTD)
-    return loss_sum, REDUCTIONS[ditching.seeking.reduction](recording.gradient_through_scored(gradient_BTD))
+    return loss_sum, REDUCTIONS[seeking.reduction](recording.gradient_through_scored(gradient_BTD))

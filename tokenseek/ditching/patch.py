@@ -66,7 +66,8 @@ def enable_token_ditching(
             no longer exact (docs/performance.md says by how much); or both, "int8_host".
         tile_rows: how many unselected rows run at once. Nothing of them is kept, so a layer need not hold them all;
             queries, keys and values are then projected twice. "auto" takes 2048 where there are at least 4096.
-        seeking: how tokens are scored with ``selection``; by the gradient at the last layer's input by default.
+        seeking: how tokens are scored with ``selection``; by default by the gradient at the last layer's input and,
+            with rules that draw by it alone and weigh (``SelectionRule()`` does), with one exact layer.
 
     Raises:
         UserError: for models that token ditching does not support, saying why.
@@ -85,7 +86,7 @@ def enable_token_ditching(
     if before is not None:
         disable_token_ditching(model)
     keep_4bit_differentiable(model)  # an evaluation before or during training would repack them
-    ditching = Ditching(decoder, recompute, kv_storage, tile_rows, seeking or Seeking())
+    ditching = Ditching(decoder, recompute, kv_storage, tile_rows, seeking)
     ditching.sequence = None if before is None else before.sequence
     _replace_forward(decoder.causal_lm, ditching, make_causal_lm_forward(decoder.causal_lm))
     _replace_forward(decoder.body, ditching, body_forward)

@@ -91,7 +91,7 @@ class Ditching:
     """What the patched modules of one model share; `step` is set while a forward pass with selected tokens runs."""
 
     def __init__(
-        self, decoder: Decoder, recompute: bool, kv_storage: str, tile_rows: int | str, seeking: Seeking
+        self, decoder: Decoder, recompute: bool, kv_storage: str, tile_rows: int | str, seeking: Seeking | None
     ) -> None:
         self.decoder = decoder
         self.recompute = recompute

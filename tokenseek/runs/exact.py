@@ -16,8 +16,8 @@ _log = logging.getLogger(__name__)
 
 
 def settle_exact_layers(config: RunConfig, state: PartialState) -> RunConfig:
-    """`config` with a number for `selection.exact_layers`: `auto` is 1."""
-    if not config.training.ditching or config.scoring.mode == "index" or config.selection.exact_layers != "auto":
+    """`config` with a number for `selection.exact_layers`: what is still `auto` is 1."""
+    if not config.training.ditching or config.selection.exact_layers != "auto":
         return config
     log_once(_log, state, "selection.exact_layers: auto: 1.")
     return config.model_copy(update={"selection": config.selection.model_copy(update={"exact_layers": 1})})

@@ -25,13 +25,11 @@ from tokenseek.planning import (
     plan_memory,
 )
 from tokenseek.runs.ratio import describe_budget, memory_budget, ratio_of_run
-from tokenseek.selection import SelectionRule
+from tokenseek.selection import rule_named
 
 _log = logging.getLogger(__name__)
 
 _BATCH, _RECOMPUTE, _RATIO = "training.per_device_train_batch_size", "training.recompute", "selection.ratio"
-# The share of a step that selects its own tokens: what was measured (docs/evidence.md), and no more for having memory.
-_USUAL_RATIO = SelectionRule.ratio
 
 
 def settle_memory(
@@ -149,7 +147,8 @@ class Planner:
 
 def _choose(config: RunConfig, budget: int, engine: Engine, tokens: int) -> tuple[RunConfig, MemoryPlan | None, str]:
     """What was `auto` as values, its plan, and why it is that."""
-    ratio = _USUAL_RATIO if config.selection.ratio == "auto" else None
+    # What was measured (docs/evidence.md), and no more for having memory.
+    ratio = rule_named(config.selection.rule).defaults["ratio"] if config.selection.ratio == "auto" else None
     is_auto = config.training.recompute == "auto"
     ways = [False, True] if is_auto else [config.training.recompute is True]
     try:

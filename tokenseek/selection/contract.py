@@ -5,8 +5,10 @@ C candidates of an example, S of them picked.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -14,6 +16,11 @@ from tokenseek.errors import UserError
 from tokenseek.selection.draws import keyed_draws
 
 Picked: TypeAlias = np.ndarray | tuple[np.ndarray, np.ndarray]
+
+# What a selection leaves out, unless its rule has defaults of its own: the paper's a tenth of all tokens and Eq. 5.
+PAPERS: Mapping[str, Any] = MappingProxyType(
+    {"ratio": 0.1, "alpha": 5.0, "beta": 5.0, "log_offset": 1e-6, "explore": 0.0, "scope": "all"}
+)
 
 
 class Settings(Protocol):
@@ -102,13 +109,17 @@ class Definition(Protocol):
         weighs: whether it returns weights of the losses too, such that the weighted sum over what is picked stands for
             the sum over all candidates.
         reads: the settings among "ratio", "alpha", "beta", "log_offset", "explore", "bands" and "seed" that it depends
-            on. "explore" and "bands" must be given for a rule that reads them, and must not be for any other.
+            on. "explore" and "bands" must not be given for any other rule; a rule that reads them must be given them,
+            unless it has a default.
+        defaults: values of "ratio", "alpha", "beta", "log_offset", "explore" and "scope" where a selection leaves them
+            out.
     """
 
     name: str
     needs_scores: bool
     weighs: bool
     reads: frozenset[str]
+    defaults: Mapping[str, Any]
 
     def share(self, settings: Settings) -> float:
         """Share of an example's tokens that is picked, in (0, 1]; the memory planner counts with it."""

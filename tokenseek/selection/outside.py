@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from tokenseek.errors import UserError
 from tokenseek.imported import import_named
-from tokenseek.selection.contract import Candidates, Definition, Picked, Settings
+from tokenseek.selection.contract import PAPERS, Candidates, Definition, Picked, Settings
 from tokenseek.selection.rules import SHIPPED
 from tokenseek.spelling import did_you_mean
 
@@ -60,6 +61,10 @@ class OutsideRule:
         if isinstance(reads, str) or not _READABLE.issuperset(reads):
             raise UserError(f"{name}: reads is {reads!r}; it must be a set of {', '.join(sorted(_READABLE))}.")
         self.reads = frozenset(reads)
+        defaults = getattr(rule, "defaults", {})
+        if not isinstance(defaults, Mapping) or not PAPERS.keys() >= defaults.keys():
+            raise UserError(f"{name}: defaults is {defaults!r}; it must be a dict with values of {', '.join(PAPERS)}.")
+        self.defaults: Mapping[str, Any] = {**PAPERS, **defaults}
 
     def share(self, settings: Settings) -> float:
         """Its own `share`, or `ratio` where it has none."""

@@ -5,9 +5,12 @@ C candidates of an example, S of them picked.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
-from tokenseek.selection.contract import Candidates, Definition, Settings
+from tokenseek.selection.contract import PAPERS, Candidates, Definition, Settings
 from tokenseek.selection.draws import shuffled
 from tokenseek.selection.rounding import round_half_up
 
@@ -18,7 +21,7 @@ class Top:
     """The highest scores (Eq. 5), the method of the paper."""
 
     name, needs_scores, weighs = "top", True, False
-    reads = _SCORING | {"ratio"}
+    reads, defaults = _SCORING | {"ratio"}, PAPERS
 
     def share(self, settings: Settings) -> float:
         """`ratio`."""
@@ -33,7 +36,7 @@ class Random:
     """As many as "top", at random, drawn again at every visit (the TokenTune baseline)."""
 
     name, needs_scores, weighs = "random", False, False
-    reads = frozenset({"ratio", "seed"})
+    reads, defaults = frozenset({"ratio", "seed"}), PAPERS
 
     def share(self, settings: Settings) -> float:
         """`ratio`."""
@@ -50,6 +53,7 @@ class All:
 
     name, needs_scores, weighs = "all", False, False
     reads: frozenset[str] = frozenset()
+    defaults = PAPERS
 
     def share(self, settings: Settings) -> float:
         """1: nothing is left out."""
@@ -64,7 +68,7 @@ class Bands:
     """The ranks in `bands`, whatever `ratio` is (Table S11)."""
 
     name, needs_scores, weighs = "bands", True, False
-    reads = _SCORING | {"bands"}
+    reads, defaults = _SCORING | {"bands"}, PAPERS
 
     def share(self, settings: Settings) -> float:
         """The widths of the bands together."""
@@ -83,7 +87,7 @@ class TopRandom:
     """The highest scores for most of the budget, and random others for `explore` of it."""
 
     name, needs_scores, weighs = "top_random", True, False
-    reads = _SCORING | {"ratio", "explore", "seed"}
+    reads, defaults = _SCORING | {"ratio", "explore", "seed"}, PAPERS
 
     def share(self, settings: Settings) -> float:
         """`ratio`."""
@@ -102,6 +106,16 @@ class Sampled:
 
     name, needs_scores, weighs = "sampled", True, True
     reads = _SCORING | {"ratio", "explore", "seed"}
+    # What taught most per second of all that was compared, see docs/evidence.md: by the gradient alone, among tokens
+    # that carry a loss.
+    defaults: Mapping[str, Any] = {
+        **PAPERS,
+        "ratio": 0.3,
+        "alpha": 0.0,
+        "beta": 1.0,
+        "explore": 0.3,
+        "scope": "supervised",
+    }
 
     def share(self, settings: Settings) -> float:
         """`ratio`."""

@@ -82,10 +82,12 @@ class TokenSeekCollator(PaddingCollator):
     Args:
         index: the scores, an open :class:`TokenIndex` or its path; None for rules without scores ("random", "all") and
             where the model selects.
+        ratio: share of each example's tokens that are trained on, in (0, 1]; the rule's default where left out.
+        rule: name of a rule, or a whole :class:`SelectionRule` (`ratio` and `options` then replace its fields). The
+            default is what taught most per second (docs/evidence.md).
         online: leave the selection to the model (:func:`tokenseek.enable_token_ditching`): batches have all labels, the
-            rule as ``selection`` and one key of its draws for each example as ``selection_keys`` [E].
-        ratio: share of each example's tokens that are trained on, in (0, 1].
-        rule: name of a rule, or a whole :class:`SelectionRule` (`ratio` and `options` then replace its fields).
+            rule as ``selection`` and one key of its draws for each example as ``selection_keys`` [E]. By default so it
+            is where a rule needs scores and no index is given.
         packing: lay the examples of a batch behind each other in one row instead of padding them: no ``attention_mask``
             then but ``position_ids`` that restart with every example. The batch has the same loss and gradients.
             Its items may be rows of a :class:`tokenseek.data.packing.PackedDataset`.
@@ -94,35 +96,36 @@ class TokenSeekCollator(PaddingCollator):
     Random rules draw again in every epoch: call :meth:`set_epoch` at its start (:class:`TokenSeekTrainer` does).
 
     Example:
-        >>> collator = TokenSeekCollator("run/index.arrow", ratio=0.1, pad_token_id=tokenizer.pad_token_id)
+        >>> collator = TokenSeekCollator(pad_token_id=tokenizer.pad_token_id)  # the model scores and selects
+        >>> paper = TokenSeekCollator("run/index.arrow", 0.1, "top", pad_token_id=tokenizer.pad_token_id)
     """
 
     def __init__(
         self,
-        index: TokenIndex | str | None,
+        index: TokenIndex | str | None = None,
         ratio: float | None = None,
-        rule: str | SelectionRule = "top",
+        rule: str | SelectionRule = SelectionRule.rule,
         *,
         pad_token_id: int = 0,
         pad_to_multiple_of: int = 1,
         packing: bool = False,
-        online: bool = False,
+        online: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(pad_token_id, pad_to_multiple_of)
         if online and index is not None:
             raise UserError("online=True scores in the training step and reads no index; leave one of them out.")
-        self.online = online
         if packing and pad_to_multiple_of > 1:
             raise UserError(f"pad_to_multiple_of={pad_to_multiple_of}, but packing=True pads nothing; leave one out.")
         self.packing = packing
         if ratio is not None:
             options["ratio"] = ratio
         self.rule = replace(rule, **options) if isinstance(rule, SelectionRule) else SelectionRule(rule, **options)
-        if index is None and self.rule.needs_scores and not online:
+        self.online = index is None and self.rule.needs_scores if online is None else online
+        if index is None and self.rule.needs_scores and not self.online:
             raise UserError(
-                f"rule {self.rule.rule!r} selects by score and needs an index; give one (see `tokenseek score`), score "
-                "in the training step (online=True), or use rule='random' or 'all'."
+                f"rule {self.rule.rule!r} selects by score and needs an index; give one (see `tokenseek score`), leave "
+                "online=False out, so that the model scores in the training step, or use rule='random' or 'all'."
             )
         self.index = index if index is None or isinstance(index, TokenIndex) else TokenIndex.open(index)
         # Shared memory: workers that were started before a new epoch see it too.

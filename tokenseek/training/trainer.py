@@ -31,7 +31,7 @@ class TokenSeekTrainer(GroupTrainer):
     Enables token ditching on the model unless it is enabled already, keeps the data set's ``example_id``, redraws
     random selections every epoch, evaluates and predicts on all tokens, and never repeats an example to fill the last
     batch of an epoch, so that losses do not depend on the number of processes. Of a sequence-parallel model, all ranks
-    of a group are given the same examples. Where the model selects (``TokenSeekCollator(None, online=True)``), logs
+    of a group are given the same examples. Where the model selects (``TokenSeekCollator()``), logs
     hold ``loss_all`` beside ``loss``: the mean loss of all supervised tokens, as ordinary training logs it.
 
     Args:
@@ -41,7 +41,7 @@ class TokenSeekTrainer(GroupTrainer):
 
     Example:
         >>> trainer = TokenSeekTrainer(
-        ...     model, TrainingArguments("out"), data_collator=TokenSeekCollator("index.arrow", ratio=0.1),
+        ...     model, TrainingArguments("out"), data_collator=TokenSeekCollator(pad_token_id=tokenizer.pad_token_id),
         ...     train_dataset=prepared.dataset,
         ... )
         >>> trainer.train()
