@@ -133,7 +133,7 @@ def test_adapters_and_tied_weights(exact_layers):
         SelectionRule("all", scope="supervised"),
         SelectionRule("bands", bands=((0, 0.2), (0.5, 0.7))),
         SelectionRule("top_random", ratio=0.4, explore=0.5),
-        SelectionRule("sampled", ratio=0.4, explore=0.3),
+        SelectionRule("sampled", ratio=0.4, alpha=5, beta=5, scope="all"),
     ],
     ids=lambda rule: f"{rule.rule}-{rule.scope}",
 )
@@ -213,7 +213,7 @@ def test_exact_layers_have_the_gradient_of_all_tokens_on_average():
     """On the average of many draws among all tokens, below the border as well but for the cut keys and values."""
     model = tiny_model("llama", dtype=torch.float64)
     layers = len(find_decoder(model).layers)
-    rule = SelectionRule("sampled", ratio=0.5, alpha=0, beta=1, explore=0.5)
+    rule = SelectionRule("sampled", ratio=0.5, explore=0.5, scope="all")
     enabled(model, seeking=Seeking("l2", exact_layers=layers))
     batch = make_batch((13,))
     ordinary = copy.deepcopy(model)
