@@ -200,3 +200,13 @@ def test_a_run_that_was_moved_goes_on_where_it_is(run, tmp_path):
     run.interrupt()
     run.path = run.path.rename(tmp_path / "elsewhere")
     assert run().steps == 2 and run.steps == [1, 2]
+
+
+def test_an_index_of_other_scores_is_refused(tmp_path):
+    """One that other batches gave is taken: its scores differ in rounding."""
+    train(tiny_preset(tmp_path))
+    index = f"scoring.index={tmp_path}/run/index.arrow"
+    other = (index, f"output_dir={tmp_path}/other")
+    train(tiny_preset(tmp_path, *other, "scoring.tokens_per_batch=512"))
+    with pytest.raises(UserError, match="scored with other settings:\n  reduction: the index has 'abs', this run has"):
+        train(tiny_preset(tmp_path, index, f"output_dir={tmp_path}/third", "scoring.reduction=l2"))

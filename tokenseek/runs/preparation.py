@@ -30,7 +30,7 @@ from tokenseek.runs.outline import log_outline
 from tokenseek.runs.prompts import require_samples
 from tokenseek.runs.ratio import settle_ratio
 from tokenseek.runs.resume import Start, describe_start, find_start, require_same_inputs, write_start
-from tokenseek.runs.score import score
+from tokenseek.runs.score import require_scores, score
 from tokenseek.training.arguments import training_arguments
 from tokenseek.training.checkpoints import fit_checkpoint
 from tokenseek.training.checks import make_output, require_a_batch, require_arguments, require_reports
@@ -175,6 +175,7 @@ def _index(config: RunConfig, inputs: RunInputs) -> TokenIndex:
     def open_index() -> TokenIndex:
         index = TokenIndex.open(path, verify=state.is_main_process)  # one process reads every byte, the others trust it
         index.require(inputs.fingerprints)
+        require_scores(index, config)
         return index
 
     return first_on_main(state, open_index)

@@ -80,6 +80,10 @@ def score(
     Raises:
         UserError: before the model is loaded, where an index or shards of other data or settings are in the way.
     """
+    if config.scoring.reduction == "error":
+        raise UserError(
+            "scoring.reduction: error is of steps that score their own tokens; an index takes abs, signed or l2."
+        )
     if config.data.is_streamed:
         raise UserError(
             "data.sources: streaming: true has no end, and an index is of all data; set streaming to false, or train "
@@ -166,16 +170,32 @@ def _plan(config: RunConfig, inputs: RunInputs) -> tuple[ScoringPlan, ShardStore
 def _options(config: RunConfig) -> dict:
     """The settings that decide the scores; batches are among them, by the last bits of a float."""
     return config.scoring.model_dump(exclude={"index"}) | {
+        "mode": "index",  # whatever training does
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
         "attn_implementation": config.model.attn_implementation,
     }
 
 
+def require_scores(index: TokenIndex, config: RunConfig) -> None:
+    """Refuse an index of other scores than those that the run asks for; batches and numbers may be others.
+
+    Raises:
+        UserError: with every setting that differs.
+    """
+    stored, wanted = index.header.scoring, _options(config)
+    known = [name for name in ("gradient_layer", "reduction", "loss_scope") if name in stored]
+    _require_no_difference(index.path, *({name: options[name] for name in known} for options in (stored, wanted)))
+
+
 def _require_same_scoring(path: Path, fingerprints: dict, options: dict) -> None:
     index = TokenIndex.open(path, verify=False)
     index.require(fingerprints)
-    if differing := differences(index.header.scoring, options, "the index", "this run"):
+    _require_no_difference(path, index.header.scoring, options)
+
+
+def _require_no_difference(path: str | Path, stored: dict, wanted: dict) -> None:
+    if differing := differences(stored, wanted, "the index", "this run"):
         raise UserError(
             f"{path} was scored with other settings:\n  " + "\n  ".join(differing) + "\n"
             "Give another scoring.index (or output_dir), delete the index, or go back to its settings."
