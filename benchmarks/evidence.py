@@ -123,6 +123,7 @@ def base_config(args: argparse.Namespace, new_examples: int | None = None, held_
             f"training.per_device_train_batch_size={regime.micro_batch}",
             "training.per_device_eval_batch_size=8",
             f"training.gradient_accumulation_steps={regime.examples // regime.micro_batch}",
+            "peft.dropout=0.05",
             "training.warmup_steps=2",
             "training.save_strategy=no",
             "training.report_to=[]",

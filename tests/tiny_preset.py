@@ -23,6 +23,7 @@ def tiny_preset(folder: Path, *overrides: str, examples: int = 12) -> RunConfig:
         f"model.name_or_path={folder / 'model'}",
         f"data.sources.0.path={folder / 'train.jsonl'}",
         "selection.rule=top",
+        "peft.dropout=0.05",
         "training.max_steps=2",
         "training.save_strategy=no",
         "training.report_to=[]",
