@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from tiny_preset import tiny_preset
 
+from benchmarks import evidence
 from benchmarks.evidence import METHODS, RATES, REGIMES, base_config, best_rate, planned, table, trial
 from benchmarks.pages import write_into
+from tokenseek.config.loading import override_config
+from tokenseek.selection import SelectionRule
 from tokenseek.sweeps.sweep import Sweep, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +60,42 @@ def test_every_method_is_a_run(tmp_path, method):
     config = Sweep(tmp_path, tiny_preset(tmp_path), [one]).config(one)
     assert config.seed == 5 and config.training.learning_rate == 1e-3
     assert config.training.ditching == (method not in ("ordinary", "checkpointing"))
+
+
+@pytest.mark.parametrize(
+    "method, mode, rule, exact",
+    [
+        ("exact-1", "online", SelectionRule("sampled", 0.1, alpha=0, beta=1, explore=0.3, scope="supervised"), "auto"),
+        ("online", "online", SelectionRule("sampled", 0.1, alpha=0, beta=1, explore=0.3, scope="supervised"), 0),
+        ("index", "index", SelectionRule("sampled", 0.1, alpha=0, beta=1, explore=0.3, scope="supervised"), 0),
+        ("paper", "index", SelectionRule("top", 0.1, alpha=5, beta=5, scope="all"), 0),
+        ("random", "index", SelectionRule("random", 0.1, scope="all"), 0),
+        ("response", "index", SelectionRule("all", scope="supervised"), 0),
+    ],
+)
+def test_what_methods_select_does_not_change_with_a_default(tmp_path, method, mode, rule, exact):
+    """The rows were made with these; the methods leave out what is the package's default today."""
+    base = override_config(tiny_preset(tmp_path), {"selection": {}, "peft": None})
+    one = trial("short-4", method, 0.1 if METHODS[method].takes_ratio else None, 1e-3, 0)
+    config = Sweep(tmp_path, base, [one]).config(one)
+    assert config.selection.to_rule() == rule
+    assert (config.scoring.mode, config.selection.exact_layers) == (mode, exact)
+
+
+def test_measured_seconds_are_kept(tmp_path, monkeypatch):
+    measured = {"seconds": 8, "step_peak_bytes": 5}
+    monkeypatch.setattr(evidence, "base_config", lambda *_, **__: tiny_preset(tmp_path))
+    monkeypatch.setattr(
+        evidence, "Sweep", lambda *_: Namespace(run=lambda _: [row("ordinary", None, 1e-3, 0, 1.0) | measured])
+    )
+    args = Namespace(regime="short-4", methods=["ordinary"], ratios=[], output=tmp_path, steps=2, threads=1)
+    for repeats, micro_batch in ((1, None), (3, None), (1, 2)):
+        args.repeats, args.micro_batch = repeats, micro_batch
+        evidence.measure_seconds(args)
+    rows = read_rows(tmp_path / "seconds.jsonl")
+    assert [(row["repeat"], row.get("micro_batch"), row["seconds_a_step"]) for row in rows] == [
+        (0, None, 4), (1, None, 4), (2, None, 4), (0, 2, 4),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REGIMES)
