@@ -92,6 +92,7 @@ def test_the_command_prints_a_line_for_each_method(command, tmp_path, capsys):
     assert on_host > 2 * ordinary
 
 
+@pytest.mark.slow  # a gain in time alone
 def test_processes_side_by_side_find_what_one_does():
     methods = Method(0.1), Method(0.5, recompute=True)
     one, two = (
