@@ -13,7 +13,6 @@ from tokenseek.config import OneLine, RunConfig, load_config, load_one_line
 from tokenseek.config.resources import list_resources
 from tokenseek.config.sizes import parse_size
 from tokenseek.errors import UserError
-from tokenseek.selection import rule_named
 
 if TYPE_CHECKING:
     from tokenseek.launching.engine import Engine
@@ -108,7 +107,7 @@ def check(args: argparse.Namespace) -> RunConfig:
 
 def _require_share(config: RunConfig) -> None:
     """Refuse to fit a share into a budget where the rule takes none."""
-    if config.training.ditching and "ratio" not in rule_named(config.selection.rule).reads:
+    if config.training.ditching and not config.selection.takes_ratio:
         raise UserError(
             f"--budget fits the share r of the tokens, and selection.rule: {config.selection.rule} takes none. Plan "
             "without it: --ratios R, with the share of the tokens that the rule selects (of those with a loss, "

@@ -18,7 +18,6 @@ from tokenseek.config.model_files import without_model
 from tokenseek.config.resources import folder_of
 from tokenseek.config.schema import ModelConfig, RunConfig
 from tokenseek.errors import UserError, first_line
-from tokenseek.selection import rule_named
 from tokenseek.spelling import did_you_mean
 
 DEFAULT_METHOD = "lora"
@@ -139,7 +138,7 @@ def _with_words(values: dict[str, Any], words: OneLine, method: str | None) -> d
 
 def _require_share(config: RunConfig, selection: Mapping[str, Any]) -> None:
     """Refuse a share that was said beside a rule that takes none; `selection` is as it was said."""
-    if "ratio" in selection and "ratio" not in rule_named(config.selection.rule).reads:
+    if "ratio" in selection and not config.selection.takes_ratio:
         raise UserError(
             f"selection.rule: {config.selection.rule} takes no ratio, got {selection['ratio']}; leave out --ratio, or "
             "the rule."
@@ -234,7 +233,7 @@ def _planned_at_start(config: RunConfig) -> dict[str, Any]:
     if not config.training.ditching:
         return {}
     found: dict[str, Any] = {"training": {"recompute": "auto"}}
-    if config.scoring.mode == "online" and "ratio" in rule_named(config.selection.rule).reads:
+    if config.scoring.mode == "online" and config.selection.takes_ratio:
         found["selection"] = {"ratio": "auto"}
     return found
 

@@ -110,10 +110,24 @@ class SelectionConfig(_SelectionFields):  # type: ignore[misc]  # made above of 
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.ratio == "auto" and "ratio" not in rule_named(self.rule).reads:
+        if self.ratio == "auto" and not self.takes_ratio:
             raise ValueError(f"selection.ratio is auto, but rule {self.rule!r} takes no ratio; leave one of them out")
-        self.model_copy(update={"ratio": None if self.ratio == "auto" else self.ratio}).to_rule()
+        self._at_any_ratio()
         return self
+
+    @property
+    def takes_ratio(self) -> bool:
+        """Whether the rule selects a share that is given."""
+        return "ratio" in rule_named(self.rule).reads
+
+    @property
+    def draws_by_gradient(self) -> bool:
+        """As of the rule, see :class:`tokenseek.SelectionRule`."""
+        return self._at_any_ratio().draws_by_gradient
+
+    def _at_any_ratio(self) -> SelectionRule:
+        """The rule, at its default share where that is still to be settled."""
+        return self.model_copy(update={"ratio": None}).to_rule() if self.ratio == "auto" else self.to_rule()
 
     def to_rule(self) -> SelectionRule:
         """
@@ -199,7 +213,7 @@ class RunConfig(Section):
             is_online = scoring.reduction == "error" or (rule.needs_scores and rule.weighs)
             stored = scoring.index is not None or scoring.loss_scope == "sequence"
             scoring = _with_unset(scoring, mode="online" if is_online and not stored else "index")
-        by_gradient = rule.weighs and rule.needs_scores and selection.alpha == 0 and scoring.reduction != "error"
+        by_gradient = selection.draws_by_gradient and scoring.reduction != "error"
         if selection.exact_layers == "auto" and not (scoring.mode == "online" and by_gradient):
             selection = _with_unset(selection, exact_layers=0)
         return self.model_copy(update={"scoring": scoring, "selection": selection})
@@ -220,7 +234,7 @@ class RunConfig(Section):
                 raise ValueError(
                     "selection.exact_layers needs scoring.mode: online and scoring.reduction: l2, abs or signed"
                 )
-            if not rule_named(rule.rule).weighs or rule.alpha != 0:
+            if not rule.draws_by_gradient:
                 raise ValueError(
                     f"selection.exact_layers draws by the gradient and weighs: set selection.rule: sampled, alpha: 0 "
                     f"and beta: 1 (got rule {rule.rule}, alpha {rule.alpha:g})"

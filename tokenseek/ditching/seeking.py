@@ -47,7 +47,7 @@ class Seeking:
 
         It takes no more time than scoring by the gradient and teaches as much or more (docs/evidence.md).
         """
-        return cls(exact_layers=int(_takes_exact_layers(rule) and not decoder.sharing))
+        return cls(exact_layers=int(rule.draws_by_gradient and not decoder.sharing))
 
     def require_servable(self, decoder: Decoder, rule: SelectionRule) -> None:
         """Raise UserError for a model with fewer layers, or exact layers under a rule without weights."""
@@ -60,13 +60,8 @@ class Seeking:
                 f"exact_layers is {self.exact_layers}, and {decoder.name} has layers that share the keys and values of "
                 "layers below, past the border; set it to 0."
             )
-        if self.exact_layers and not _takes_exact_layers(rule):
+        if self.exact_layers and not rule.draws_by_gradient:
             raise UserError(
                 f"exact_layers is {self.exact_layers} with rule {rule.rule!r} (alpha {rule.alpha:g}): the rows "
                 "below are drawn by their gradient and weighted, so use rule='sampled' with alpha=0 and beta=1."
             )
-
-
-def _takes_exact_layers(rule: SelectionRule) -> bool:
-    """Whether it draws by the gradient alone, and weighs what it draws."""
-    return rule.has_weights and rule.needs_scores and rule.alpha == 0

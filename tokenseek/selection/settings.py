@@ -104,6 +104,11 @@ class SelectionRule:
         return self.definition.weighs
 
     @property
+    def draws_by_gradient(self) -> bool:
+        """Whether tokens are drawn by the gradient alone, and weighed: what exact layers ask for."""
+        return self.has_weights and self.needs_scores and self.alpha == 0
+
+    @property
     def share(self) -> float:
         """Share of an example's tokens that is selected, in (0, 1]."""
         return self.definition.share(self)
