@@ -17,7 +17,7 @@ import torch.distributed as dist
 from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from benchmarks.memory import LiveStorages, storage_bytes
@@ -55,6 +55,7 @@ CASES: dict[str, tuple[str, Method, tuple[str, ...]]] = {
     "gpt2, r = 0.2, online by error, tiles": ("gpt2", Method(0.2), (*ONLINE, "scoring.reduction=error", TILES)),
     "llama, r = 0.2, LoRA, online, tiles": ("llama", Method(0.2, recompute=True), (*LORA, *ONLINE, TILES)),
     "gpt2, r = 0.2, online by gradient": ("gpt2", Method(0.2), ONLINE),
+    "llama, r = 0.2, online, 1 exact layer": ("llama", Method(0.2), (*ONLINE, "selection.exact_layers=1")),
     "llama, r = 0.2, LoRA, online, 1 exact layer": ("llama", Method(0.2), (*LORA, *ONLINE, "selection.exact_layers=1")),
 }
 
@@ -123,6 +124,7 @@ def measured_flops(config: RunConfig, method: Method, shape: PreTrainedConfig) -
     """Floating-point operations of a real optimizer step, by torch's counter."""
     step, _, _ = _real_step(config, method, shape)
     formulas = {
+        torch.ops.aten.addmm_: addmm_flop,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }

@@ -22,13 +22,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tokenseek.decoder.attention import without_cudnn
 from tokenseek.decoder.find import Decoder
-from tokenseek.decoder.head import BodyOutput, at_least_float32, is_partitioned
+from tokenseek.decoder.head import BodyOutput, is_partitioned
 from tokenseek.ditching.batch import Attending, Batch, batch_of
+from tokenseek.ditching.exact import ExactTop, exact_top
 from tokenseek.ditching.planned import KnownBatch, PlannedRows
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.seeking import Seeking
 from tokenseek.ditching.state import Ditching
-from tokenseek.ditching.top import Top, seeds
+from tokenseek.ditching.top import Top
 from tokenseek.errors import UserError
 from tokenseek.labels import IGNORED
 from tokenseek.seeking.context import attention_received, last_attending
@@ -56,31 +57,6 @@ class OnlineOutput(CausalLMOutputWithPast):
     loss_all: torch.Tensor | None = None
     selected_positions: torch.Tensor | None = None
     selected_weights: torch.Tensor | None = None
-
-
-@dataclass
-class ExactTop:
-    """Head and top layers that have run over all tokens with gradient.
-
-    Attributes:
-        loss_sum: of the cross-entropies of all supervised tokens; where ranks share a text, of this rank's. It has a
-            graph down to the border, the input of the lowest exact layer.
-        gradient: [B, T, D] of the sum over all ranks with respect to the border, of all tokens.
-    """
-
-    loss_sum: torch.Tensor
-    gradient: torch.Tensor
-
-    def loss(self, selected_BSD: torch.Tensor, positions_BS: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
-        """`loss_sum`, whose gradient reaches the weights below the border too: there it is the estimate.
-
-        Args:
-            selected_BSD: the selected rows of this process at the border.
-            positions_BS: theirs in the text, negative where a slot is empty.
-            weights_BS: one over the probability of each.
-        """
-        surrogate = (seeds(self.gradient, positions_BS, weights_BS) * at_least_float32(selected_BSD)).sum()
-        return self.loss_sum + (surrogate - surrogate.detach())
 
 
 @dataclass
@@ -195,8 +171,11 @@ def _score(
     ):
         output = decoder.body(**batch.arguments, use_cache=False, return_dict=True)
         if seeking.exact_layers and recording.top is None:
-            exact, border_gradient = _exact_top(output, batch, leaves[0], all_tokens_loss)
-            loss_sum, scores_BR = exact.loss_sum.detach().clone(), REDUCTIONS[seeking.reduction](border_gradient)
+            with torch.enable_grad():
+                loss_sum = all_tokens_loss(output, output.last_hidden_state, batch.own_targets_BR, batch.supervised_R)
+            gathered = None if batch.text is None else batch.text.gathered
+            exact, border_gradient_BRD = exact_top(loss_sum, leaves[0], gathered)
+            loss_sum, scores_BR = loss_sum.detach().clone(), REDUCTIONS[seeking.reduction](border_gradient_BRD)
         else:
             loss_sum, scores_BR = _head_scores(decoder, seeking, output, batch, wanted, recording, leaves)
     return _Scored(loss_sum, received[0] if received else None, scores_BR, exact)
@@ -289,17 +268,6 @@ def _attention_watched(
     else:
         with without_cudnn():
             yield []
-
-
-def _exact_top(
-    output: BodyOutput, batch: Batch, border_BTD: torch.Tensor, all_tokens_loss: AllTokensLoss
-) -> tuple[ExactTop, torch.Tensor]:
-    """The loss of this process's rows, and its gradient at the border, the input of the lowest exact layer."""
-    with torch.enable_grad():
-        loss_sum = all_tokens_loss(output, output.last_hidden_state, batch.own_targets_BR, batch.supervised_R)
-        (gradient_BTD,) = torch.autograd.grad(loss_sum, border_BTD, retain_graph=True)
-    of_all = gradient_BTD if batch.text is None else batch.text.gathered(gradient_BTD)
-    return ExactTop(loss_sum, of_all), gradient_BTD
 
 
 def _head_scores(

@@ -16,9 +16,11 @@ from tokenseek.launching.engine import Engine
 from tokenseek.spelling import did_you_mean
 
 _aten = torch.ops.aten
-# torch counts the attention kernels of GPUs; on a CPU, where steps are planned, another one stands for them.
+# torch counts the attention kernels of GPUs; on a CPU, where steps are planned, another one stands for them. Nor does
+# it count a product that is added in place, by which the gradient of a trained head is made.
 FLOP_FORMULAS = {
     **flop_registry,
+    _aten.addmm_: flop_registry[_aten.addmm],
     _aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
