@@ -141,6 +141,11 @@ class SelectionConfig(_SelectionFields):  # type: ignore[misc]  # made above of 
             )
         return SelectionRule(**self.model_dump(exclude={"exact_layers"}))
 
+    @property
+    def wanted_exact_layers(self) -> int:
+        """`exact_layers`; what is still `auto`, where the model has a say, is 1: it teaches most (docs/evidence.md)."""
+        return 1 if self.exact_layers == "auto" else self.exact_layers
+
 
 class PeftSettings(Section):
     """A PEFT adapter. `method` is any PEFT type in lower case; fields left out keep PEFT's own defaults.

@@ -55,8 +55,7 @@ def depths_that_tell(config: RunConfig, engine: Engine, model_config: PreTrained
         return None
     # Two periods are counted from the first layer, and two from the last; more, where the last layers are scored, or
     # trained whole: then the one below them is unlike the others too.
-    exact = config.selection.exact_layers
-    fewest = 3 * period + max(config.scoring.gradient_layer - 1, 1 if exact == "auto" else exact)
+    fewest = 3 * period + max(config.scoring.gradient_layer - 1, config.selection.wanted_exact_layers)
     shallow = fewest + (whole - fewest) % period
     deeper = shallow + period
     if shallow + deeper >= whole:

@@ -25,10 +25,8 @@ def seeking_of(config: RunConfig) -> Seeking | None:
     """How its tokens are scored; None where an index has them."""
     if config.scoring.mode != "online":
         return None
-    exact = config.selection.exact_layers
-    if exact == "auto":  # as `tokenseek.runs.exact` settles it
-        exact = 1
-    return Seeking(config.scoring.reduction, config.scoring.gradient_layer, exact)
+    scoring = config.scoring
+    return Seeking(scoring.reduction, scoring.gradient_layer, config.selection.wanted_exact_layers)
 
 
 def decided(reach: Reach, gathered: Gathered | None) -> Decided:

@@ -16,11 +16,12 @@ _log = logging.getLogger(__name__)
 
 
 def settle_exact_layers(config: RunConfig, state: PartialState) -> RunConfig:
-    """`config` with a number for `selection.exact_layers`: what is still `auto` is 1."""
+    """`config` with a number for `selection.exact_layers`."""
     if not config.training.ditching or config.selection.exact_layers != "auto":
         return config
-    log_once(_log, state, "selection.exact_layers: auto: 1.")
-    return config.model_copy(update={"selection": config.selection.model_copy(update={"exact_layers": 1})})
+    exact = config.selection.wanted_exact_layers
+    log_once(_log, state, f"selection.exact_layers: auto: {exact}.")
+    return config.model_copy(update={"selection": config.selection.model_copy(update={"exact_layers": exact})})
 
 
 def fit_exact_layers(config: RunConfig, skeleton: PreTrainedModel, state: PartialState, *, auto: bool) -> RunConfig:

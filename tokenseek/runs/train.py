@@ -199,8 +199,7 @@ def _model(config: RunConfig, group: dist.ProcessGroup | None, packed_in: torch.
         compile_regions(model)
     if config.training.ditching:
         scoring, training = config.scoring, config.training
-        exact_layers = cast(int, config.selection.exact_layers)  # `prepare` has settled `auto`
-        seeking = Seeking(scoring.reduction, scoring.gradient_layer, exact_layers)
+        seeking = Seeking(scoring.reduction, scoring.gradient_layer, config.selection.wanted_exact_layers)
         enable_token_ditching(
             model,
             recompute=training.recompute is True,  # `prepare` has settled `auto`
