@@ -1,7 +1,10 @@
 """Head and top layers that are exact: gone through once, and their weights' gradients handed out once."""
 
+import shutil
+
 import pytest
 import torch
+from closeness import assert_close
 from numerics.test_ditching import gradients, make_batch
 from numerics.test_online import DRAWN, KEYS, enabled
 from tiny_models import tiny_model
@@ -9,6 +12,7 @@ from tiny_models import tiny_model
 from benchmarks.memory import SavedActivations
 from tokenseek.ditching import Seeking
 from tokenseek.ditching.exact import exact_top
+from tokenseek.models.kernels import compile_regions
 from tokenseek.planning.work import Work
 
 # Logits of more than one chunk (tokenseek/decoder/head.py), so that they are not kept.
@@ -93,3 +97,15 @@ def test_weights_above_the_border_may_all_be_frozen():
     output.loss.backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.any()
     assert output.loss_all.item() > 0 and model.lm_head.weight.grad is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_may_be_exact():
+    """What torch.compile makes may go through one backward pass alone: it writes over what it keeps."""
+    model, batch = enabled(tiny_model("llama"), seeking=Seeking("l2", exact_layers=1)), make_batch()
+    expected = gradients(model, step(model, batch).loss)
+    compiled = tiny_model("llama")
+    compile_regions(compiled, backend="inductor")
+    enabled(compiled, seeking=Seeking("l2", exact_layers=1))
+    assert_close(gradients(compiled, step(compiled, batch).loss), expected)
