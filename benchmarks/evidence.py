@@ -34,7 +34,6 @@ from tokenseek.sweeps.here_data import short_problems, write_rows
 from tokenseek.sweeps.sweep import Row, Sweep, Trial, append_row, read_rows
 from tokenseek.sweeps.tables import Group, grouped, markdown
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 HELD_OUT = 24
 SECONDS_RESERVE = 10 * 2**30  # bytes, more than any method takes
 
@@ -123,7 +122,7 @@ def base_config(args: argparse.Namespace, new_examples: int | None = None, held_
             f"training.per_device_train_batch_size={regime.micro_batch}",
             "training.per_device_eval_batch_size=8",
             f"training.gradient_accumulation_steps={regime.examples // regime.micro_batch}",
-            "peft.dropout=0.05",
+            "peft.dropout=0.05" if regime.adapter else "peft=null",
             "training.warmup_steps=2",
             "training.save_strategy=no",
             "training.report_to=[]",
@@ -141,13 +140,13 @@ def _with_solved(problem: dict[str, str], solved: list[dict[str, str]]) -> dict[
 
 def planned(args: argparse.Namespace, rows: list[Row]) -> list[Trial]:
     """The runs of a stage."""
-    found = []
+    found, regime = [], REGIMES[args.regime]
     for method, ratio in _with_ratios(args.methods, args.ratios):
         same = METHODS[method].steps_of
         if same and args.stage != "longer":
             continue
         if args.stage == "scan":
-            found += [trial(args.regime, method, ratio, rate, args.seeds[0]) for rate in args.rates or RATES]
+            found += [trial(args.regime, method, ratio, rate, args.seeds[0]) for rate in args.rates or regime.rates]
             continue
         best = best_rate(rows, args.regime, same or method, ratio)
         more = (args.steps, args.epochs) if args.stage == "longer" else ()
@@ -236,7 +235,7 @@ def _at_equal_seconds(regime: str, epochs: str, steps: list[Row], longer: list[R
     """
     before = steps[0]["loss_before"]
     groups = [group for group in (_at_best(steps, regime, "ordinary", None),) if group]
-    groups += grouped(longer, "method", "ratio", "steps")
+    groups += grouped(longer, "method", "ratio", "rate", "steps")
     lines = []
     for group in groups:
         method, ratio, count = (group.rows[0][name] for name in ("method", "ratio", "steps"))
@@ -248,8 +247,9 @@ def _at_equal_seconds(regime: str, epochs: str, steps: list[Row], longer: list[R
             seconds = f"{count * step + scoring:.0f}"
         share = "" if ratio is None else f"{ratio:g}"
         gain = _share(before, group, groups[0])
-        lines.append([METHODS[method].title, share, f"{count}", seconds, group.spread("loss_after", 3), gain])
-    titles = ["method", "r", "steps", "seconds", "held-out loss", "of ordinary training's gain"]
+        rate = f"{group.rows[0]['rate']:g}"
+        lines.append([METHODS[method].title, share, rate, f"{count}", seconds, group.spread("loss_after", 3), gain])
+    titles = ["method", "r", "rate", "steps", "seconds", "held-out loss", "of ordinary training's gain"]
     examples = "each example seen once" if epochs == "one" else "the same examples, in several epochs"
     threads = f"{(count := measured[0]['threads'])} thread{'s' * (count > 1)}"
     head = f"**{REGIMES[regime].title}, at equal seconds**, {examples} ({threads}, from {before:.3f} nats per token)"

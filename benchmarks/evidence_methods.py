@@ -16,6 +16,8 @@ class Regime:
         solved: problems with their answers in front of each question.
         epochs: about so many times a run sees the training examples; more than once all that there are.
         max_characters: of question and answer.
+        adapter: whether LoRA is trained, or all weights.
+        rates: learning rates to scan.
     """
 
     title: str
@@ -26,6 +28,8 @@ class Regime:
     max_length: int = 512
     epochs: int = 1
     max_characters: int = 250
+    adapter: bool = True
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 REGIMES = {
@@ -33,6 +37,15 @@ REGIMES = {
     "short-32": Regime("short prompts, steps of 32 examples", 32, 20, 8, epochs=2),
     "once-32": Regime("problems of up to 300 characters, steps of 32 examples", 32, 16, 8, max_characters=300),
     "long-4": Regime("five solved problems before each question, steps of 4", 4, 20, 4, solved=5, max_length=1024),
+    "full-8": Regime(
+        "all weights trained, problems of up to 300 characters, steps of 8 examples",
+        8,
+        20,
+        8,
+        max_characters=300,
+        adapter=False,
+        rates=(5e-5, 1e-4, 2e-4, 4e-4),
+    ),
 }
 
 _ONLINE = {"selection.rule": "sampled", "selection.exact_layers": 0}

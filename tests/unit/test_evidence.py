@@ -8,7 +8,7 @@ import pytest
 from tiny_preset import tiny_preset
 
 from benchmarks import evidence
-from benchmarks.evidence import METHODS, RATES, REGIMES, base_config, best_rate, planned, table, trial
+from benchmarks.evidence import METHODS, REGIMES, base_config, best_rate, planned, table, trial
 from benchmarks.pages import write_into
 from tokenseek.config.loading import override_config
 from tokenseek.selection import SelectionRule
@@ -39,8 +39,11 @@ def test_scan_runs_every_rate_and_confirm_the_best_one_with_all_seeds():
     args = Namespace(regime="short-4", methods=["ordinary", "online"], ratios=[0.1, 0.3], rates=None, seeds=[0, 1, 2])
     args.stage = "scan"
     scanned = planned(args, [])
-    assert len(scanned) == len({t.name for t in scanned}) == 3 * len(RATES)
+    assert len(scanned) == len({t.name for t in scanned}) == 3 * len(REGIMES["short-4"].rates)
     assert {t.labels["seed"] for t in scanned} == {0}
+    args.regime = "full-8"  # all weights are trained at smaller rates
+    assert {t.labels["rate"] for t in planned(args, [])} == set(REGIMES["full-8"].rates)
+    args.regime = "short-4"
     args.stage = "confirm"
     confirmed = planned(args, ROWS)
     assert [(t.labels["method"], t.labels["rate"], t.labels["seed"]) for t in confirmed] == [
@@ -110,6 +113,7 @@ def test_data_of_a_regime(tmp_path, name):
     assert rows[0].count("How many?") == 1 + regime.solved
     batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
     assert batch == regime.examples and config.training.max_steps == regime.steps
+    assert (config.peft is not None) == regime.adapter
 
 
 def test_table(tmp_path):
@@ -177,6 +181,7 @@ def test_table_at_equal_seconds():
         for seed in (0, 1)
         for epochs in ("one", "several")
     ]
+    longer.append({**row("online", 0.1, 2e-3, 0, 0.8), "steps": 30, "epochs": "one"})
     scored = {**row("index", 0.1, 4e-3, 0, 1.5), "steps": 40, "epochs": "one"}
     measured = [
         *seconds("ordinary", None, 2.5, 3.5),
@@ -188,9 +193,10 @@ def test_table_at_equal_seconds():
     of_one, of_several = (part for part in text.split("\n\n**") if "at equal seconds" in part)
     assert "each example seen once (2 threads, from 2.000 nats" in of_one
     assert "in several epochs (2 threads, from 2.000 nats" in of_several
-    assert "| ordinary training |  | 20 | 60 | 1.100 (1.000 to 1.200) | 100.0% (2 seeds) |" in of_one
-    assert "| drawn by gradient, online | 0.1 | 30 | 60 | 0.900 (0.900 to 0.900) | 122.2% (2 seeds) |" in of_one
-    assert "| drawn by gradient, index | 0.1 | 40 | 60 | 1.500 | 50.0% (1 seed) |" in of_one
+    assert "| ordinary training |  | 0.004 | 20 | 60 | 1.100 (1.000 to 1.200) | 100.0% (2 seeds) |" in of_one
+    assert "| drawn by gradient, online | 0.1 | 0.004 | 30 | 60 | 0.900 (0.900 to 0.900) | 122.2% (2 seeds) |" in of_one
+    assert "| drawn by gradient, online | 0.1 | 0.002 | 30 | 60 | 0.800 | 120.0% (1 seed) |" in of_one
+    assert "| drawn by gradient, index | 0.1 | 0.004 | 40 | 60 | 1.500 | 50.0% (1 seed) |" in of_one
     assert "index" not in of_several
 
 
