@@ -68,10 +68,21 @@ def _with_ratios(methods: Iterable[str], ratios: Sequence[float]) -> Iterator[tu
 
 
 def best_rate(rows: Iterable[Row], regime: str, method: str, ratio: float | None) -> float | None:
-    """The learning rate of the least held-out loss with the first seed; None where nothing was scanned."""
+    """The learning rate of the least held-out loss with the first seed; None where nothing was scanned.
+
+    Where other rates were run with its further seeds too, the least mean decides between these.
+    """
     own = [row for row in rows if row["regime"] == regime and _is(row, method, ratio) and "epochs" not in row]
-    first = [row for row in own if row["seed"] == min(r["seed"] for r in own)]
-    return min(first, key=lambda row: row["loss_after"])["rate"] if first else None
+    if not own:
+        return None
+    losses: dict[float, dict[int, float]] = {}
+    for row in own:
+        losses.setdefault(row["rate"], {})[row["seed"]] = row["loss_after"]
+    first_seed = min(row["seed"] for row in own)
+    best = min((of_seed[first_seed], rate) for rate, of_seed in losses.items() if first_seed in of_seed)[1]
+    seeds = losses[best].keys()
+    compared = [rate for rate, of_seed in losses.items() if seeds <= of_seed.keys()] if len(seeds) > 1 else [best]
+    return min(compared, key=lambda rate: statistics.mean(losses[rate][seed] for seed in seeds))
 
 
 def base_config(args: argparse.Namespace, new_examples: int | None = None, held_out: int = HELD_OUT) -> RunConfig:

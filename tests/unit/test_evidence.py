@@ -57,6 +57,16 @@ def test_scan_runs_every_rate_and_confirm_the_best_one_with_all_seeds():
     assert {one.labels["rate"] for one in planned(args, ROWS)} == {4e-3}
 
 
+def test_rates_that_have_the_same_seeds_are_compared_by_their_means():
+    scanned = [row("online", 0.1, 2e-3, 0, 1.0), row("online", 0.1, 4e-3, 0, 1.1), row("online", 0.1, 8e-3, 0, 1.2)]
+    more = [row("online", 0.1, 4e-3, 1, 1.1), row("online", 0.1, 4e-3, 2, 1.1)]
+    assert best_rate(scanned + more, "short-4", "online", 0.1) == 2e-3
+    more += [row("online", 0.1, 2e-3, 1, 1.2)]
+    assert best_rate(scanned + more, "short-4", "online", 0.1) == 2e-3  # 1.1 on the mean of both
+    more += [row("online", 0.1, 2e-3, 2, 1.3)]
+    assert best_rate(scanned + more, "short-4", "online", 0.1) == 4e-3
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_a_run(tmp_path, method):
     one = trial("short-4", method, 0.1 if METHODS[method].takes_ratio else None, 1e-3, 5)

@@ -45,7 +45,7 @@ class Seeking:
     def usual(cls, decoder: Decoder, rule: SelectionRule) -> Seeking:
         """How tokens are scored where nobody said how: one exact layer, where rule and model allow it.
 
-        It takes no more time than scoring by the gradient and teaches as much or more (docs/evidence.md).
+        It takes about as long as scoring by the gradient and teaches as much or more (docs/evidence.md).
         """
         return cls(exact_layers=int(rule.draws_by_gradient and not decoder.sharing))
 
