@@ -86,7 +86,9 @@ METHODS = {
     "online": Method("drawn by gradient, online", _ONLINE),
     "online-error": Method("drawn by error, online", {**_ONLINE, "scoring.reduction": "error"}),
     "exact-1": Method("drawn by gradient, online, 1 exact layer", _EXACT),
-    "exact-1-explore-0.1": Method("the same, explore 0.1", {**_EXACT, "selection.explore": 0.1}),
+    "exact-1-explore-0.1": Method(
+        "drawn by gradient, online, 1 exact layer, explore 0.1", {**_EXACT, "selection.explore": 0.1}
+    ),
     "exact-1-beta1-0.95": Method(
         "drawn by gradient, online, 1 exact layer, AdamW's beta1 0.95",
         {**_EXACT, "training.extra.adam_beta1": 0.95},
@@ -94,6 +96,13 @@ METHODS = {
     "exact-1-beta2-0.99": Method(
         "drawn by gradient, online, 1 exact layer, AdamW's beta2 0.99",
         {**_EXACT, "training.extra.adam_beta2": 0.99},
+    ),
+    "exact-1-all-tokens": Method(
+        "drawn by gradient, online, 1 exact layer, all tokens compete", {**_EXACT, "selection.scope": "all"}
+    ),
+    "online-error-all-tokens": Method(
+        "drawn by error, online, all tokens compete",
+        {**_ONLINE, "scoring.reduction": "error", "selection.scope": "all"},
     ),
     "exact-4": Method("drawn by gradient, online, 4 exact layers", {**_EXACT, "selection.exact_layers": 4}),
     "exact-8": Method("drawn by gradient, online, 8 exact layers", {**_EXACT, "selection.exact_layers": 8}),
