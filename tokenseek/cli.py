@@ -97,7 +97,15 @@ def run_script(name: str) -> int:
     )
     command.add_arguments(parser)
     args = parser.parse_args()
-    return guarded(lambda: command.run(args, command.check(args)))
+
+    def run() -> int | None:
+        from tokenseek.launching.processes import part  # late: it needs torch
+
+        status = command.run(args, command.check(args))
+        part()
+        return status
+
+    return guarded(run)
 
 
 def guarded(run: Callable[[], int | None]) -> int:

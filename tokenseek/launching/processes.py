@@ -49,6 +49,15 @@ def join_processes(patience: timedelta | None = None) -> PartialState:
     return state
 
 
+def part() -> None:
+    """Leave the process group, once all work of this process is done.
+
+    Left to the end of the interpreter, the group's threads now and then abort a process that has succeeded.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def log_once(log: logging.Logger, state: PartialState, message: str) -> None:
     """Log at level INFO, in one process of every node."""
     if state.is_local_main_process:
