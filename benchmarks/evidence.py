@@ -249,7 +249,7 @@ def _at_equal_seconds(regime: str, epochs: str, steps: list[Row], longer: list[R
     groups += grouped(longer, "method", "ratio", "rate", "steps")
     lines = []
     for group in groups:
-        method, ratio, count = (group.rows[0][name] for name in ("method", "ratio", "steps"))
+        method, ratio, rate, count = (group.rows[0][name] for name in ("method", "ratio", "rate", "steps"))
         of_method = [row for row in measured if _is(row, method, ratio)]
         seconds = ""
         if of_method:
@@ -258,8 +258,9 @@ def _at_equal_seconds(regime: str, epochs: str, steps: list[Row], longer: list[R
             seconds = f"{count * step + scoring:.0f}"
         share = "" if ratio is None else f"{ratio:g}"
         gain = _share(before, group, groups[0])
-        rate = f"{group.rows[0]['rate']:g}"
-        lines.append([METHODS[method].title, share, rate, f"{count}", seconds, group.spread("loss_after", 3), gain])
+        lines.append(
+            [METHODS[method].title, share, f"{rate:g}", f"{count}", seconds, group.spread("loss_after", 3), gain]
+        )
     titles = ["method", "r", "rate", "steps", "seconds", "held-out loss", "of ordinary training's gain"]
     examples = "each example seen once" if epochs == "one" else "the same examples, in several epochs"
     threads = f"{(count := measured[0]['threads'])} thread{'s' * (count > 1)}"

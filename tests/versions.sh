@@ -30,6 +30,7 @@ core=(
     tests/numerics/test_training.py::test_every_loop_takes_the_same_steps
     tests/numerics/test_refusals.py
     tests/unit/test_index.py
+    tests/unit/test_index_damage.py
     tests/unit/test_versions.py
     # A launch on two processes.
     tests/launch/test_training_launches.py::test_two_processes_take_the_steps_of_one

@@ -99,10 +99,10 @@ def run_script(name: str) -> int:
     args = parser.parse_args()
 
     def run() -> int | None:
-        from tokenseek.launching.processes import part  # late: it needs torch
+        from tokenseek.launching.processes import leave_group  # late: it needs torch
 
         status = command.run(args, command.check(args))
-        part()
+        leave_group()
         return status
 
     return guarded(run)

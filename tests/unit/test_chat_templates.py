@@ -13,10 +13,7 @@ from tokenseek.data.chat import ChatRenderer
 from tokenseek.data.messages import read_messages, read_tools
 from tokenseek.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def user(text):

@@ -14,10 +14,7 @@ from tokenseek.config import DataConfig, load_data_of_model
 from tokenseek.data import prepare_dataset
 from tokenseek.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_row_24_a_path_is_no_pattern(tmp_path):

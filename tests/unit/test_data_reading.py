@@ -12,10 +12,7 @@ from tokenseek.data.encoding import Encoder
 from tokenseek.data.reading import arrow_rows, parse_row
 from tokenseek.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_csv(tmp_path, *cells):

@@ -46,6 +46,12 @@ def test_budgets(counts, method):
     assert counts[method]["forward_fixed"] <= fixed, counts[method]["operations"]
 
 
+def test_an_exact_layer_adds_little_to_what_a_step_by_the_error_has(counts):
+    """What its weights' gradients add to the forward pass, the backward pass has less."""
+    exact, error = counts["online+exact"], counts["online+error"]
+    assert exact["forward_fixed"] + exact["backward_fixed"] < error["forward_fixed"] + error["backward_fixed"]
+
+
 def test_a_layer_has_the_operations_of_its_two_passes_and_eight_more(counts):
     """docs/gpus.md names them. A pass without gradient has those of an ordinary layer's forward pass."""
     full, index = counts["full"], counts["index"]

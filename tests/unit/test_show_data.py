@@ -9,10 +9,7 @@ from tokenseek.errors import UserError
 from tokenseek.reporting import render_labels
 from tokenseek.runs.data import show_data
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -22,6 +22,12 @@ def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of its own size: a view of a larger one would keep all of it."""
+    is_alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_alone else tensor.clone()
+
+
 @contextmanager
 def planned_for(kind: str | None) -> Iterator[None]:
     """Inside the block, kernels are chosen as on a device of this kind, wherever tensors are; None: as ever."""

@@ -55,6 +55,11 @@ class Batch(NamedTuple):
     arguments: dict[str, Any]
     attention: Attending | None
 
+    @property
+    def gathered(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """From this process's rows [B, R, ...] to those of all tokens, where ranks share the examples."""
+        return None if self.text is None else self.text.gathered
+
 
 def batch_of(
     ditching: Ditching,

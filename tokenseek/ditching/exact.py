@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tokenseek.decoder.device import alone
 from tokenseek.decoder.head import at_least_float32
 from tokenseek.ditching.top import seeds
 
@@ -63,13 +64,12 @@ def exact_top(
     weights = [leaf for leaf in _leaves(loss_sum) if leaf is not border_BTD]
     with _without_hooks(weights):
         (gradient_BTD, *found) = torch.autograd.grad(loss_sum, [border_BTD, *weights], allow_unused=True)
-    known = [(weight, gradient) for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
-    if known:
-        gradients = _each_alone([gradient for _, gradient in known])
-        with torch.enable_grad():
-            loss_sum = _WithKnownGradients.apply(loss_sum.detach(), gradients, *(weight for weight, _ in known))
+    reached = [weight for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
+    gradients = _each_alone([gradient for gradient in found if gradient is not None])
+    with torch.enable_grad():
+        loss_sum = _WithKnownGradients.apply(loss_sum.detach(), gradients, *reached)
     of_all_BTD = gradient_BTD if gathered is None else gathered(gradient_BTD)
-    return ExactTop(loss_sum if known else loss_sum.detach(), of_all_BTD), gradient_BTD
+    return ExactTop(loss_sum, of_all_BTD), gradient_BTD
 
 
 def _leaves(loss: torch.Tensor) -> list[torch.Tensor]:
@@ -101,14 +101,12 @@ def _without_hooks(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 
 def _each_alone(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same, each in memory of its own, which may be written to."""
-    taken: set[int] = set()
-    alone = []
-    for gradient in gradients:
-        storage = gradient.untyped_storage()
-        is_alone = storage.nbytes() == gradient.nbytes and storage._cdata not in taken
-        taken.add(storage._cdata)
-        alone.append(gradient if is_alone else gradient.clone())
-    return alone
+    taken: dict[int, torch.Tensor] = {}
+    for gradient in map(alone, gradients):
+        where = gradient.untyped_storage()._cdata
+        gradient = gradient.clone() if where in taken else gradient
+        taken[gradient.untyped_storage()._cdata] = gradient
+    return list(taken.values())
 
 
 class _WithKnownGradients(torch.autograd.Function):
@@ -124,7 +122,8 @@ class _WithKnownGradients(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "The loss of a step with exact layers goes through one backward pass; call the model again."
+                "The loss of a step with exact layers goes through one backward pass, also with retain_graph=True: its "
+                "gradients are handed out, not computed anew. Call the model once more."
             )
         gradients, ctx.gradients = ctx.gradients, None
         # In place: that of the head is as large as its weight, and from here on belongs to whoever takes it.

@@ -173,8 +173,7 @@ def _score(
         if seeking.exact_layers and recording.top is None:
             with torch.enable_grad():
                 loss_sum = all_tokens_loss(output, output.last_hidden_state, batch.own_targets_BR, batch.supervised_R)
-            gathered = None if batch.text is None else batch.text.gathered
-            exact, border_gradient_BRD = exact_top(loss_sum, leaves[0], gathered)
+            exact, border_gradient_BRD = exact_top(loss_sum, leaves[0], batch.gathered)
             loss_sum, scores_BR = loss_sum.detach().clone(), REDUCTIONS[seeking.reduction](border_gradient_BRD)
         else:
             loss_sum, scores_BR = _head_scores(decoder, seeking, output, batch, wanted, recording, leaves)
@@ -205,11 +204,11 @@ def _is_split(ditching: Ditching) -> bool:
 
 def _recording(ditching: Ditching, seeking: Seeking, wanted: _Wanted, batch: Batch, is_split: bool) -> Recording:
     """Where the first pass leaves keys and values: of all layers but the exact ones, and with a graph of the scored."""
-    decoder, exact, text = ditching.decoder, seeking.exact_layers, batch.text
+    decoder, exact = ditching.decoder, seeking.exact_layers
     layers = decoder.layers
     top = None
     if exact and is_split:
-        top = Top(decoder, batch.own_targets_BR, None if text is None else text.gathered)
+        top = Top(decoder, batch.own_targets_BR, batch.gathered)
     scored = seeking.gradient_layer if wanted.gradient else int(wanted.context)
     if exact:
         scored = 0 if top is None else exact

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tokenseek.decoder.device import share_memory
+from tokenseek.decoder.device import alone, share_memory
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import is_partitioned
 from tokenseek.ditching.cache import JoiningCache
@@ -77,7 +77,7 @@ class Recording:
         """Keep a layer's keys and values, or what its mixer was given."""
         if layer not in self.unrecorded:
             board = self._shelf.board()
-            self._kept[layer] = tuple(Kept(_alone(tensor.detach()), self.storage, board) for tensor in tensors)
+            self._kept[layer] = tuple(Kept(alone(tensor.detach()), self.storage, board) for tensor in tensors)
 
     def see(self, keys_BNTH: torch.Tensor, values_BNTH: torch.Tensor) -> None:
         """Keys and values of all tokens, as the attention of the layer that runs sees them."""
@@ -204,9 +204,3 @@ def gathered(layer: nn.Module) -> Iterator[None]:
             unit.unshard()
             stack.callback(unit.reshard)
         yield
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory of its own: a view of a fused projection would keep the queries too."""
-    is_alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if is_alone else tensor.clone()

@@ -49,12 +49,12 @@ def join_processes(patience: timedelta | None = None) -> PartialState:
     return state
 
 
-def part() -> None:
-    """Leave the process group, once all work of this process is done.
+def leave_group() -> None:
+    """Leave the process group, once all work of this process is done, and not with whatever the interpreter ends with.
 
-    Left to the end of the interpreter, the group's threads now and then abort a process that has succeeded.
+    A process that had succeeded was seen to be aborted there.
     """
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
