@@ -134,11 +134,6 @@ def measured_flops(config: RunConfig, method: Method, shape: PreTrainedConfig) -
     return counter.get_total_flops()
 
 
-def differentiates_inside(config: RunConfig) -> bool:
-    """Whether the forward pass takes a gradient itself, in which torch's counter raises."""
-    return config.scoring.mode == "online" and config.scoring.reduction != "error"
-
-
 def _attention_flops(query, key, *args, **kwargs) -> int:
     """Two products, of all queries with all keys, by all query heads."""
     return 4 * math.prod(query[:-1]) * key[-2] * query[-1]
@@ -219,11 +214,9 @@ def main() -> None:
         plan = plan_memory(config, method, Engine(on_cpu=True), model_config=shape)
         measured = measured_peak(config, method, shape)
         above = (plan.peak - plan.states) / (measured - plan.states)
-        flops = (
-            "" if differentiates_inside(config) else f"{plan.work.flops / measured_flops(config, method, shape):.4f}"
-        )
+        flops = plan.work.flops / measured_flops(config, method, shape)
         sizes_mib = f"{plan.peak / 2**20:.1f} | {measured / 2**20:.1f}"
-        print(f"| {name} | {sizes_mib} | {plan.peak / measured:.4f} | {above:.4f} | {flops} |", flush=True)
+        print(f"| {name} | {sizes_mib} | {plan.peak / measured:.4f} | {above:.4f} | {flops:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

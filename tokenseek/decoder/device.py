@@ -28,6 +28,17 @@ def alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if is_alone else tensor.clone()
 
 
+def start_of_graph(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a graph begins: the leaf, and what enters the module, which is a view of it.
+
+    What watches modules from outside (torch's `FlopCounterMode` and `ModuleTracker`) hangs hooks on their inputs that
+    `torch.autograd.grad` refuses on a leaf.
+    """
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        return leaf, leaf.view_as(leaf)
+
+
 @contextmanager
 def planned_for(kind: str | None) -> Iterator[None]:
     """Inside the block, kernels are chosen as on a device of this kind, wherever tensors are; None: as ever."""

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tokenseek.decoder.device import alone, share_memory
+from tokenseek.decoder.device import alone, share_memory, start_of_graph
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import is_partitioned
 from tokenseek.ditching.cache import JoiningCache
@@ -110,8 +110,8 @@ class Recording:
                 "hidden states in code of its own, through which no gradient is taken: use scoring.reduction=error."
             )
         with torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
-            output = run(leaf)
+            leaf, entering = start_of_graph(hidden)
+            output = run(entering)
         self._graphs.append((layer, leaf, output))
         return output.detach()
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from tokenseek.decoder.device import start_of_graph
 from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.head import BodyOutput, at_least_float32, head_logits_of_batch, in_one_call, rows_per_chunk
 from tokenseek.labels import IGNORED
@@ -41,9 +42,10 @@ def gradient_from(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
 
     def start_graph(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         hidden_BTD = args[0] if args else kwargs["hidden_states"]
-        leaves.append(hidden_BTD.detach().requires_grad_())
         torch.set_grad_enabled(True)
-        return ((leaves[0], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": leaves[0]})
+        leaf_BTD, entering_BTD = start_of_graph(hidden_BTD)
+        leaves.append(leaf_BTD)
+        return ((entering_BTD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": entering_BTD})
 
     # Undone by the end of `no_grad`, which restores the mode that it found.
     with torch.no_grad():
@@ -65,9 +67,10 @@ def gradient_beyond(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
 
     def start_graph(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden_BTD = output[0] if isinstance(output, tuple) else output
-        leaves.append(hidden_BTD.detach().requires_grad_())
         torch.set_grad_enabled(True)
-        return (leaves[0], *output[1:]) if isinstance(output, tuple) else leaves[0]
+        leaf_BTD, entering_BTD = start_of_graph(hidden_BTD)
+        leaves.append(leaf_BTD)
+        return (entering_BTD, *output[1:]) if isinstance(output, tuple) else entering_BTD
 
     with torch.no_grad():
         handle = layer.register_forward_hook(start_graph)  # behind those of parallel engines
