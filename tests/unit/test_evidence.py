@@ -1,6 +1,7 @@
 """The runs of the evidence and its tables; the page shows the committed rows."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -213,3 +214,17 @@ def test_table_at_equal_seconds():
 def test_the_page_shows_the_committed_rows():
     rows = [row for path in sorted(RESULTS.glob("evidence-*.jsonl")) for row in read_rows(path)]
     assert f"<!-- table -->\n{table(rows)}\n<!-- end of table -->" in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_readme_has_the_losses_of_the_page():
+    """Beside ordinary training, at equal seconds: of the same table, and with three seeds."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    of_readme = text[text.index("| what is trained |") :].split("\n\n")[0].splitlines()[2:]
+    tables = [part for part in PAGE.read_text(encoding="utf-8").split("\n**") if "at equal seconds**" in part]
+    means = [set(re.findall(r"\| (\d\.\d{3}) \([^|]+\| [\d.]+% \(3 seeds\)", part)) for part in tables]
+    ordinary = ""
+    for row in of_readme:
+        _, beside, ours, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        ordinary = beside or ordinary
+        assert any({ordinary, ours.split(": ")[1]} <= of_table for of_table in means), row
+    assert len(of_readme) == 7
