@@ -9,11 +9,7 @@ from pathlib import Path
 
 from tokenseek.data.toy import make_word_problems
 
-TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 200, 32
-STEPS_OF_AN_EPOCH = 13  # of 16 problems
-# With it the whole script takes less than 10 minutes after its installation, also on slow processors.
-ORDINARY_SECONDS, FEWEST_STEPS = 150, 4
-ORDINARY_STEP = 1.33  # of the time of a step of TokenSeek, about
+TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 96, 16  # less than 10 minutes on the slowest processors that were met
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -53,26 +49,17 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def ordinary_steps(probe: Path) -> int:
-    """Steps of ordinary training: once over the data, or fewer where that takes more than its seconds."""
-    return max(FEWEST_STEPS, min(STEPS_OF_AN_EPOCH, int(ORDINARY_SECONDS / (ORDINARY_STEP * _later_step(probe)))))
-
-
 def steps_for_seconds(ordinary: Path, probe: Path) -> int:
-    """How many steps of the probe's kind take as long as the ordinary run did."""
-    whole, few = (read_summary(run) for run in (ordinary, probe))
-    return max(1, few["steps"] + round((whole["seconds"] - few["seconds"]) / _later_step(probe)))
+    """How many steps of the probe's kind take as long as the ordinary run did.
 
-
-def _later_step(probe: Path) -> float:
-    """Seconds of the probe's last step, which tells what later steps take.
-
-    In the first, memory and code are new, and in the second, as in the fourth and eighth, storages are followed. Both
-    are in every run.
+    The last tells what later steps take: in the first, memory and code are new, and in the second, as in the fourth and
+    eighth, storages are followed. Both are in every run.
     """
+    whole, few = (read_summary(run) for run in (ordinary, probe))
     lines = (probe / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ends = [line["seconds"] for line in map(json.loads, lines) if "loss" in line]
-    return ends[-1] - ends[-2]
+    later = ends[-1] - ends[-2]
+    return max(1, few["steps"] + round((whole["seconds"] - few["seconds"]) / later))
 
 
 def read_summary(run: Path) -> dict:
@@ -118,7 +105,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("prepare").add_argument("folder", type=Path)
-    commands.add_parser("ordinary-steps").add_argument("probe", type=Path)
     for name, second in (("steps", "probe"), ("report", "tokenseek")):
         command = commands.add_parser(name)
         command.add_argument("ordinary", type=Path)
@@ -126,8 +112,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "prepare":
         prepare(args.folder)
-    elif args.command == "ordinary-steps":
-        print(ordinary_steps(args.probe))
     elif args.command == "steps":
         print(steps_for_seconds(args.ordinary, args.probe))
     else:

@@ -28,13 +28,12 @@ case $gpus in
 esac
 
 rm -rf runs/quickstart runs/quickstart-ordinary runs/quickstart-probe
+echo "== 1 of 2: ordinary fine-tuning, LoRA on all tokens, once over the data"
+tokenseek train "${processes[@]}" --preset quickstart \
+    --set training.ditching=false --set output_dir=runs/quickstart-ordinary
 echo "== How long a step of TokenSeek takes, by three of them"
 tokenseek train "${processes[@]}" --preset quickstart --set training.max_steps=3 --set training.warmup_steps=0 \
     --set training.save_strategy=no --set eval_data=null --set output_dir=runs/quickstart-probe
-steps=$(python launch/quickstart.py ordinary-steps runs/quickstart-probe)
-echo "== 1 of 2: ordinary fine-tuning, LoRA on all tokens: $steps steps (13 are once over the data)"
-tokenseek train "${processes[@]}" --preset quickstart --set training.max_steps="$steps" \
-    --set training.ditching=false --set output_dir=runs/quickstart-ordinary
 steps=$(python launch/quickstart.py steps runs/quickstart-ordinary runs/quickstart-probe)
 echo "== 2 of 2: TokenSeek for as many seconds: $steps steps, each on the tokens that it selects"
 tokenseek train "${processes[@]}" --preset quickstart --set training.max_steps="$steps"
