@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenseek.data.toy import make_word_problems
 
-TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 96, 16  # less than 10 minutes on the slowest processors that were met
+TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 80, 16  # less than 10 minutes on the slowest processors that were met
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -52,13 +52,14 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def steps_for_seconds(ordinary: Path, probe: Path) -> int:
     """How many steps of the probe's kind take as long as the ordinary run did.
 
-    The last tells what later steps take: in the first, memory and code are new, and in the second, as in the fourth and
-    eighth, storages are followed. Both are in every run.
+    The last tells what a token takes in later steps: in the first, memory and code are new, and in the second, as in
+    the fourth and eighth, storages are followed. Both are in every run.
     """
     whole, few = (read_summary(run) for run in (ordinary, probe))
     lines = (probe / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ends = [line["seconds"] for line in map(json.loads, lines) if "loss" in line]
-    later = ends[-1] - ends[-2]
+    before, last = [line for line in map(json.loads, lines) if "loss" in line][-2:]
+    seconds, tokens = (last[name] - before[name] for name in ("seconds", "num_input_tokens_seen"))
+    later = seconds / tokens * whole["tokens"] / whole["steps"]
     return max(1, few["steps"] + round((whole["seconds"] - few["seconds"]) / later))
 
 

@@ -25,17 +25,19 @@ def write_run(folder, **values):
 
 
 @pytest.mark.parametrize(
-    "seconds,ends,steps",
+    "seconds,ends,tokens,steps",
     [
-        (12.0, [4.0, 8.0, 12.0], 25),
-        (16.0, [10.0, 17.0, 21.0], 24),  # 84 s are left for steps of 4 s
-        (900.0, [300.0, 600.0, 900.0], 1),
+        (12.0, [4.0, 8.0, 12.0], [50, 90, 140], 25),
+        (16.0, [10.0, 17.0, 21.0], [50, 100, 150], 24),  # 84 s are left for steps of 4 s
+        (16.0, [10.0, 17.0, 21.0], [50, 100, 140], 20),  # of 5 s, since these have a fourth more tokens
+        (900.0, [300.0, 600.0, 900.0], [50, 100, 150], 1),
     ],
 )
-def test_as_many_steps_as_fit_into_the_seconds(quickstart, tmp_path, seconds, ends, steps):
-    ordinary = write_run(tmp_path / "ordinary", seconds=100.0)
+def test_as_many_steps_as_fit_into_the_seconds(quickstart, tmp_path, seconds, ends, tokens, steps):
+    ordinary = write_run(tmp_path / "ordinary", seconds=100.0, tokens=500)
     probe = write_run(tmp_path / "probe", seconds=seconds, steps=3)
-    lines = [{"step": n, "seconds": end, "loss": 1.0} for n, end in enumerate(ends, 1)]
+    found = enumerate(zip(ends, tokens, strict=True), 1)
+    lines = [{"step": n, "seconds": end, "num_input_tokens_seen": seen, "loss": 1.0} for n, (end, seen) in found]
     lines = [{"step": 0, "seconds": 1.0}, *lines, {"step": 3, "seconds": ends[-1]}]  # as a run writes them
     (probe / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert quickstart.steps_for_seconds(ordinary, probe) == steps
