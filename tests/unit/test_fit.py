@@ -110,7 +110,7 @@ def test_a_run_trains_with_it_and_goes_on(tmp_path, capsys):
 def test_first_the_usual_share_then_recomputing(tmp_path, capsys, expected):
     tiny_preset(tmp_path)
     file = tmp_path / "model" / "config.json"  # deep enough for what is kept of each layer to matter
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 24}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 12}))
     config = tiny_preset(tmp_path, *ONLINE, *numbers(*expected))
     budget = plan_memory(config, method_of(config), Engine(on_cpu=True), tokens=512).peak
     config = tiny_preset(tmp_path, *ALL_AUTO, f"training.memory_budget='{budget}'")
