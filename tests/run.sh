@@ -24,6 +24,8 @@ if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > "$venv/installed"
 fi
 
+# Each of some hundred processes would compile this package anew, a tenth of its start.
+unset PYTHONDONTWRITEBYTECODE
 # One thread each, for there are as many processes as cores; DeepSpeed finds ninja on the PATH to compile an operator.
 export PATH="$venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # It does so now: a test that runs out of time while it compiles leaves a lock, for which all later ones wait.

@@ -15,7 +15,8 @@ python=${PYTHON:-python3}
 export PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-# Compiling every file of torch's takes longer than compiling those that are imported.
+# Compiling every file of torch's takes longer than compiling those that are imported, if that is done once.
+unset PYTHONDONTWRITEBYTECODE
 pip_install=(-m pip install --quiet --no-compile)
 
 core=(

@@ -34,7 +34,7 @@ def spawn(ranks: int, function: Callable, *args, timeout: float = 200, check: bo
     """
     # Children fork from a server that has imported the slow libraries once, and has no threads of torch or gloo yet.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "peft", *_MODELS])
+    context.set_forkserver_preload(["torch.distributed", "deepspeed", "pytest", "tokenseek.runs.train", *_MODELS])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_child, args=(rank, ranks, folder, timeout, function, args), daemon=True)
