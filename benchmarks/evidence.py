@@ -304,7 +304,7 @@ def main() -> None:
     run.add_argument(
         "--rates", type=float, nargs="+", help="default: four to scan, and the best of these in the other stages"
     )
-    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    run.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2, of which --stage scan takes the first")
     run.add_argument("--steps", type=int, help="of stage longer")
     run.add_argument("--epochs", choices=("one", "several"), default="one", help="of stage longer")
     seconds = commands.add_parser("seconds", parents=[shared])
@@ -328,6 +328,9 @@ def main() -> None:
         return
     if (args.steps is None) == (args.stage == "longer"):
         parser.error("--steps goes with --stage longer, which needs it")
+    if args.stage == "scan" and len(args.seeds or ()) > 1:
+        parser.error("--stage scan takes one of --seeds; --stage confirm takes several, and --rates")
+    args.seeds = args.seeds or [0, 1, 2]
     is_new = args.stage == "longer" and args.epochs == "one"
     base = base_config(args, args.steps * REGIMES[args.regime].examples if is_new else None)
     trials = planned(args, read_rows(args.output / "rows.jsonl"))
