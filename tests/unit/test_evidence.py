@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def test_scan_runs_every_rate_and_confirm_the_best_one_with_all_seeds():
     assert planned(args, ROWS) == []
     args.stage, args.steps, args.epochs = "longer", 15, "one"
     assert {one.labels["rate"] for one in planned(args, ROWS)} == {4e-3}
+
+
+def test_a_scan_of_several_seeds_is_refused(monkeypatch, capsys):
+    words = ["run", "--model", "m", "--data", "d", "--output", "o", "--stage", "scan", "--seeds", "1", "2"]
+    monkeypatch.setattr(sys, "argv", ["evidence", *words])
+    with pytest.raises(SystemExit):
+        evidence.main()
+    assert "--stage scan takes one of --seeds; --stage confirm takes several" in capsys.readouterr().err
 
 
 def test_rates_that_have_the_same_seeds_are_compared_by_their_means():
