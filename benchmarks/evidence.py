@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.allocator import keep_freed_memory
 from benchmarks.evidence_methods import METHODS, REGIMES
+from benchmarks.one_budget import one_budget
 from benchmarks.pages import write_into
 from tokenseek.config import RunConfig, load_config
 from tokenseek.config.loading import override_config
@@ -166,6 +167,17 @@ def planned(args: argparse.Namespace, rows: list[Row]) -> list[Trial]:
     return found
 
 
+def run_stage(args: argparse.Namespace, base: RunConfig) -> None:
+    """Run what `args` plan, telling each run's loss."""
+    # No setting tells runs with one budget for a batch from those with one for each example: they have a folder.
+    folders = {False: args.output, True: args.output / "of-batch"}
+    trials = planned(args, [row for folder in folders.values() for row in read_rows(folder / "rows.jsonl")])
+    for of_batch, folder in folders.items():
+        own = [one for one in trials if METHODS[one.labels["method"]].of_batch == of_batch]
+        with one_budget(of_batch):
+            Sweep(folder, base, own).run(lambda line: print(line, flush=True))
+
+
 def measure_seconds(args: argparse.Namespace) -> None:
     """Seconds of a step of every method, in turns, `args.repeats` times; rows are added to ``seconds.jsonl``.
 
@@ -181,9 +193,10 @@ def measure_seconds(args: argparse.Namespace) -> None:
         for method, ratio in _with_ratios(args.methods, args.ratios):
             if (method, ratio, repeat, args.micro_batch) in known:
                 continue
-            folder = args.output / "seconds" / f"{repeat}-{rows}"
+            folder = args.output / "seconds" / f"{repeat}-{rows}{'-of-batch' * METHODS[method].of_batch}"
             one = trial(args.regime, method, ratio, 1e-3, 0, args.steps)
-            (row,) = Sweep(folder, base, [one]).run(lambda line: None)
+            with one_budget(METHODS[method].of_batch):
+                (row,) = Sweep(folder, base, [one]).run(lambda line: None)
             labels = {name: row[name] for name in ("regime", "method", "ratio")}
             measured = {"seconds_a_step": row["seconds"] / args.steps, "peak": row["step_peak_bytes"]}
             if "scoring_seconds" in row:
@@ -333,8 +346,7 @@ def main() -> None:
     args.seeds = args.seeds or [0, 1, 2]
     is_new = args.stage == "longer" and args.epochs == "one"
     base = base_config(args, args.steps * REGIMES[args.regime].examples if is_new else None)
-    trials = planned(args, read_rows(args.output / "rows.jsonl"))
-    Sweep(args.output, base, trials).run(lambda line: print(line, flush=True))
+    run_stage(args, base)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,14 @@ class Method:
     Attributes:
         takes_ratio: one is among the settings.
         steps_of: another method, whose steps it takes, in another time; so are its rate and its losses at equal steps.
+        of_batch: the ratio is of the whole micro batch, see :mod:`benchmarks.one_budget`.
     """
 
     title: str
     settings: dict[str, Any]
     takes_ratio: bool = True
     steps_of: str | None = None
+    of_batch: bool = False
 
 
 METHODS = {
@@ -99,6 +101,9 @@ METHODS = {
     ),
     "exact-1-all-tokens": Method(
         "drawn by gradient, online, 1 exact layer, all tokens compete", {**_EXACT, "selection.scope": "all"}
+    ),
+    "exact-1-batch": Method(
+        "drawn by gradient, online, 1 exact layer, one budget for the batch", _EXACT, of_batch=True
     ),
     "online-error-all-tokens": Method(
         "drawn by error, online, all tokens compete",

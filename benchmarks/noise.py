@@ -15,25 +15,20 @@ No seconds are measured, so that the machine need not be idle.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokenseek
 from benchmarks.evidence import base_config
+from benchmarks.one_budget import one_budget
 from tokenseek import PaddingCollator, SelectionRule, TokenSeekCollator
-from tokenseek.ditching import Seeking, online
-from tokenseek.selection.batched import Example, Selection, select_batch
+from tokenseek.ditching import Seeking
 from tokenseek.sweeps.sweep import append_row
 from tokenseek.sweeps.tables import markdown
 
@@ -104,26 +99,6 @@ def gradient_of(model: nn.Module, **batch: Any) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def select_of_whole_batch(
-    rule: SelectionRule,
-    examples: Sequence[Example],
-    keys_E: torch.Tensor,
-    context_BT: torch.Tensor | None,
-    gradient_BT: torch.Tensor | None,
-    supervised_BT: torch.Tensor,
-) -> Selection:
-    """As :func:`select_batch`, with all tokens of the batch as one example's, whose key is that of the first."""
-    rows, tokens = supervised_BT.shape
-    every = np.concatenate([example.row * tokens + example.positions for example in examples])
-    in_one_row = [None if given is None else given.reshape(1, -1) for given in (context_BT, gradient_BT)]
-    chosen, weights = select_batch(rule, [Example(0, every)], keys_E[:1], *in_one_row, supervised_BT.reshape(1, -1))
-    of_row = [chosen[0] // tokens == row for row in range(rows)]
-    return Selection(
-        pad_sequence([chosen[0][own] % tokens for own in of_row], batch_first=True, padding_value=-1),
-        pad_sequence([weights[0][own] for own in of_row], batch_first=True),
-    )
-
-
 def trained_a_little(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
     """Ordinary steps of AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
@@ -166,8 +141,7 @@ def main() -> None:
         rule = way.selection(args.ratio)
         select = TokenSeekCollator(None, rule=rule, online=True, pad_token_id=tokenizer.pad_token_id)
         draws = []
-        selecting = patch.object(online, "select_batch", select_of_whole_batch) if way.of_batch else nullcontext()
-        with selecting:
+        with one_budget(way.of_batch):
             for visit in range(args.draws if rule.rule == "sampled" else 1):
                 select.set_epoch(visit)
                 draws.append(gradient_of(model, **select(deciding)))

@@ -1,5 +1,6 @@
 """The runs of the evidence and its tables; the page shows the committed rows."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -11,9 +12,13 @@ from tiny_preset import tiny_preset
 
 from benchmarks import evidence
 from benchmarks.evidence import METHODS, REGIMES, base_config, best_rate, planned, table, trial
+from benchmarks.one_budget import select_of_whole_batch
 from benchmarks.pages import write_into
 from tokenseek.config.loading import override_config
+from tokenseek.ditching import online
+from tokenseek.runs.summary import TrainingSummary
 from tokenseek.selection import SelectionRule
+from tokenseek.sweeps import sweep
 from tokenseek.sweeps.sweep import Sweep, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +80,30 @@ def test_rates_that_have_the_same_seeds_are_compared_by_their_means():
     assert best_rate(scanned + more, "short-4", "online", 0.1) == 2e-3  # 1.1 on the mean of both
     more += [row("online", 0.1, 2e-3, 2, 1.3)]
     assert best_rate(scanned + more, "short-4", "online", 0.1) == 4e-3
+
+
+def test_runs_with_one_budget_for_a_batch_are_selected_by_it_and_told_apart(tmp_path, monkeypatch):
+    """Their settings are those of runs with a budget for each example."""
+    ran = []
+
+    def run(config, loss_before):
+        ran.append((config.output_dir, online.select_batch is select_of_whole_batch))
+        summary = {field.name: None for field in dataclasses.fields(TrainingSummary)}
+        return TrainingSummary(**{**summary, "loss_before": 2.0, "loss_after": 1.0})
+
+    monkeypatch.setattr(sweep, "train", run)
+    args = Namespace(
+        regime="short-4", methods=["exact-1", "exact-1-batch"], ratios=[0.1], stage="confirm", rates=[4e-3]
+    )
+    args = Namespace(**vars(args), seeds=[0], output=tmp_path / "runs")
+    for _ in range(2):  # the second time all are known
+        evidence.run_stage(args, tiny_preset(tmp_path))
+    trials = tmp_path / "runs" / "trials", tmp_path / "runs" / "of-batch" / "trials"
+    names = "exact-1-r0.1-0.004-seed-0", "exact-1-batch-r0.1-0.004-seed-0"
+    assert ran == [(str(trials[0] / names[0]), False), (str(trials[1] / names[1]), True)]
+    args.rates = None  # the best of both
+    evidence.run_stage(args, tiny_preset(tmp_path))
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("method", METHODS)

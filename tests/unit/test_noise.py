@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.noise import WAYS, Noise, measure, select_of_whole_batch
+from benchmarks.noise import WAYS, Noise, measure
+from benchmarks.one_budget import select_of_whole_batch
 from tokenseek.ditching import Seeking
 from tokenseek.selection.batched import Example, draw_key
 
