@@ -15,6 +15,7 @@ from tokenseek.config.resources import list_resources
 from tokenseek.data import prepare_dataset
 from tokenseek.models.loading import load_tokenizer
 from tokenseek.planning import Engine, Method, plan_memory
+from tokenseek.runs.train import train as run_training
 from tokenseek.training import TokenSeekCollator
 from tokenseek.training.sampling import EpochSampler
 
@@ -71,7 +72,11 @@ def test_two_processes_take_the_steps_of_one(workspace, lora, lora_of_two):
 
 def test_packed_batches_take_the_steps_of_padded_ones(workspace, lora, train, script):
     """On two processes, with blank examples at the end; the same number of tokens is told for both."""
-    two = train("packed-two", "training.packing=true", "training.gradient_accumulation_steps=1", processes=2)
+    # Recomputing activations changes no number; PEFT and torch warn of their own code where they are.
+    more = ["training.gradient_accumulation_steps=1", "training.recompute=true"]
+    two = train("packed-two", "training.packing=true", *more, processes=2)
+    told = (workspace.folder / "launch.err").read_text().splitlines()
+    assert not [line for line in told if "warn" in line.lower()], "\n".join(told)
     assert_same_steps(lora[0], two)
     output = workspace.folder / "packed"
     settings = [f"output_dir={output}", f"scoring.index={lora[0]}/index.arrow", "training.packing=true"]
@@ -85,9 +90,10 @@ def test_packed_batches_take_the_steps_of_padded_ones(workspace, lora, train, sc
     assert_close(packed["loss_after"], padded["loss_after"], torch.float32)
 
 
-def test_two_processes_take_the_steps_of_one_in_full_fine_tuning(train):
+def test_two_processes_take_the_steps_of_one_in_full_fine_tuning(workspace, lora, train):
     full = ["peft=null", "training.save_strategy='no'", "training.learning_rate=1e-3"]
-    one = train("full", *full, processes=1)
+    one = workspace.folder / "full"
+    run_training(load_config(workspace.training, [f"output_dir={one}", f"scoring.index={lora[0]}/index.arrow", *full]))
     two = train("full-two", *full, "training.per_device_train_batch_size=1", processes=2)
     assert_same_steps(one, two)
     weights = [AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (one, two)]
