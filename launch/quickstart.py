@@ -94,8 +94,11 @@ def in_a_sentence(ordinary: dict, ours: dict) -> str:
     memory = ours["peak_memory_bytes"] / ordinary["peak_memory_bytes"]
     gap = ours["loss_after"] - ordinary["loss_after"]
     learned = "as much as" if abs(gap) < 0.01 else "more than" if gap < 0 else "less than"
+    # The steps were chosen by the seconds of a few; a machine that was busier or idler since then is told.
+    time = ours["seconds"] / ordinary["seconds"]
+    seconds = "as many seconds" if abs(time - 1) < 0.05 else f"{time:.2f} times the seconds"
     return (
-        f"In as many seconds TokenSeek took {ours['steps'] / ordinary['steps']:.1f} times the steps in {memory:.0%} of "
+        f"In {seconds} TokenSeek took {ours['steps'] / ordinary['steps']:.1f} times the steps in {memory:.0%} of "
         f"the memory, and learned {learned} ordinary training: the loss on problems that neither has seen is "
         f"{ours['loss_after']:.3f} after TokenSeek and {ordinary['loss_after']:.3f} after ordinary training (lower is "
         "better)."

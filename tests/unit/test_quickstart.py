@@ -51,3 +51,9 @@ def test_the_sentence_says_who_is_ahead(quickstart, tmp_path, capsys, loss, lear
     printed = capsys.readouterr().out
     assert f"2.0 times the steps in 50% of the memory, and learned {learned} ordinary training" in printed
     assert "peak memory per process (MiB)                     1024         512    0.50" in printed
+
+
+@pytest.mark.parametrize("seconds, told", [(104.0, "In as many seconds"), (117.0, "In 1.17 times the seconds")])
+def test_the_sentence_says_if_the_seconds_differ(quickstart, tmp_path, capsys, seconds, told):
+    quickstart.report(write_run(tmp_path / "ordinary"), write_run(tmp_path / "ours", seconds=seconds))
+    assert f"{told} TokenSeek took 1.0 times the steps" in capsys.readouterr().out
