@@ -5,8 +5,8 @@ It is no option of the package: what an example's draws are would depend on whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
 import numpy as np
@@ -18,14 +18,9 @@ from tokenseek.ditching import online
 from tokenseek.selection.batched import Example, Selection, select_batch
 
 
-@contextmanager
-def one_budget(wanted: bool = True) -> Iterator[None]:
-    """Steps that select their own tokens share the budget of each micro batch among its examples, if `wanted`."""
-    if not wanted:
-        yield
-        return
-    with patch.object(online, "select_batch", select_of_whole_batch):
-        yield
+def one_budget(wanted: bool) -> AbstractContextManager[object]:
+    """Within it, steps that select their own tokens share the budget of each micro batch among its examples."""
+    return patch.object(online, "select_batch", select_of_whole_batch) if wanted else nullcontext()
 
 
 def select_of_whole_batch(

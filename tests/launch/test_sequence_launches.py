@@ -2,8 +2,6 @@
 
 import json
 import signal
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +10,10 @@ import yaml
 from closeness import assert_close
 from conftest import ACCELERATE, assert_close_steps, metrics, steps, wait_until, workers
 from safetensors.torch import load_file
+from train_several import main as train_several
 
-from tokenseek.config import load_config
 from tokenseek.config.resources import find_resource
 from tokenseek.index import TokenIndex
-from tokenseek.parallel import measured
-from tokenseek.runs.train import train
 
 FULL = ["peft=null", "training.learning_rate=1e-3"]
 DRAWN = ["selection.rule=sampled", "selection.alpha=0", "selection.explore=0.3", "selection.scope=supervised"]
@@ -62,18 +58,11 @@ def runs_of(workspace, folder, kinds, *overrides):
     return [{"output": str(folder / kind), "set": settings(workspace, *KINDS[kind], *overrides)} for kind in kinds]
 
 
-def train_here(workspace, runs):
-    """The same in this process, which shares its texts with no other."""
-    for run in runs:
-        with measured() as traffic:
-            train(load_config(str(workspace.training), [f"output_dir={run['output']}", *run["set"]]))
-        Path(run["output"], "traffic.json").write_text(json.dumps(asdict(traffic)))
-
-
 @pytest.fixture(scope="module")
 def unshared(workspace):
+    """In this process, which shares its texts with no other."""
     folder = workspace.folder / "unshared"
-    train_here(workspace, runs_of(workspace, folder, KINDS))
+    train_several(str(workspace.training), runs_of(workspace, folder, KINDS))
     return folder
 
 
@@ -162,7 +151,7 @@ def of_two_groups(workspace, unshared):
     """One process that takes the batches of two groups as one."""
     folder = workspace.folder / "of-two-groups"
     runs = runs_of(workspace, folder, KINDS, "training.per_device_train_batch_size=4")
-    train_here(workspace, runs)
+    train_several(str(workspace.training), runs)
     return folder
 
 
@@ -191,7 +180,7 @@ def test_under_zero3(workspace, unshared):
     runs.append({**runs[1], "output": str(folder / "resumed"), "resume": f"{folder}/full/checkpoint-4"})
     alone = workspace.folder / "unshared-nf4"  # packed weights have an index of their own
     packed = settings(workspace, "model.quantization=nf4", f"scoring.index={alone}/index.arrow")
-    train_here(workspace, [{"output": str(alone / "nf4"), "set": packed}])
+    train_several(str(workspace.training), [{"output": str(alone / "nf4"), "set": packed}])
     runs.append({"output": str(folder / "nf4"), "set": packed})
     launch(
         workspace, folder, "sp_zero3", runs, processes=2, use_cpu=True,
