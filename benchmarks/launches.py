@@ -128,7 +128,7 @@ def _passes(
         enable_token_ditching(model, seeking=Seeking("l2" if exact_layers else "error", exact_layers=exact_layers))
         batch["selection"] = SelectionRule("sampled", SELECTED / TOKENS, alpha=0, beta=1, explore=0.3)
         batch["selection_keys"] = torch.zeros(1, dtype=torch.int64)
-        batch["known_batch"] = KnownBatch.of(batch["labels"], batch["selection_keys"], None, None)
+        batch["known_batch"] = KnownBatch.of(batch["labels"], batch["selection_keys"], None, None, True)
 
     def backward(loss: torch.Tensor) -> None:
         loss.backward()

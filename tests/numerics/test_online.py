@@ -90,11 +90,13 @@ def test_recompute_and_storage(options, exact_layers):
     assert_same(model, make_batch(), exact_layers=exact_layers)
 
 
+@pytest.mark.parametrize("prompt", [3, 7], ids=["most-supervised", "few-supervised"])
 @pytest.mark.parametrize("exact_layers", [0, 1])
-def test_a_step_leaves_no_tensor_for_the_garbage_collector(exact_layers):
+def test_a_step_leaves_no_tensor_for_the_garbage_collector(exact_layers, prompt):
     """Which would run some time, and many steps' keys and values would wait for it."""
     model = enabled(tiny_model("llama"), seeking=Seeking("l2", exact_layers=exact_layers))
     batch = make_batch()
+    batch["labels"][:, :prompt] = -100
 
     def step():
         model(**batch, selection=DRAWN, selection_keys=KEYS).loss.backward()

@@ -109,6 +109,10 @@ class _Recorded:
         return RecordingCache() if has_own else None
 
     def _call(self, hidden_BRD: torch.Tensor, cache: RecordingCache | None) -> Any:
+        last = self.recorder.last
+        if last is not None and last.layer is self.layer:
+            assert cache is not None, "it has keys and values of its own"
+            return last.run(original_forward(self.layer), hidden_BRD, self.arguments, cache)
         self.recorder.current = cache
         output = original_forward(self.layer)(hidden_BRD, **self.arguments, **{self.decoder.cache_argument: cache})
         self.recorder.current = None  # a recording lives on, with keys and values that nobody asks for

@@ -19,7 +19,7 @@ from torch import nn
 
 from tokenseek.decoder.find import forward_replaced
 from tokenseek.ditching.reach import PlainReach, Reach
-from tokenseek.ditching.recorded import written
+from tokenseek.ditching.rows import written
 from tokenseek.errors import UserError
 from tokenseek.tiling.cache import KeysAndValuesSeen
 from tokenseek.tiling.rows import Rows

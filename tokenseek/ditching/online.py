@@ -25,6 +25,7 @@ from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.head import BodyOutput, is_partitioned
 from tokenseek.ditching.batch import Attending, Batch, batch_of
 from tokenseek.ditching.exact import ExactTop, exact_top
+from tokenseek.ditching.last_layer import LastLayer
 from tokenseek.ditching.planned import KnownBatch, PlannedRows
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.seeking import Seeking
@@ -104,11 +105,11 @@ def see_all_tokens(
         raise UserError("selection is given without selection_keys: one int64 for each example, which keys its draws.")
     if ditching.decided is None:
         given = arguments.get("attention_mask"), arguments.get("position_ids")
-        known = known or KnownBatch.of(labels_BT, selection_keys, *given)
+        known = known or KnownBatch.of(labels_BT, selection_keys, *given, ditching.attention_is_ours)
         known = known.to(labels_BT.device, non_blocking=True)
     batch = batch_of(ditching, arguments, labels_BT, selection_keys, known)
     wanted, is_split = _Wanted.by(rule, seeking), _is_split(ditching)
-    recording = _recording(ditching, seeking, wanted, batch, is_split)
+    recording = _recording(ditching, seeking, wanted, batch, known, is_split)
     scored = _score(ditching, seeking, batch, wanted, recording, is_split, all_tokens_loss)
     if batch.text is not None:
         scored = scored.of_all_ranks(batch.text)
@@ -202,7 +203,9 @@ def _is_split(ditching: Ditching) -> bool:
     return is_partitioned(decoder.body) or any(isinstance(module, FSDPModule) for module in decoder.body.modules())
 
 
-def _recording(ditching: Ditching, seeking: Seeking, wanted: _Wanted, batch: Batch, is_split: bool) -> Recording:
+def _recording(
+    ditching: Ditching, seeking: Seeking, wanted: _Wanted, batch: Batch, known: KnownBatch | None, is_split: bool
+) -> Recording:
     """Where the first pass leaves keys and values: of all layers but the exact ones, and with a graph of the scored."""
     decoder, exact = ditching.decoder, seeking.exact_layers
     layers = decoder.layers
@@ -212,6 +215,8 @@ def _recording(ditching: Ditching, seeking: Seeking, wanted: _Wanted, batch: Bat
     scored = seeking.gradient_layer if wanted.gradient else int(wanted.context)
     if exact:
         scored = 0 if top is None else exact
+    # Not where it is watched, nor in tiles, in which layers run without a graph.
+    as_it_is = is_split or wanted.context or (batch.tiled is not None and not scored and not exact)
     return Recording(
         "host" if ditching.kv_storage in ("host", "int8_host") else "device",
         unrecorded=tuple(layers[-exact:]) if exact else (),
@@ -220,7 +225,21 @@ def _recording(ditching: Ditching, seeking: Seeking, wanted: _Wanted, batch: Bat
         tiled=batch.tiled,
         watched=last_attending(decoder) if wanted.context else None,
         whole=ditching.decided and ditching.decided.gathered,
+        last=None if as_it_is else _last_layer(ditching, batch, known),
     )
+
+
+def _last_layer(ditching: Ditching, batch: Batch, known: KnownBatch | None) -> LastLayer | None:
+    """How the last layer runs where few tokens carry a loss; None where it runs as the others do.
+
+    So it does over rows that ranks share, where it has no keys and values of its own, and in a plan, in which every
+    token carries a loss.
+    """
+    decoder = ditching.decoder
+    layer, few = decoder.layers[-1], None if known is None else known.few
+    if few is None or batch.text is not None or layer in decoder.mixers or layer in decoder.sharing:
+        return None
+    return LastLayer(decoder, few, ditching.attention_is_ours, ditching.recomputes(layer))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self
 
 from tokenseek.decoder.head import next_token_labels
@@ -19,6 +20,9 @@ from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.rows import is_right_padded, partition
 from tokenseek.labels import IGNORED
 from tokenseek.selection.batched import Example, examples_of
+
+# Of an example's tokens. Where more carry a loss, a layer on these rows and the others' keys takes as long as on all.
+FEW_SUPERVISED = 0.75
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class KnownBatch:
         examples: of the batch.
         targets_BT: the token that each position predicts; IGNORED at padding.
         keys_E: of the examples' draws.
-        supervised_R: which of the B x T positions carry a loss; this alone moves with the batch.
+        supervised_R: which of the B x T positions carry a loss; this and `few` alone move with the batch.
+        few: the rows that carry a loss, beside the others; None where most do or none does, or a mask has to tell
+            examples apart.
     """
 
     attention_mask_BT: torch.Tensor | None
@@ -84,6 +90,7 @@ class KnownBatch:
     targets_BT: torch.Tensor
     keys_E: torch.Tensor
     supervised_R: torch.Tensor
+    few: PlainReach | None
 
     @classmethod
     def of(
@@ -92,8 +99,13 @@ class KnownBatch:
         keys_E: torch.Tensor,
         attention_mask_BT: torch.Tensor | None,
         position_ids_BT: torch.Tensor | None,
+        attention_is_ours: bool,
     ) -> KnownBatch:
-        """Of tensors on the host; or of others, for which it waits."""
+        """Of tensors on the host; or of others, for which it waits.
+
+        Args:
+            attention_is_ours: see :func:`tokenseek.ditching.packing.reach_by_example`.
+        """
         labels_BT, keys_E = labels_BT.cpu(), keys_E.cpu()
         mask_BT = None if attention_mask_BT is None else attention_mask_BT.cpu()
         positions_BT = None if position_ids_BT is None else position_ids_BT.cpu()
@@ -101,10 +113,23 @@ class KnownBatch:
         examples = examples_of(mask_BT, positions_BT, labels_BT.shape)
         targets_BT = targets_of(labels_BT, mask_BT)
         supervised_R = targets_BT.flatten().ne(IGNORED).nonzero().squeeze(1)
-        return cls(mask_BT, positions_BT, behind, examples, targets_BT, keys_E, supervised_R)
+        known = cls(mask_BT, positions_BT, behind, examples, targets_BT, keys_E, supervised_R, few=None)
+        return replace(known, few=known._few_supervised(attention_is_ours))
 
-    def planned(self, positions_BS: torch.Tensor, attention_is_ours: bool) -> PlannedRows | None:
-        """The rows at `positions_BS`, which the host has selected; the others have run before."""
+    def _few_supervised(self, attention_is_ours: bool) -> PlainReach | None:
+        found = [example.nonzero().squeeze(1) for example in self.targets_BT.ne(IGNORED)]
+        if not 0 < max(map(len, found)) <= FEW_SUPERVISED * self.targets_BT.shape[1]:
+            return None
+        positions_BS = pad_sequence(found, batch_first=True, padding_value=-1)
+        planned = self.planned(positions_BS, attention_is_ours, recorded=False)
+        return None if planned is None else planned.reach
+
+    def planned(self, positions_BS: torch.Tensor, attention_is_ours: bool, recorded: bool = True) -> PlannedRows | None:
+        """The rows at `positions_BS`, which the host has selected.
+
+        Args:
+            recorded: the others have run before.
+        """
         targets_BS = self.targets_BT.gather(1, positions_BS.clamp(min=0)).masked_fill(positions_BS < 0, IGNORED)
         batch = dict(
             input_ids=self.targets_BT,  # of the same shape
@@ -113,15 +138,17 @@ class KnownBatch:
             selected_positions=positions_BS,
             shift_labels=targets_BS,
         )
-        return PlannedRows.of(batch, attention_is_ours, recorded=True)
+        return PlannedRows.of(batch, attention_is_ours, recorded)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """For a step on another device."""
-        return replace(self, supervised_R=self.supervised_R.to(device, non_blocking=non_blocking))
+        few = self.few and self.few.to(device, non_blocking)
+        return replace(self, supervised_R=self.supervised_R.to(device, non_blocking=non_blocking), few=few)
 
     def pin_memory(self) -> Self:
         """What moves in memory from which a GPU can be written while the host goes on."""
-        return replace(self, supervised_R=self.supervised_R.pin_memory())
+        few = self.few and self.few.pin_memory()
+        return replace(self, supervised_R=self.supervised_R.pin_memory(), few=few)
 
 
 def targets_of(labels_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:

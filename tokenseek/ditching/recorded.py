@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -23,12 +22,13 @@ from tokenseek.decoder.device import alone, share_memory, start_of_graph
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import is_partitioned
 from tokenseek.ditching.cache import JoiningCache
+from tokenseek.ditching.last_layer import LastLayer
 from tokenseek.ditching.reach import Reach
+from tokenseek.ditching.rows import written
 from tokenseek.ditching.storage import Kept, Shelf
 from tokenseek.ditching.top import Top
 from tokenseek.errors import UserError
 from tokenseek.tiling.cache import OnceCache
-from tokenseek.tiling.rows import Rows
 from tokenseek.tiling.whole import TiledPass
 
 # A block in which the weights of a module are whole.
@@ -46,6 +46,7 @@ class Recording:
         tiled: how the other layers run in tiles, if they do.
         watched: a layer more that runs as it is.
         whole: in which the weights of a scored module are whole on this process; :func:`gathered` by default.
+        last: how the last layer runs, unless it runs as it is.
 
     Attributes:
         returns_tuple: whether layers return their hidden states in a tuple.
@@ -62,8 +63,9 @@ class Recording:
         tiled: TiledPass | None = None,
         watched: nn.Module | None = None,
         whole: Gathered | None = None,
+        last: LastLayer | None = None,
     ) -> None:
-        self.tiled, self.watched, self.whole = tiled, watched, whole or gathered
+        self.tiled, self.watched, self.whole, self.last = tiled, watched, whole or gathered, last
         self.top = top
         self.storage, self.unrecorded, self.scored = storage, unrecorded, scored
         self.current: RecordingCache | None = None
@@ -168,25 +170,6 @@ class RecordedCache(JoiningCache):
     def join(self, keys_BNSH: torch.Tensor, values_BNSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows, (keys, values) = self.reach.whole.selected, self.recorded
         return self._record(written(keys, keys_BNSH, rows), written(values, values_BNSH, rows))
-
-
-def written(whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """`whole` with `mine` written into its `rows`, in place; they alone have a gradient."""
-    whole_BNTH = _Written.apply(whole_BNTH, mine_BNRH, rows)
-    return whole_BNTH
-
-
-class _Written(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
-        ctx.rows = rows.alone
-        rows.overwrite(whole_BNTH, mine_BNRH)
-        return whole_BNTH.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_BNTH: torch.Tensor) -> tuple[None, torch.Tensor, None]:
-        return None, ctx.rows.gradient_of(gradient_BNTH), None
 
 
 @contextmanager

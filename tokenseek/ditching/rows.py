@@ -19,13 +19,14 @@ from tokenseek.tiling.rows import Rows, token_buffer
 
 
 class _Assembled(torch.autograd.Function):
-    """Keys or values of all tokens from those of both passes; the selected ones alone have a gradient."""
+    """Keys or values of all tokens from those of both passes."""
 
     @staticmethod
     def forward(
         ctx: Any, selected_BNSH: torch.Tensor, unselected_BNUH: torch.Tensor | None, parts: Partition
     ) -> torch.Tensor:
         ctx.rows = parts.selected.alone
+        ctx.others = parts.unselected.alone if ctx.needs_input_grad[1] and parts.unselected is not None else None
         # What is not written is read nevertheless, and any NaN in it would reach the gradients.
         every_row_is_given = parts.is_complete and (unselected_BNUH is not None or parts.unselected is None)
         make = torch.Tensor.new_empty if every_row_is_given else torch.Tensor.new_zeros
@@ -37,8 +38,28 @@ class _Assembled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BNTH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.rows.gradient_of(gradient_BNTH), None, None
+    def backward(ctx: Any, gradient_BNTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        of_others = None if ctx.others is None else ctx.others.gradient_of(gradient_BNTH)
+        return ctx.rows.gradient_of(gradient_BNTH), of_others, None
+
+
+def written(whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """`whole` with `mine` written into its `rows`, in place; they alone have a gradient."""
+    whole_BNTH = _Written.apply(whole_BNTH, mine_BNRH, rows)
+    return whole_BNTH
+
+
+class _Written(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole_BNTH: torch.Tensor, mine_BNRH: torch.Tensor, rows: Rows) -> torch.Tensor:
+        ctx.rows = rows.alone
+        rows.overwrite(whole_BNTH, mine_BNRH)
+        return whole_BNTH.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BNTH: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        return None, ctx.rows.gradient_of(gradient_BNTH), None
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,7 @@ class Partition:
     right_padded: bool
 
     def assemble(self, unselected_BNUH: torch.Tensor | None, selected_BNSH: torch.Tensor) -> torch.Tensor:
-        """Keys or values of all tokens, [B, N, T, H], in the order of the text; gradient reaches the selected rows."""
+        """Keys or values of all tokens, [B, N, T, H], in the order of the text, from those with a graph and without."""
         whole_BNTH: torch.Tensor = _Assembled.apply(selected_BNSH, unselected_BNUH, self)
         return whole_BNTH
 

@@ -125,5 +125,6 @@ class PlanningCollator:
             batch |= {"planned_rows": planned} if planned else {}
         elif "selection" in batch:
             given = batch.get("attention_mask"), batch.get("position_ids")
-            batch["known_batch"] = KnownBatch.of(batch["labels"], batch["selection_keys"], *given)
+            keys = batch["selection_keys"]
+            batch["known_batch"] = KnownBatch.of(batch["labels"], keys, *given, self.attention_is_ours)
         return batch
