@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import seek, step
+from benchmarks import last_layer, seek, step
 from benchmarks.algorithm1 import algorithm1_loss
 from benchmarks.memory import LiveStorages, SavedActivations, storage_bytes
 from benchmarks.methods import DEFAULT_METHODS, Method, build, make_batch, make_ragged_batch
@@ -164,3 +164,13 @@ def test_scoring_is_measured():
     row = seek.measure(16, shape="tiny", batch=1, dtype="fp32", device="cpu", repeats=1)
     assert 0 < row["score_peak"] < row["full_saved"] * 10 and row["tokens_per_s"] > 0
     assert seek.table([row]).splitlines()[-1].startswith("| 16 | ")
+
+
+def test_the_last_layer_over_few_tokens_takes_less_arithmetic():
+    batch = make_batch(0.1, 1, 64, 256, "cpu", supervised=0.3)
+    del batch["selected_positions"]
+    ordinary, *rows = last_layer.compare(make_model("tiny").train(), batch, 0.1, rounds=1)
+    assert ordinary.arithmetic == ordinary.time == 1
+    for over_all, over_few in zip(rows[::2], rows[1::2], strict=True):
+        assert over_all.scored_by == over_few.scored_by and over_few.seconds > 0
+        assert over_few.arithmetic < over_all.arithmetic < 1
