@@ -80,7 +80,7 @@ class _step:  # noqa: N801 - called like a function
         self.method, self.rows, self.qkv, self.gradient = method, rows, qkv, gradient
         if method == "masked":
             rows.spans = [(0, rows.index_BR.shape[1], rows.tokens)]
-        self.attend = attention.selected_attention(rows)(sdpa_attention_forward)
+        self.attend = attention.selected_attention(rows, lambda: None)(sdpa_attention_forward)
 
     def forward(self) -> torch.Tensor:
         without_staircase = mock.patch.object(attention, "make_spans", return_value=None)

@@ -10,7 +10,9 @@ from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import tokenseek
+from tokenseek import SelectionRule
 from tokenseek.decoder.names import CACHE_ARGUMENTS
+from tokenseek.ditching import Seeking
 from tokenseek.errors import UserError
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=50)
@@ -93,3 +95,39 @@ def test_layers_that_do_not_show_their_keys_and_values(monkeypatch):
     model = tokenseek.enable_token_ditching(tiny_model("llama"))
     with pytest.raises(UserError, match="does not pass its keys and values"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), selected_positions=torch.tensor([[1]]))
+
+
+def _attends_by_itself(self, hidden_states, position_embeddings=None, attention_mask=None, **given):
+    """Llama's attention without the interface, which is in its module all the same."""
+    heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+    projections = self.q_proj, self.k_proj, self.v_proj
+    query, key, value = (project(hidden_states).view(heads).transpose(1, 2) for project in projections)
+    query, key = transformers.models.llama.modeling_llama.apply_rotary_pos_emb(query, key, *position_embeddings)
+    for cache in (given.get(name) for name in CACHE_ARGUMENTS):
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+    is_causal = attention_mask is None
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=True
+    )
+    return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+
+@pytest.mark.parametrize("prompt", [3, 12], ids=["most-supervised", "few-supervised"])
+@pytest.mark.parametrize(
+    "seeking", [None, Seeking("error"), Seeking("l2", exact_layers=1)], ids=["positions", "error", "exact"]
+)
+def test_layers_that_attend_by_themselves(seeking, prompt, monkeypatch):
+    """Causality of some rows among all is not that of a square, and nothing else would show it."""
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaAttention, "forward", _attends_by_itself)
+    model = tokenseek.enable_token_ditching(tiny_model("llama"), seeking=seeking)
+    ids = torch.arange(3, 19)[None]
+    labels = ids.clone()
+    labels[:, :prompt] = -100
+    if seeking is None:
+        given = {"selected_positions": torch.tensor([[1, 7, 14]])}
+    else:
+        rule = SelectionRule("sampled", ratio=0.3, alpha=0, beta=1, explore=0.3, scope="supervised")
+        given = {"selection": rule, "selection_keys": torch.tensor([1])}
+    with pytest.raises(UserError, match="does not attend by Transformers' AttentionInterface.*attn_implementation"):
+        model(input_ids=ids, labels=labels, **given)

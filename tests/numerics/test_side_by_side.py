@@ -133,13 +133,14 @@ def test_what_a_layer_makes_for_its_keys_is_in_the_order_of_the_text(bias):
         whole = whole + column
         mask = whole[index_S][None, None]
     expected, _ = sdpa_attention_forward(module, layer.queries, layer.keys, layer.values, whole[None, None])
-    attend = selected_attention(layer.parts.selected, layer.order)(sdpa_attention_forward)
+    calls = []
+    attend = selected_attention(layer.parts.selected, lambda: calls.append(1), layer.order)(sdpa_attention_forward)
     output, _ = attend(module, layer.selected, *layer.joined, mask, **given)
     torch.testing.assert_close(output, expected[:, index_S])
+    assert len(calls) == 1
     rows = layer.parts.unselected
-    calls = []
     attend = unselected_attention(rows, lambda: calls.append(1))(sdpa_attention_forward)
     output, _ = attend(module, layer.unselected, *layer.order.in_text_order(*layer.joined), None)
     expected, _ = sdpa_attention_forward(module, layer.queries, layer.keys, layer.values, None)
     torch.testing.assert_close(output, expected[:, rows.index_BR[0]])
-    assert calls
+    assert len(calls) == 2

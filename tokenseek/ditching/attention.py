@@ -70,7 +70,7 @@ def unselected_attention(rows: Rows, on_call: Callable[[], None]) -> Replace:
     return replace
 
 
-def selected_attention(rows: Rows, order: SideBySide | None = None) -> Replace:
+def selected_attention(rows: Rows, on_call: Callable[[], None], order: SideBySide | None = None) -> Replace:
     """A replacement for the selected pass, in which keys and values are stored for the backward pass.
 
     Where the mask is plain causality (None) and rows are many, no mask of rows times keys is made
@@ -81,6 +81,7 @@ def selected_attention(rows: Rows, order: SideBySide | None = None) -> Replace:
     see few keys, are given no others.
 
     Args:
+        on_call: called when the layer looks its attention function up and finds this one.
         order: of keys and values; that of the text by default.
     """
 
@@ -94,6 +95,7 @@ def selected_attention(rows: Rows, order: SideBySide | None = None) -> Replace:
             *args: Any,
             **kwargs: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            on_call()
             if isinstance(attention_mask, SlidingWindow):
                 window = attention_mask
                 spans_of = partial(_window_spans, rows, window)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 
+from tokenseek.decoder.attention import attends_otherwise
 from tokenseek.decoder.find import Decoder
 from tokenseek.ditching.attention import selected_attention
 from tokenseek.ditching.cache import SelectedCache
@@ -64,9 +66,13 @@ class LastLayer:
                     of(others, projected)
                 keys_and_values = projected.given_by(self.layer, decoder)
             joined = SelectedCache(reach, *keys_and_values)
-            replace = reach.replacement(reach.whole.selected, selected_attention) if is_ours else None
+            attended: list[bool] = []
+            attend = partial(selected_attention, on_call=lambda: attended.append(True))
+            replace = reach.replacement(reach.whole.selected, attend) if is_ours else None
             with reach.attention(decoder, replace, joined):
                 output = of(supervised, joined)
+        if is_ours and not attended:
+            raise attends_otherwise(self.layer, decoder)
         cache.update(*joined.given_by(self.layer, decoder), 0)
         hidden_BRD = output[0] if isinstance(output, tuple) else output
         # Not zeros, of which a norm behind the layers might make no number.

@@ -115,9 +115,12 @@ class LayerCode:
         Args:
             order: of keys and values; that of the text by default.
         """
-        attend = partial(selected_attention, order=order)
+        attended: list[bool] = []
+        attend = partial(selected_attention, on_call=lambda: attended.append(True), order=order)
         replace = self.reach.replacement(self.reach.whole.selected, attend)
-        return self(hidden_BSD, self.parts.selected, cache, replace)
+        output = self(hidden_BSD, self.parts.selected, cache, replace)
+        self.require_attended(bool(attended))
+        return output
 
     def run_unselected(
         self, hidden_BUD: torch.Tensor, cache: OnceCache | None, on_attention: Callable[[], None] = lambda: None
@@ -130,6 +133,11 @@ class LayerCode:
         assert attending is not None and self.parts.unselected is not None, "there are unselected rows"
         replace = self.reach.replacement(attending, partial(unselected_attention, on_call=on_attention))
         return self(hidden_BUD, self.parts.unselected, cache, replace)
+
+    def require_attended(self, attended: bool) -> None:
+        """Raise UserError where the layer should have called an attention function of ours, and has not."""
+        if self.attention_is_ours and not attended:
+            raise attends_otherwise(self.layer, self.decoder)
 
     def tiles(self) -> Sequence[Tile] | None:
         """Of the unselected rows; None where they run at once."""
@@ -276,7 +284,7 @@ class AttentionPasses:
             cache.given_by(code.layer, code.decoder)
             raise
         cache.given_by(code.layer, code.decoder)
-        self._require_attended(bool(attended))
+        code.require_attended(bool(attended))
         return cache.selected_output, hidden_states(output)
 
     def _in_tiles(
@@ -295,7 +303,7 @@ class AttentionPasses:
             return output, None
         tiled.keeps_input = projected is not None and projected.is_used
         unselected_BUD = tiled.finish(*keys_and_values)
-        self._require_attended(tiled.attended)
+        code.require_attended(tiled.attended)
         return output, unselected_BUD
 
     def _projected_again(self, tiles: Sequence[Tile] | None, unselected_BUD: torch.Tensor) -> ProjectedAgain | None:
@@ -314,10 +322,6 @@ class AttentionPasses:
         with suppress(KeysAndValuesSeen):
             code.run_unselected(hidden_BUD, cache)
         return cache.given_by(code.layer, code.decoder)
-
-    def _require_attended(self, attended: bool) -> None:
-        if self.code.attention_is_ours and not attended:
-            raise attends_otherwise(self.code.layer, self.code.decoder)
 
 
 class MixerPasses:
