@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocator import keep_freed_memory
-from benchmarks.methods import FEED_FORWARD, make_batch
-from benchmarks.shapes import make_model
+from benchmarks.methods import build, make_batch
 from tokenseek.ditching import Seeking, disable_token_ditching, enable_token_ditching, planned
 from tokenseek.selection import SelectionRule
 
@@ -31,16 +31,14 @@ RESERVE = 6 * 2**30  # bytes, more than a step takes
 
 
 def loss_of(
-    model: nn.Module, batch: dict[str, torch.Tensor], ratio: float, seeking: Seeking | None, most: float
+    model: nn.Module, batch: dict[str, torch.Tensor], ratio: float, seeking: Seeking, most: float
 ) -> torch.Tensor:
-    """Of ordinary training without `seeking`; with it, the last layer runs apart on up to `most` of a text's tokens."""
-    if seeking is None:
-        return model(**batch, use_cache=False).loss
-    planned.FEW_SUPERVISED = most
+    """Of a step that selects, whose last layer runs apart on up to `most` of a text's tokens."""
     enable_token_ditching(model, seeking=seeking)
     rule = SelectionRule("sampled", ratio, alpha=0, beta=1, explore=0.3, scope="supervised")
     try:
-        return model(**batch, selection=rule, selection_keys=torch.zeros(1, dtype=torch.int64)).loss
+        with patch.object(planned, "FEW_SUPERVISED", most):
+            return model(**batch, selection=rule, selection_keys=torch.zeros(1, dtype=torch.int64)).loss
     finally:
         disable_token_ditching(model)
 
@@ -73,21 +71,16 @@ class Compared:
 
 def compare(model: nn.Module, batch: dict[str, torch.Tensor], ratio: float, rounds: int) -> list[Compared]:
     """Ordinary training, and every way to select."""
-    given = model, batch, ratio
-    losses = {("ordinary training", "all tokens"): partial(loss_of, *given, None, 0.0)}
+    losses = {("ordinary training", "all tokens"): lambda: model(**batch, use_cache=False).loss}
     for name, seeking in SEEKINGS.items():
         for over, most in (("all tokens", 0.0), ("tokens with a loss", 1.0)):
-            losses[name, over] = partial(loss_of, *given, seeking, most)
-    usual = planned.FEW_SUPERVISED
-    try:
-        arithmetic = {key: arithmetic_of(model, loss) for key, loss in losses.items()}  # and warms up
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in losses}
-        for _ in range(rounds):
-            for key, loss in losses.items():
-                seconds[key].append(seconds_of(optimizer, loss))
-    finally:
-        planned.FEW_SUPERVISED = usual
+            losses[name, over] = partial(loss_of, model, batch, ratio, seeking, most)
+    arithmetic = {key: arithmetic_of(model, loss) for key, loss in losses.items()}  # and warms up
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in losses}
+    for _ in range(rounds):
+        for key, loss in losses.items():
+            seconds[key].append(seconds_of(optimizer, loss))
     (ordinary, *_) = losses
     found = []
     for key, own in seconds.items():
@@ -108,11 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory(at_once=RESERVE)
-    model = make_model(args.shape).train()
-    if args.lora:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=FEED_FORWARD)).train()
+    model, _ = build("full+lora" if args.lora else "full", args.shape, torch.float32, "cpu")
     batch = make_batch(args.ratio, 1, args.tokens, model.config.vocab_size, "cpu", supervised=args.supervised)
     del batch["selected_positions"]
     print("| scored by | last layer over | step s | of ordinary | arithmetic, of ordinary |")

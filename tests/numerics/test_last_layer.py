@@ -29,23 +29,17 @@ def few_supervised(lengths=(13, 9), left=False, kept=slice(-4, None)):
 
 @pytest.fixture
 def rows_run(monkeypatch):
-    """A function of a model that watches how many rows leave its last layer's code, of each call."""
+    """Of each call of the last layer's code, how many rows came to its end."""
+    counts = []
 
-    def watched(model):
-        counts, original = [], last_layer.LastLayer.run
+    class Noted(last_layer.LayerCode):
+        def __call__(self, hidden_BRD, *given):
+            output = super().__call__(hidden_BRD, *given)
+            counts.append(hidden_BRD.shape[1])
+            return output
 
-        def run(self, forward, hidden_BTD, arguments, cache):
-            def noted(hidden_BRD, **given):
-                output = forward(hidden_BRD, **given)
-                counts.append(hidden_BRD.shape[1])
-                return output
-
-            return original(self, noted, hidden_BTD, arguments, cache)
-
-        monkeypatch.setattr(last_layer.LastLayer, "run", run)
-        return counts
-
-    return watched
+    monkeypatch.setattr(last_layer, "LayerCode", Noted)
+    return counts
 
 
 @pytest.mark.parametrize("reduction,exact_layers", SCORED, ids=SCORED_IDS)
@@ -54,11 +48,11 @@ def rows_run(monkeypatch):
 )
 def test_every_architecture(kind, attn, reduction, exact_layers, rows_run):
     model = tiny_model(kind, attn=attn, dtype=torch.float64)
-    counts = rows_run(enabled(model, seeking=Seeking(reduction, exact_layers=exact_layers)))
+    enabled(model, seeking=Seeking(reduction, exact_layers=exact_layers))
     assert_same(model, few_supervised(), computed_in=computed_in(kind, attn), exact_layers=exact_layers)
     decoder = find_decoder(model)
     has_own = decoder.layers[-1] not in decoder.sharing and decoder.layers[-1] not in decoder.mixers
-    assert counts == ([4] if has_own else [])  # the others end at their keys
+    assert rows_run == ([4] if has_own else [])  # the others end at their keys
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
@@ -82,9 +76,8 @@ def test_hybrids(kind):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_batch_shapes(kind, batch, reduction, exact_layers, rows_run):
     model = enabled(tiny_model(kind, dtype=torch.float64), seeking=Seeking(reduction, exact_layers=exact_layers))
-    counts = rows_run(model)
     assert_same(model, batch, exact_layers=exact_layers)
-    assert counts
+    assert rows_run
 
 
 def test_an_example_without_a_loss_beside_one_with():
@@ -118,9 +111,9 @@ def test_packed_examples(kind, attn, reduction, exact_layers, rows_run):
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "labels": torch.cat([batch["labels"][i, :n] for i, n in enumerate(lengths)])[None],
     }
-    counts = rows_run(model)
+    rows_run.clear()
     packed = model(**row, selection=DRAWN, selection_keys=keys)
-    assert counts == ([12] if attn == "sdpa" else [])  # a mask tells examples apart, for eager attention
+    assert rows_run == ([12] if attn == "sdpa" else [])  # a mask tells examples apart, for eager attention
     lowest = torch.float32 if attn == "eager" else torch.float64
     expected, actual = (copied(gradients(model, output.loss)) for output in (padded, packed))
     assert_close([packed.loss, packed.loss_all], [padded.loss, padded.loss_all], lowest)
@@ -145,15 +138,13 @@ def test_adapters():
 
 def test_many_supervised_tokens_run_as_all_do(rows_run):
     model = enabled(tiny_model("llama", dtype=torch.float64), seeking=Seeking("l2", exact_layers=1))
-    counts = rows_run(model)
     assert_same(model, make_batch((13, 13)), exact_layers=1)
-    assert counts == []
+    assert rows_run == []
 
 
 def test_scores_by_attention_are_those_of_all_tokens(rows_run):
     """Eq. 3 sums what every token looks at."""
     rule = SelectionRule("sampled", ratio=0.4, alpha=5, beta=5, scope="all")
     model = enabled(tiny_model("llama", dtype=torch.float64), seeking=Seeking("l2"))
-    counts = rows_run(model)
     assert_same(model, few_supervised(), rule, KEYS)
-    assert counts == []
+    assert rows_run == []

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tokenseek.decoder.attention import replacement_in_force
+from tokenseek.ditching.last_layer import run_last_layer
 from tokenseek.ditching.mixer import recording_input
 from tokenseek.ditching.passes import hidden_states, run_both_passes
 from tokenseek.ditching.recorded import Recording, RecordingCache
@@ -84,7 +85,8 @@ class _Recorded:
     """One layer over all tokens, as it is; its keys and values, or what its mixer is given, go to `recorder`."""
 
     def __init__(self, layer: nn.Module, ditching: Ditching, recorder: Recording, arguments: dict[str, Any]) -> None:
-        self.layer, self.decoder, self.recorder, self.arguments = layer, ditching.decoder, recorder, arguments
+        self.layer, self.ditching, self.recorder, self.arguments = layer, ditching, recorder, arguments
+        self.decoder = ditching.decoder
         self.mixer = self.decoder.mixers.get(layer)
 
     def run(self, hidden_BRD: torch.Tensor) -> Any:
@@ -109,10 +111,10 @@ class _Recorded:
         return RecordingCache() if has_own else None
 
     def _call(self, hidden_BRD: torch.Tensor, cache: RecordingCache | None) -> Any:
-        last = self.recorder.last
-        if last is not None and last.layer is self.layer:
+        few = self.recorder.few
+        if few is not None and self.layer is self.decoder.layers[-1]:
             assert cache is not None, "it has keys and values of its own"
-            return last.run(original_forward(self.layer), hidden_BRD, self.arguments, cache)
+            return run_last_layer(self.ditching, few, hidden_BRD, self.arguments, cache)
         self.recorder.current = cache
         output = original_forward(self.layer)(hidden_BRD, **self.arguments, **{self.decoder.cache_argument: cache})
         self.recorder.current = None  # a recording lives on, with keys and values that nobody asks for

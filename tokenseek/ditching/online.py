@@ -25,8 +25,8 @@ from tokenseek.decoder.find import Decoder
 from tokenseek.decoder.head import BodyOutput, is_partitioned
 from tokenseek.ditching.batch import Attending, Batch, batch_of
 from tokenseek.ditching.exact import ExactTop, exact_top
-from tokenseek.ditching.last_layer import LastLayer
 from tokenseek.ditching.planned import KnownBatch, PlannedRows
+from tokenseek.ditching.reach import PlainReach
 from tokenseek.ditching.recorded import Recording
 from tokenseek.ditching.seeking import Seeking
 from tokenseek.ditching.state import Ditching
@@ -225,21 +225,20 @@ def _recording(
         tiled=batch.tiled,
         watched=last_attending(decoder) if wanted.context else None,
         whole=ditching.decided and ditching.decided.gathered,
-        last=None if as_it_is else _last_layer(ditching, batch, known),
+        few=None if as_it_is else _few_supervised(decoder, batch, known),
     )
 
 
-def _last_layer(ditching: Ditching, batch: Batch, known: KnownBatch | None) -> LastLayer | None:
-    """How the last layer runs where few tokens carry a loss; None where it runs as the others do.
+def _few_supervised(decoder: Decoder, batch: Batch, known: KnownBatch | None) -> PlainReach | None:
+    """The rows that the last layer runs over where few tokens carry a loss; None where it runs over all.
 
     So it does over rows that ranks share, where it has no keys and values of its own, and in a plan, in which every
     token carries a loss.
     """
-    decoder = ditching.decoder
-    layer, few = decoder.layers[-1], None if known is None else known.few
-    if few is None or batch.text is not None or layer in decoder.mixers or layer in decoder.sharing:
+    layer = decoder.layers[-1]
+    if known is None or batch.text is not None or layer in decoder.mixers or layer in decoder.sharing:
         return None
-    return LastLayer(decoder, few, ditching.attention_is_ours, ditching.recomputes(layer))
+    return known.few
 
 
 @contextmanager

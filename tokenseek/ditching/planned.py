@@ -47,10 +47,8 @@ class PlannedRows:
             attention_is_ours, recorded: see :func:`tokenseek.ditching.packing.reach_by_example`.
         """
         positions_BS, mask_BT = batch["selected_positions"], batch.get("attention_mask")
-        if mask_BT is None and batch.get("position_ids") is not None:
-            reach = reach_on_host(positions_BS, batch["position_ids"], attention_is_ours, recorded)
-        else:
-            reach = PlainReach(partition(positions_BS, mask_BT, batch["input_ids"].shape[1], recorded))
+        shape = mask_BT, batch.get("position_ids"), batch["input_ids"].shape[1]
+        reach = _reach_of(positions_BS, *shape, attention_is_ours, recorded)
         if reach is None or reach.parts.selected.index_BR.shape != batch["shift_labels"].shape:
             return None
         targets = batch["shift_labels"].masked_fill(~reach.parts.selected.valid_BR, IGNORED).flatten()
@@ -113,23 +111,15 @@ class KnownBatch:
         examples = examples_of(mask_BT, positions_BT, labels_BT.shape)
         targets_BT = targets_of(labels_BT, mask_BT)
         supervised_R = targets_BT.flatten().ne(IGNORED).nonzero().squeeze(1)
-        known = cls(mask_BT, positions_BT, behind, examples, targets_BT, keys_E, supervised_R, few=None)
-        return replace(known, few=known._few_supervised(attention_is_ours))
+        few = None
+        found = [example.nonzero().squeeze(1) for example in targets_BT.ne(IGNORED)]
+        if 0 < max(map(len, found)) <= FEW_SUPERVISED * targets_BT.shape[1]:
+            few_BS = pad_sequence(found, batch_first=True, padding_value=-1)
+            few = _reach_of(few_BS, mask_BT, positions_BT, targets_BT.shape[1], attention_is_ours, recorded=False)
+        return cls(mask_BT, positions_BT, behind, examples, targets_BT, keys_E, supervised_R, few)
 
-    def _few_supervised(self, attention_is_ours: bool) -> PlainReach | None:
-        found = [example.nonzero().squeeze(1) for example in self.targets_BT.ne(IGNORED)]
-        if not 0 < max(map(len, found)) <= FEW_SUPERVISED * self.targets_BT.shape[1]:
-            return None
-        positions_BS = pad_sequence(found, batch_first=True, padding_value=-1)
-        planned = self.planned(positions_BS, attention_is_ours, recorded=False)
-        return None if planned is None else planned.reach
-
-    def planned(self, positions_BS: torch.Tensor, attention_is_ours: bool, recorded: bool = True) -> PlannedRows | None:
-        """The rows at `positions_BS`, which the host has selected.
-
-        Args:
-            recorded: the others have run before.
-        """
+    def planned(self, positions_BS: torch.Tensor, attention_is_ours: bool) -> PlannedRows | None:
+        """The rows at `positions_BS`, which the host has selected; the others have run before."""
         targets_BS = self.targets_BT.gather(1, positions_BS.clamp(min=0)).masked_fill(positions_BS < 0, IGNORED)
         batch = dict(
             input_ids=self.targets_BT,  # of the same shape
@@ -138,7 +128,7 @@ class KnownBatch:
             selected_positions=positions_BS,
             shift_labels=targets_BS,
         )
-        return PlannedRows.of(batch, attention_is_ours, recorded)
+        return PlannedRows.of(batch, attention_is_ours, recorded=True)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """For a step on another device."""
@@ -149,6 +139,20 @@ class KnownBatch:
         """What moves in memory from which a GPU can be written while the host goes on."""
         few = self.few and self.few.pin_memory()
         return replace(self, supervised_R=self.supervised_R.pin_memory(), few=few)
+
+
+def _reach_of(
+    positions_BS: torch.Tensor,
+    mask_BT: torch.Tensor | None,
+    position_ids_BT: torch.Tensor | None,
+    tokens: int,
+    attention_is_ours: bool,
+    recorded: bool,
+) -> PlainReach | None:
+    """Of the rows at these positions; None where a mask has to tell examples apart."""
+    if mask_BT is None and position_ids_BT is not None:
+        return reach_on_host(positions_BS, position_ids_BT, attention_is_ours, recorded)
+    return PlainReach(partition(positions_BS, mask_BT, tokens, recorded))
 
 
 def targets_of(labels_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:

@@ -22,8 +22,7 @@ from tokenseek.decoder.device import alone, share_memory, start_of_graph
 from tokenseek.decoder.find import Decoder, forward_replaced
 from tokenseek.decoder.head import is_partitioned
 from tokenseek.ditching.cache import JoiningCache
-from tokenseek.ditching.last_layer import LastLayer
-from tokenseek.ditching.reach import Reach
+from tokenseek.ditching.reach import PlainReach, Reach
 from tokenseek.ditching.rows import written
 from tokenseek.ditching.storage import Kept, Shelf
 from tokenseek.ditching.top import Top
@@ -46,7 +45,7 @@ class Recording:
         tiled: how the other layers run in tiles, if they do.
         watched: a layer more that runs as it is.
         whole: in which the weights of a scored module are whole on this process; :func:`gathered` by default.
-        last: how the last layer runs, unless it runs as it is.
+        few: the rows that the last layer runs over, beside the others' keys and values; None where it runs over all.
 
     Attributes:
         returns_tuple: whether layers return their hidden states in a tuple.
@@ -63,9 +62,9 @@ class Recording:
         tiled: TiledPass | None = None,
         watched: nn.Module | None = None,
         whole: Gathered | None = None,
-        last: LastLayer | None = None,
+        few: PlainReach | None = None,
     ) -> None:
-        self.tiled, self.watched, self.whole, self.last = tiled, watched, whole or gathered, last
+        self.tiled, self.watched, self.whole, self.few = tiled, watched, whole or gathered, few
         self.top = top
         self.storage, self.unrecorded, self.scored = storage, unrecorded, scored
         self.current: RecordingCache | None = None
